@@ -1,0 +1,196 @@
+"""The noise op: S dropout masks for each example, made where they are used from the address of each element, never stored.
+
+``noise`` multiplies, ``noise_sum`` is its gradient (and each is the other's second derivative), ``noise_out`` writes into a
+given tensor. Saved for backward: the address, nothing that grows with the tensor.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backend, reference
+
+Unit = Literal["element", "channel", "row"]  # what shares one draw: nothing, a channel, or a whole example
+
+_ADDRESS = (
+    "Tensor origin, Tensor? sample_ids, SymInt samples, SymInt stream, SymInt first_example, int threshold, SymInt positions, SymInt share"
+)
+# Exact strides: the kernels take memory order as given, so a compiler must not change it behind them.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+torch.library.define("iwsgd_ext::noise", f"(Tensor x, {_ADDRESS}, bool expand) -> Tensor", tags=_TAGS)
+torch.library.define("iwsgd_ext::noise_sum", f"(Tensor dy, {_ADDRESS}) -> Tensor", tags=_TAGS)
+torch.library.define("iwsgd_ext::noise_out", f"(Tensor x, {_ADDRESS}, bool expand, Tensor(a!) out) -> ()", tags=_TAGS)
+torch.library.define("iwsgd_ext::draw_origin", "(Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+
+
+@torch.library.register_fake("iwsgd_ext::noise")
+def _(x, origin, sample_ids, samples, stream, first_example, threshold, positions, share, expand):
+    return x.new_empty(x.shape[0], x.shape[1] * samples if expand else x.shape[1], x.shape[2])
+
+
+@torch.library.register_fake("iwsgd_ext::noise_sum")
+def _(dy, origin, sample_ids, samples, stream, first_example, threshold, positions, share):
+    return dy.new_empty(dy.shape[0], dy.shape[1] // samples, dy.shape[2])
+
+
+@torch.library.register_fake("iwsgd_ext::noise_out")
+def _(x, origin, sample_ids, samples, stream, first_example, threshold, positions, share, expand, out):
+    return None
+
+
+@torch.library.register_fake("iwsgd_ext::draw_origin")
+def _(device):
+    return torch.empty(3, dtype=torch.int64, device=device)
+
+
+@torch.library.impl("iwsgd_ext::draw_origin", "CompositeExplicitAutograd")
+def _draw_origin(device: torch.device) -> Tensor:
+    origin = torch.zeros(3, dtype=torch.int64, device=device)
+    origin[:1].random_(-(2**63), None)
+    return origin
+
+
+def draw_origin(device: torch.device) -> Tensor:
+    """A new origin int64 [3] = (seed, 0, 0), its seed from torch's default generator of the device.
+
+    Under torch.compile the draw is one opaque op: a compiler's own random numbers differ from eager ones for the same
+    torch.manual_seed, and masks must not.
+    """
+    return torch.ops.iwsgd_ext.draw_origin(device) if torch.compiler.is_compiling() else _draw_origin(device)
+
+
+def make_origin(seed: int | Tensor, stream: int | Tensor, first_example: int | Tensor, device: torch.device) -> Tensor:
+    """The origin int64 [3] of a given address, whose parts are ints or int64 tensors of one element."""
+    if isinstance(seed, int) and isinstance(stream, int) and isinstance(first_example, int):
+        signed = [(v + 2**63) % 2**64 - 2**63 for v in (seed, stream, first_example)]
+        return torch.tensor(signed, dtype=torch.int64, device=device)
+    parts = (make_origin(v, 0, 0, device)[0] if isinstance(v, int) else v.to(device).reshape(()) for v in (seed, stream, first_example))
+    return torch.stack(list(parts))
+
+
+def threshold_of(p: float) -> int:
+    """The 16-bit threshold of a dropout probability: floor(p * 65536 + 0.5), so that the effective p is off by 2^-17 at most."""
+    return int(p * reference.FIELD_RANGE + 0.5)
+
+
+class Rows(NamedTuple):
+    """How a tensor's memory maps to [O, B, I], and back: the dimension of its rows, and whether it is channels_last."""
+
+    batch_dim: int
+    channels_last: bool
+
+    @classmethod
+    def of(cls, x: Tensor, batch_dim: int) -> "Rows":
+        memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+        channels_last = memory_format is not None and x.is_contiguous(memory_format=memory_format) and not x.is_contiguous()
+        return cls(batch_dim, channels_last)
+
+    def order(self, dim: int) -> list[int]:
+        """The dimensions of a tensor from outermost to innermost in memory."""
+        return [0, *range(2, dim), 1] if self.channels_last else list(range(dim))
+
+    def flatten(self, x: Tensor) -> Tensor:
+        """x as [O, B, I] (a copy where x's memory is not in that order)."""
+        if self.batch_dim == 0 and not self.channels_last:
+            return x.reshape(1, x.shape[0], -1) if x.numel() else x.reshape(1, x.shape[0], x.shape[1:].numel())
+        order = self.order(x.dim())
+        sizes, at = [x.shape[d] for d in order], order.index(self.batch_dim)
+        return x.permute(order).reshape(_product(sizes[:at]), sizes[at], _product(sizes[at + 1 :]))
+
+    def unflatten(self, y: Tensor, shape: torch.Size) -> Tensor:
+        """[O, R, I] as a tensor of ``shape``, whose rows' dimension becomes R."""
+        order = self.order(len(shape))
+        sizes = [y.shape[1] if d == self.batch_dim else shape[d] for d in order]
+        y = y.reshape(sizes)
+        return y.permute([order.index(d) for d in range(len(shape))]) if self.channels_last else y
+
+    def positions(self, shape: torch.Size, unit: Unit) -> tuple[int, int]:
+        """(positions, share): element i of an example's memory order has noise position (i // share) % positions."""
+        inside = [d for d in self.order(len(shape)) if d != self.batch_dim]
+        numel = _product(shape[d] for d in inside)
+        if unit == "element":
+            return numel, 1
+        if unit == "row":
+            return 1, max(numel, 1)
+        channel = 1 if self.batch_dim == 0 else 0
+        return shape[channel], max(_product(shape[d] for d in inside[inside.index(channel) + 1 :]), 1)
+
+
+def _product(sizes) -> int:
+    n = 1
+    for size in sizes:
+        n = n * size
+    return n
+
+
+class Noise(torch.autograd.Function):
+    """y = keep * scale * x, [K*B, ...] from x [B, ...] where ``expand``, else row by row."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rows: Rows, expand: bool, origin: Tensor, sample_ids: Tensor | None, *address: int) -> Tensor:
+        ctx.save_for_backward(origin, sample_ids)
+        ctx.rows, ctx.expand, ctx.address = rows, expand, address
+        y = _op(x.device, "noise")(rows.flatten(x), origin, sample_ids, *address, expand)
+        return rows.unflatten(y, x.shape)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        origin, sample_ids = ctx.saved_tensors
+        # noise_sum undoes an expansion; without one, noise is its own transpose
+        dx = (
+            NoiseSum.apply(dy, ctx.rows, origin, sample_ids, *ctx.address)
+            if ctx.expand
+            else Noise.apply(dy, ctx.rows, False, origin, sample_ids, *ctx.address)
+        )
+        return dx, None, None, None, None, *[None] * len(ctx.address)
+
+
+class NoiseSum(torch.autograd.Function):
+    """dx = sum over samples of keep * scale * dy, [B, ...] from dy [K*B, ...]: the transpose of an expanding :class:`Noise`."""
+
+    @staticmethod
+    def forward(ctx, dy: Tensor, rows: Rows, origin: Tensor, sample_ids: Tensor | None, *address: int) -> Tensor:
+        ctx.save_for_backward(origin, sample_ids)
+        ctx.rows, ctx.address = rows, address
+        dx = _op(dy.device, "noise_sum")(rows.flatten(dy), origin, sample_ids, *address)
+        return rows.unflatten(dx, dy.shape)
+
+    @staticmethod
+    def backward(ctx, dx: Tensor):
+        origin, sample_ids = ctx.saved_tensors
+        dy = Noise.apply(dx, ctx.rows, True, origin, sample_ids, *ctx.address)
+        return dy, None, None, None, *[None] * len(ctx.address)
+
+
+def _op(device: torch.device, name: str):
+    return getattr(reference, name) if backend.backend_of(device) == "reference" else getattr(torch.ops.iwsgd_ext, name).default
+
+
+def noise(
+    x: Tensor,
+    threshold: int,
+    unit: Unit,
+    *,
+    samples: int,
+    origin: Tensor,
+    sample_ids: Tensor | None,
+    stream: int,
+    first_example: int,
+    expand: bool,
+    batch_dim: int,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Dropout noise at a given address; arguments are taken as valid (see ``functional`` for the public forms)."""
+    if threshold == 0 and out is None and (not expand or samples == 1):
+        return x
+    rows = Rows.of(x, batch_dim)
+    address = (samples, stream, first_example, threshold, *rows.positions(x.shape, unit))
+    if out is None:
+        return Noise.apply(x, rows, expand, origin, sample_ids, *address)
+    if backend.backend_of(x.device) == "reference":
+        y = reference.noise(rows.flatten(x), origin, sample_ids, *address, expand)
+        return out.copy_(rows.unflatten(y, x.shape))
+    torch.ops.iwsgd_ext.noise_out(rows.flatten(x), origin, sample_ids, *address, expand, rows.flatten(out))
+    torch.autograd.graph.increment_version(out)
+    return out
