@@ -74,7 +74,7 @@ def want_cuda(torch) -> bool:
 
 def ops_library(torch, cpp_extension) -> Extension:
     sources = sorted(glob("csrc/cpu/*.cpp"))
-    compile_args = {"cxx": ["-O3", "-std=c++17", "-g0", "-fvisibility=hidden", "-Wno-maybe-uninitialized", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]}
+    compile_args = {"cxx": ["-O3", "-std=c++17", "-g0", "-fvisibility=hidden", "-Wno-uninitialized", "-Wno-maybe-uninitialized", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]}
     link_args = ["-Wl,-s"] if sys.platform == "linux" else []
     libraries, library_dirs = ["torch", "torch_cpu", "c10"], cpp_extension.library_paths()
     if want_cuda(torch):
@@ -113,7 +113,7 @@ def info_module(torch, cpp_extension) -> Extension:
         sorted(glob("csrc/python/*.cpp")),
         include_dirs=[include],
         define_macros=[("IWSGD_TORCH_VERSION", f'"{torch.__version__}"'), ("IWSGD_CUDA_ARCHITECTURES", f'"{arch}"')],
-        extra_compile_args={"cxx": ["-O2", "-std=c++17", "-g0", "-fvisibility=hidden", "-Wno-maybe-uninitialized"]},
+        extra_compile_args={"cxx": ["-O2", "-std=c++17", "-g0", "-fvisibility=hidden", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]},
         language="c++",
     )
 

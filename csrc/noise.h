@@ -29,9 +29,11 @@ struct CallAddress {
   bool ids_per_example;
   int64_t stream, first_example;
 
+  IWSGD_HD uint64_t seed() const { return static_cast<uint64_t>(origin[0]); }
+
   IWSGD_HD RowAddress row(int64_t sample, int64_t example, int64_t examples) const {
     const int64_t id = sample_ids == nullptr ? sample : sample_ids[ids_per_example ? sample * examples + example : sample];
-    return {static_cast<uint64_t>(origin[0]), static_cast<uint32_t>(origin[2] + first_example + example),
+    return {seed(), static_cast<uint32_t>(origin[2] + first_example + example),
             static_cast<uint32_t>(id), static_cast<uint32_t>(origin[1] + stream)};
   }
 };
@@ -58,6 +60,20 @@ IWSGD_HD uint32_t keep_group(const RowAddress& row, uint32_t group, uint32_t thr
 struct Layout {
   int64_t outer, examples, inner;  // O, B, I
   int64_t positions, share;
+};
+
+// One call of the noise op. y is [O, samples * B, I]; x is [O, B, I] where expand, else as y.
+struct Draw {
+  Layout layout;
+  CallAddress address;
+  int64_t samples;
+  uint32_t threshold;
+  bool expand;
+
+  // Where element 0 of row (o, s, b) starts, in y and in x.
+  IWSGD_HD int64_t row(int64_t o, int64_t s, int64_t b) const { return ((o * samples + s) * layout.examples + b) * layout.inner; }
+  IWSGD_HD int64_t input_row(int64_t o, int64_t s, int64_t b) const { return expand ? example(o, b) : row(o, s, b); }
+  IWSGD_HD int64_t example(int64_t o, int64_t b) const { return (o * layout.examples + b) * layout.inner; }
 };
 
 }  // namespace iwsgd
