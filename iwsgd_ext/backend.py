@@ -98,3 +98,8 @@ def backend_info() -> dict:
 
 def _why_missing(name: str) -> str:
     return f"the {name} kernels are not in this installation ({_load_error or HOW_TO_BUILD[name]})"
+
+
+_load_library()
+if os.environ.get("IWSGD_BACKEND"):
+    set_backend(os.environ["IWSGD_BACKEND"])

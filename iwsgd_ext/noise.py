@@ -44,11 +44,13 @@ def _(device):
     return torch.empty(3, dtype=torch.int64, device=device)
 
 
-@torch.library.impl("iwsgd_ext::draw_origin", "CompositeExplicitAutograd")
 def _draw_origin(device: torch.device) -> Tensor:
     origin = torch.zeros(3, dtype=torch.int64, device=device)
     origin[:1].random_(-(2**63), None)
     return origin
+
+
+torch.library.impl("iwsgd_ext::draw_origin", "CompositeExplicitAutograd", _draw_origin)
 
 
 def draw_origin(device: torch.device) -> Tensor:

@@ -121,3 +121,117 @@ def noise_sum(
 def _multiply(x: Tensor, scale: float) -> Tensor:
     """x * scale in float32 (float64 for float64)."""
     return x.to(torch.promote_types(x.dtype, torch.float32)) * scale
+
+
+def logmeanexp(l: Tensor, alpha: float) -> Tensor:
+    """The bound L = (1/alpha) (logsumexp_s(alpha l_s) - log S) over the first dimension (eq 4 for alpha = 1).
+
+    alpha = 0 is the limit, the mean; alpha = inf is the largest. Differentiable any number of times, with softmax_s(alpha l_s) as
+    its gradient; log1p and expm1 keep it exact for small alpha. Where every l is -inf, so is L, and the gradient is 1/S.
+    """
+    if l.shape[0] == 1:
+        return l[0]
+    if alpha == 0:
+        return l.mean(0)
+    most = l.detach().amax(0)
+    if alpha == float("inf"):
+        return torch.where(most.isnan(), l.mean(0), l.gather(0, l.detach().argmax(0, keepdim=True))[0])
+    dead = most == -float("inf")
+    below = torch.where(dead, torch.zeros_like(l), l - most)
+    return torch.where(dead, l.mean(0), most + torch.log1p(torch.expm1(alpha * below).mean(0)) / alpha)
+
+
+def importance_weights(l: Tensor, alpha: float) -> Tensor:
+    """w = softmax_s(alpha l_s) over the first dimension (eq 8 for alpha = 1); equal where alpha = 0 or every l is -inf."""
+    samples = l.shape[0]
+    if alpha == 0 or samples == 1:
+        return torch.full_like(l, 1 / samples)
+    most = l.amax(0)
+    if alpha == float("inf"):
+        first = torch.arange(samples, device=l.device).view(-1, *[1] * (l.dim() - 1)) == l.argmax(0)
+        return torch.where(most.isnan(), most, first.to(l.dtype))
+    e = torch.where(most == -float("inf"), torch.ones_like(l), torch.exp(alpha * (l - most)))
+    return e / e.sum(0)
+
+
+def iw_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    samples: int,
+    class_weight: Tensor | None,
+    example_weight: Tensor | None,
+    position_weight: Tensor | None,
+    normalizer: Tensor | None,
+    ignore_index: int,
+    smoothing: float,
+    alpha: float,
+    per_position: bool,
+    reduction: int,
+    need_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The importance weighted cross-entropy and its gradient (eq 4, 7 and 8), see :func:`iwsgd_ext.iw_cross_entropy`.
+
+    Args:
+        logits: [S*B, C, T].
+        target: class indices int64 [B, T], or probabilities [B, C, T].
+        class_weight, example_weight, position_weight: v [C], [B] and [B, T].
+        normalizer: one value that takes the place of the sum of d.
+        per_position: whether the unit that has importance weights of its own is the position or the example.
+        reduction: 0 none, 1 mean, 2 sum.
+
+    Returns:
+        loss (one value, or [units]), log-likelihoods [S, units], importance weights [S, units], bound [units], and dlogits
+        [S*B, C, T] (or [0]) for an upstream gradient of one.
+    """
+    acc = torch.promote_types(logits.dtype, torch.float32)
+    rows, classes, positions = logits.shape
+    batch = rows // samples
+    log_p = torch.log_softmax(logits.to(acc), 1).view(samples, batch, classes, positions)
+    v = torch.ones(classes, dtype=acc, device=logits.device) if class_weight is None else class_weight
+    m = torch.ones(batch, positions, dtype=acc, device=logits.device) if position_weight is None else position_weight
+    e = torch.ones(batch, dtype=acc, device=logits.device) if example_weight is None else example_weight
+
+    # q v = hot (at the label) + soft (everywhere), [B, C, T]
+    soft = None if smoothing == 0 else (smoothing / classes * v)[:, None].expand(batch, classes, positions)
+    if target.dtype == torch.int64:
+        counted = target != ignore_index
+        label = torch.where(counted, target, 0)
+        hot, d = (1 - smoothing) * v[label], v[label]
+        u = hot * log_p.gather(2, label.expand(samples, batch, positions)[:, :, None])[:, :, 0]
+        c = hot
+    else:
+        counted = torch.ones(batch, positions, dtype=torch.bool, device=logits.device)
+        soft = ((1 - smoothing) * target + smoothing / classes) * v[:, None]
+        d = torch.ones(batch, positions, dtype=acc, device=logits.device)
+        hot, u, c = None, 0, 0
+    if soft is not None:
+        u = u + (soft * log_p).sum(2)
+        c = c + soft.sum(1)
+    zero = torch.zeros((), dtype=acc, device=logits.device)
+    u, c, d = torch.where(counted, m * u, zero), torch.where(counted, m * c, zero), torch.where(counted, m * d * e[:, None], zero)
+
+    if per_position:
+        outer, l = c.flatten(), u.flatten(1)
+        outer_example = e.repeat_interleave(positions)
+    else:
+        outer, l = c.sum(1) / counted.sum(1).clamp(min=1), u.sum(2)
+        outer_example = e
+    l = torch.where(outer > 0, l / torch.where(outer > 0, outer, 1), l)
+    bound, w = logmeanexp(l, alpha), importance_weights(l, alpha)
+    outer = outer * outer_example
+
+    denominator = normalizer.reshape(()) if normalizer is not None else d.sum() if reduction == 1 else zero + 1
+    scale = torch.where(denominator == 0, zero, 1 / denominator)
+    of_unit = torch.where((outer == 0) & ~bound.isnan(), zero, -outer * bound)
+    loss = (of_unit if reduction == 0 else of_unit.sum()) * scale
+    if not need_gradient:
+        return loss, l, w, bound, logits.new_empty(0)
+    inner = w.view(samples, batch, -1) * (e[:, None] * scale)  # [S, B, T or 1]
+    p = torch.exp(log_p)
+    dlogits = c[:, None] * p
+    if soft is not None:
+        dlogits = dlogits - m[:, None] * soft
+    if hot is not None:
+        dlogits = dlogits - (m * hot)[:, None] * torch.zeros_like(p[0]).scatter_(1, label[:, None], 1.0)
+    dlogits = torch.where(counted[:, None], inner[:, :, None] * dlogits, zero)
+    return loss, l, w, bound, dlogits.view(rows, classes, positions).to(logits.dtype)

@@ -1,0 +1,103 @@
+// Reductions, exp and log on the vectors of simd.h. Read once per instruction set, like simd.h.
+
+#if IWSGD_AVX512
+inline vfloat vmax(vfloat a, vfloat b) { return (vfloat)_mm512_max_ps((__m512)a, (__m512)b); }
+inline vdouble vmax(vdouble a, vdouble b) { return (vdouble)_mm512_max_pd((__m512d)a, (__m512d)b); }
+inline float horizontal_sum(vfloat v) { return _mm512_reduce_add_ps((__m512)v); }
+inline float horizontal_max(vfloat v) { return _mm512_reduce_max_ps((__m512)v); }
+#else
+// b where either is NaN, as the instruction has it.
+inline vfloat vmax(vfloat a, vfloat b) {
+#if IWSGD_AVX2
+  return (vfloat)_mm256_max_ps((__m256)a, (__m256)b);
+#elif IWSGD_X86
+  return (vfloat)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+inline vdouble vmax(vdouble a, vdouble b) { return a > b ? a : b; }
+inline float horizontal_sum(vfloat v) {
+#if IWSGD_AVX2
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+#else
+  return (v[0] + v[1]) + (v[2] + v[3]);
+#endif
+}
+inline float horizontal_max(vfloat v) {
+#if IWSGD_AVX2
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
+#else
+  return std::max(std::max(v[0], v[1]), std::max(v[2], v[3]));
+#endif
+}
+#endif
+inline double horizontal_sum(vdouble v) {
+  double sum = 0;
+  for (int i = 0; i < lanes<double>; ++i) sum += v[i];
+  return sum;
+}
+inline double horizontal_max(vdouble v) {
+  double most = v[0];
+  for (int i = 1; i < lanes<double>; ++i) most = std::max(most, v[i]);
+  return most;
+}
+
+// v where the mask's lanes are -1, else w.
+inline vfloat select(vint mask, vfloat v, vfloat w) { return (vfloat)(((vint)v & mask) | ((vint)w & ~mask)); }
+inline vdouble select(vlong mask, vdouble v, vdouble w) { return (vdouble)(((vlong)v & mask) | ((vlong)w & ~mask)); }
+
+// exp(x) for x <= 0, within 1.2e-7 of its value; exactly 0 below -87.3 (where float's normal range ends), NaN for NaN.
+inline vfloat vexp(vfloat x) {
+  const vfloat lowest = splat<vfloat>(-87.3f);
+  const vint in_range = ~(vint)(x < lowest);  // NaN is in range
+  // x = n ln 2 + r with |r| <= ln 2 / 2; adding 1.5 * 2^23 rounds to an integer and leaves it in the low mantissa bits.
+  const vfloat magic = splat<vfloat>(12582912.0f);
+  const vfloat shifted = x * 1.44269504088896341f + magic;
+  const vfloat n = shifted - magic;
+  const vfloat r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  // Minimax polynomial of (exp(r) - 1 - r) / r^2, of Moshier's Cephes library.
+  vfloat p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = (p * r) * r + r + 1.0f;
+  const vfloat scaled = (vfloat)((vint)p + ((vint)shifted << 23));  // times 2^n, n >= -126
+  return (vfloat)((vint)scaled & in_range);
+}
+inline vdouble vexp(vdouble x) {
+  for (int i = 0; i < lanes<double>; ++i) x[i] = std::exp(x[i]);  // float64 is for checking, not for speed
+  return x;
+}
+
+// log(x) for normal positive x, within 1.2e-7 of its value; NaN for NaN, infinity for infinity.
+inline vfloat vlog(vfloat x) {
+  const vint bits = (vint)x;
+  // x = 2^e * m with m in [sqrt(1/2), sqrt(2)): the exponent of x / sqrt(1/2) is e
+  const vint e = (bits - 0x3F3504F3) >> 23;
+  const vfloat m = (vfloat)(bits - (e << 23)) - 1.0f;
+  const vfloat ef = __builtin_convertvector(e, vfloat);
+  // Minimax polynomial of (log(1+m) - m + m^2/2) / m^3, of Moshier's Cephes library.
+  vfloat p = m * 7.0376836292e-2f + -1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m + -1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m + -1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m + -2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  const vfloat m2 = m * m;
+  vfloat y = p * m * m2 + ef * -2.12194440e-4f - m2 * 0.5f;
+  y = (m + y) + ef * 0.693359375f;
+  const vint finite = (vint)(x - x == splat<vfloat>(0.0f));
+  return select(finite, y, x);
+}
+inline vdouble vlog(vdouble x) {
+  for (int i = 0; i < lanes<double>; ++i) x[i] = std::log(x[i]);
+  return x;
+}

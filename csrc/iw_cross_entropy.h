@@ -1,0 +1,64 @@
+// What the importance weighted cross-entropy computes and how its tensors are laid out. Plain C++17, no torch.
+//
+// logits [S*B, C, T], row s*B + b; a unit is what has importance weights of its own: an example, or a position of one.
+// For a position: u[s] = sum_c q[c] v[c] log p[s, c],  c = sum_c q[c] v[c],  d = v[y] (1 for probabilities); a position weight
+// multiplies all three, an ignored position has zeros.
+//   unit = position:  l[s] = u[s] / c,             outer weight c
+//   unit = example:   l[s] = sum_t u[s,t] / cbar,  outer weight cbar = sum_t c / (number of positions not ignored)
+//   L = (1/alpha) (logsumexp_s(alpha l) - log S),  w = softmax_s(alpha l),  loss = -sum outer L / sum d
+//   dloss / dlogits[s] = w[s] / (sum d) * (c softmax(logits[s]) - q v)
+#pragma once
+#include <cstdint>
+
+namespace iwsgd {
+
+enum class Reduction { none = 0, mean = 1, sum = 2 };
+
+// A is float, or double for double logits.
+template <class T, class A>
+struct LossArguments {
+  int64_t S, B, C;
+  int64_t positions_each;  // T
+  const T* logits;
+  int64_t row_stride, class_stride, position_stride;
+  T* dlogits;  // null where no gradient is wanted; may be logits
+  int64_t drow_stride, dclass_stride, dposition_stride;
+
+  const int64_t* labels;  // [B, T], or null
+  const A* probabilities;  // [B, C, T], or null
+  int64_t ignore_index;
+  A smoothing;
+  const A* class_weight;  // [C] or null
+  const A* example_weight;  // [B] or null
+  const A* position_weight;  // [B, T] or null
+  const A* normalizer;  // one value, or null: sum d for the mean
+  Reduction reduction;
+  bool per_position;  // units are positions
+  double alpha;
+
+  A* loss;  // one value, or [units]
+  A* log_p;  // [S, units]
+  A* weights;  // [S, units]
+  A* bound;  // [units]
+
+  int64_t positions() const { return B * positions_each; }
+  int64_t units() const { return per_position ? B * positions_each : B; }
+  const T* row(int64_t s, int64_t b, int64_t t) const { return logits + (s * B + b) * row_stride + t * position_stride; }
+  T* drow(int64_t s, int64_t b, int64_t t) const { return dlogits + (s * B + b) * drow_stride + t * dposition_stride; }
+  bool ignored(int64_t position) const { return labels != nullptr && labels[position] == ignore_index; }
+};
+
+// What is kept of every row between the steps. max and sum, for softmax = exp(z - max) / sum: [S, positions of a block], the
+// block beginning at position `first`. u: [S, ...] likewise, with its own beginning, because where the unit is the position it is
+// log_p itself.
+template <class A>
+struct Statistics {
+  A *max, *sum;
+  int64_t first, stride;
+  A* u;
+  int64_t u_first, u_stride;
+  int64_t at(int64_t s, int64_t position) const { return s * stride + position - first; }
+  A& likelihood(int64_t s, int64_t position) const { return u[s * u_stride + position - u_first]; }
+};
+
+}  // namespace iwsgd

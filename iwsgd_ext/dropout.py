@@ -1,0 +1,119 @@
+"""Dropout layers whose noise knows its sample: drop-in for torch.nn's, with S masks per example inside ``iw.sampling``."""
+
+from torch import Tensor, nn
+
+from .noise import Unit
+from .sampling import draw
+
+
+class _Dropout(nn.modules.dropout._DropoutNd):
+    """What the layers share: a probability, a unit of noise, and the dimension that holds the rows."""
+
+    unit: Unit = "element"
+    dims: tuple[int, ...] | None = None  # of an input without and with rows' dimension, where that matters
+
+    def __init__(self, p: float = 0.5, *, batch_dim: int | None = None):
+        if not isinstance(p, int | float) or isinstance(p, bool):
+            raise TypeError(f"p: expected a number in [0, 1], got {type(p).__name__}")
+        if not 0.0 <= p <= 1.0:
+            raise ValueError(f"p: expected a probability in [0, 1], got {p}")
+        super().__init__(p)
+        self.batch_dim = batch_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        if not x.is_floating_point():
+            raise TypeError(f"input of {type(self).__name__}: expected a floating-point tensor, got {x.dtype}")
+        if x.dim() == 0:
+            raise ValueError(f"input of {type(self).__name__}: expected at least one dimension, which holds the rows, got a scalar")
+        if self.dims is not None and x.dim() not in self.dims:
+            raise ValueError(f"input of {type(self).__name__}: expected {self.expected}, got {x.dim()}-D {tuple(x.shape)}")
+        return draw(x, self.p, self.unit, self.batch_dim)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}" + (f", batch_dim={self.batch_dim}" if self.batch_dim is not None else "")
+
+
+class IWDropout(_Dropout):
+    """:class:`torch.nn.Dropout` with S noise samples per example inside ``iw.sampling(S)``.
+
+        y[s, b] = x[b] * keep[s, b] / (1 - p)        keep ~ Bernoulli(1 - p), independent elements (eq 1)
+
+    p is rounded to a multiple of 1/65536, and kept values are scaled by the inverse of the rounded 1 - p: activations are unbiased.
+    p = 0 is the identity and p = 1 gives zeros, exactly. In eval mode the layer is the identity. In training outside of any context it
+    is nn.Dropout: one fresh sample, no expansion. There are no parameters and no buffers: a state_dict is the same after a swap.
+
+    Args:
+        p: probability of an element to be dropped, in [0, 1].
+        batch_dim: dimension that holds the rows; None takes the context's (0 by default).
+
+    Shape:
+        [B, ...] -> [S*B, ...] for the first noise layer, [S*B, ...] -> [S*B, ...] after it; float32, float64, bfloat16, float16.
+
+    Raises:
+        ValueError: p outside of [0, 1]; rows that are neither B nor S*B.
+        TypeError: an input that is not floating-point.
+
+    Example:
+        >>> import torch, iwsgd_ext as iw
+        >>> drop = iw.IWDropout(0.5)
+        >>> with iw.sampling(3, seed=1):
+        ...     y = drop(torch.ones(2, 6))
+        >>> y.shape, sorted(set(y.flatten().tolist()))
+        (torch.Size([6, 6]), [0.0, 2.0])
+    """
+
+
+class IWDropout1d(_Dropout):
+    """:class:`torch.nn.Dropout1d` with S noise samples per example: whole channels [L] of [B, C, L] are dropped.
+
+    Example:
+        >>> import torch, iwsgd_ext as iw
+        >>> iw.IWDropout1d(0.2).eval()(torch.ones(2, 3, 5)).shape
+        torch.Size([2, 3, 5])
+    """
+
+    unit, dims, expected = "channel", (3,), "[B, C, L]"
+
+
+class IWDropout2d(_Dropout):
+    """:class:`torch.nn.Dropout2d` with S noise samples per example: whole channels [H, W] of [B, C, H, W] are dropped.
+
+    A 3-D input raises: torch's own reading of it has changed between [C, H, W] and [B, C, L].
+
+    Example:
+        >>> import torch, iwsgd_ext as iw
+        >>> with iw.sampling(4):
+        ...     y = iw.IWDropout2d(0.5)(torch.ones(2, 3, 5, 5))
+        >>> y.shape, bool((y.amax((2, 3)) == y.amin((2, 3))).all())
+        (torch.Size([8, 3, 5, 5]), True)
+    """
+
+    unit, dims, expected = "channel", (4,), "[B, C, H, W]"
+
+
+class IWDropout3d(_Dropout):
+    """:class:`torch.nn.Dropout3d` with S noise samples per example: whole channels [D, H, W] of [B, C, D, H, W] are dropped.
+
+    Example:
+        >>> import torch, iwsgd_ext as iw
+        >>> iw.IWDropout3d(0.2).eval()(torch.ones(2, 3, 4, 4, 4)).shape
+        torch.Size([2, 3, 4, 4, 4])
+    """
+
+    unit, dims, expected = "channel", (5,), "[B, C, D, H, W]"
+
+
+class IWDropPath(_Dropout):
+    """Stochastic depth with S noise samples per example: the whole row of a residual branch is dropped, or kept and scaled.
+
+    Example:
+        >>> import torch, iwsgd_ext as iw
+        >>> with iw.sampling(4, seed=0):
+        ...     y = iw.IWDropPath(0.5)(torch.ones(2, 3, 5))
+        >>> bool((y.amax((1, 2)) == y.amin((1, 2))).all())
+        True
+    """
+
+    unit = "row"

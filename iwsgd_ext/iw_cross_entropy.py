@@ -1,0 +1,355 @@
+"""The loss op: softmax cross-entropy, log-mean-exp over noise samples, importance weights and gradient in one pass."""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import backend, reference
+
+Reduction = Literal["none", "mean", "sum"]
+Level = Literal["example", "position"]
+_REDUCTIONS = ("none", "mean", "sum")
+
+_ARGUMENTS = (
+    "Tensor target, SymInt samples, Tensor? class_weight, Tensor? example_weight, Tensor? position_weight, "
+    "Tensor? normalizer, SymInt ignore_index, float smoothing, float alpha, bool per_position, int reduction"
+)
+_RESULTS = "Tensor loss, Tensor log_p, Tensor weights, Tensor bound"
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+torch.library.define(
+    "iwsgd_ext::iw_cross_entropy", f"(Tensor logits, {_ARGUMENTS}, bool need_gradient) -> ({_RESULTS}, Tensor dlogits)", tags=_TAGS
+)
+torch.library.define("iwsgd_ext::iw_cross_entropy_", f"(Tensor(a!) logits, {_ARGUMENTS}) -> ({_RESULTS})", tags=_TAGS)
+
+
+@torch.library.register_fake("iwsgd_ext::iw_cross_entropy_")
+def _fake(logits, target, samples, class_weight, example_weight, position_weight, normalizer, ignore_index, smoothing, alpha, per_position, reduction):
+    acc = torch.promote_types(logits.dtype, torch.float32)
+    batch = logits.shape[0] // samples
+    units = batch * logits.shape[2] if per_position else batch
+    loss = logits.new_empty((units,) if reduction == 0 else (), dtype=acc)
+    return (
+        loss,
+        logits.new_empty((samples, units), dtype=acc),
+        logits.new_empty((samples, units), dtype=acc),
+        logits.new_empty((units,), dtype=acc),
+    )
+
+
+@torch.library.register_fake("iwsgd_ext::iw_cross_entropy")
+def _(logits, *arguments):
+    *arguments, need_gradient = arguments
+    return *_fake(logits, *arguments), torch.empty_like(logits) if need_gradient else logits.new_empty(0)
+
+
+class IWStats(NamedTuple):
+    """What the loss knew of each example (or position) and noise sample; on the logits' device, detached.
+
+    Attributes:
+        log_p: [S, B] log-likelihoods l[s, b], or [S, B, d1, ...] at level "position".
+        weights: like log_p, the importance weights, which sum to one over s.
+        bound: [B] (or [B, d1, ...]), the bound L before the outer weight.
+    """
+
+    log_p: Tensor
+    weights: Tensor
+    bound: Tensor
+
+    @property
+    def ess(self) -> Tensor:
+        """Effective sample size 1 / sum_s w^2, between 1 and S, of the shape of ``bound``."""
+        return 1 / self.weights.square().sum(0)
+
+    @property
+    def mean_log_p(self) -> Tensor:
+        """Mean log-likelihood over the noise samples, never above ``bound`` (Jensen), of its shape."""
+        return self.log_p.mean(0)
+
+
+class _IWCrossEntropy(torch.autograd.Function):
+    """loss, log_p, weights, bound of logits [S*B, C, ...]; saves dlogits for an upstream gradient of one."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, target: Tensor, samples: int, inplace: bool, *options):
+        need_gradient = ctx.needs_input_grad[0]
+        rows = _with_positions(logits)
+        reduction = options[-1]
+        if backend.backend_of(logits.device) == "reference":
+            *results, dlogits = reference.iw_cross_entropy(rows, target, samples, *options, need_gradient)
+            if inplace and need_gradient:
+                dlogits = rows.copy_(dlogits)
+        elif inplace and need_gradient:
+            results, dlogits = torch.ops.iwsgd_ext.iw_cross_entropy_(rows, target, samples, *options), rows
+            torch.autograd.graph.increment_version(logits)
+        else:
+            *results, dlogits = torch.ops.iwsgd_ext.iw_cross_entropy(rows, target, samples, *options, need_gradient)
+        loss, log_p, weights, bound = results
+        ctx.mark_non_differentiable(log_p, weights, bound)
+        ctx.set_materialize_grads(False)
+        if need_gradient:
+            ctx.save_for_backward(dlogits.view(logits.shape))
+            ctx.samples, ctx.per_unit = samples, reduction == 0
+        return loss, log_p, weights, bound
+
+    @staticmethod
+    def backward(ctx, dloss: Tensor | None, *_):
+        if dloss is None:
+            return None, None, None, None, *[None] * 10
+        (dlogits,) = ctx.saved_tensors
+        if ctx.per_unit:  # [B] or [B * T]: one factor for all samples and classes of a unit
+            rows = dlogits.view(ctx.samples, -1, *dlogits.shape[1:])
+            batch = rows.shape[1]
+            positions = dlogits.shape[2:] if dloss.numel() != batch or dlogits.dim() == 2 else [1] * (dlogits.dim() - 2)
+            factor = dloss.view(batch, 1, *positions)
+            result = torch.mul(rows, factor, out=torch.empty_like(rows)).view(dlogits.shape) if not torch.compiler.is_compiling() else (rows * factor).to(rows.dtype).view(dlogits.shape)
+        elif not torch.compiler.is_compiling() and dloss.device.type == "cpu" and float(dloss) == 1.0:
+            result = dlogits  # the usual case costs no pass over memory
+        else:
+            result = dlogits * dloss
+        if torch.is_grad_enabled():
+            result = _NoSecondDerivative.apply(result, dloss)
+        return result, None, None, None, *[None] * 10
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gradient: Tensor, _: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError(
+            "iw_cross_entropy has no second derivative. For one, take log-likelihoods from torch's own functions, e.g. "
+            "-F.cross_entropy(logits, targets, reduction='none'), and iw_logmeanexp(log_p, samples), which has any number of derivatives."
+        )
+
+
+def _with_positions(logits: Tensor) -> Tensor:
+    """[S*B, C, T] with T = 1 where there are no positions; a view where the strides allow."""
+    return logits.unsqueeze(2) if logits.dim() == 2 else logits.flatten(2) if logits.dim() > 3 else logits
+
+
+def iw_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    samples: int,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    alpha: float = 1.0,
+    level: Level = "example",
+    example_weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    inplace: bool = False,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, IWStats]:
+    r"""Importance weighted cross-entropy: the loss whose gradient weights S noise samples by their likelihoods.
+
+    With the log-likelihood l[s, b] = log p(y_b | x_b, noise_s) of example b under noise sample s,
+
+        L[b] = (1/alpha) (logsumexp_s(alpha l[s, b]) - log S)        the bound, eq 4
+        w[s, b] = softmax_s(alpha l[s, b])                           importance weights, eq 8
+        loss = - sum_b c[b] L[b] / N,    dloss = - sum_b c[b] / N sum_s w[s, b] dl[s, b]      eq 7
+
+    For a position t with target distribution q (one-hot, or smoothed, or given) and class weights v: u[s, t] = sum_c q[c] v[c]
+    log p[s, t, c], c[t] = sum_c q[c] v[c], and d[t] = v[y] for class indices, 1 for probabilities; an ignored position has u = c = d
+    = 0. At ``level="position"`` every position has its own importance weights: l = u / c, outer weight c, and N is the sum of d. At
+    ``level="example"`` an example's positions share them: outer weight cbar[b] = mean of c over its positions that are not ignored,
+    l[s, b] = sum_t u[s, t] / cbar[b]. Without positions both levels are the same.
+
+    With samples=1 this is :func:`torch.nn.functional.cross_entropy`, value and gradient, for every option, with two exceptions: a
+    denominator of 0 (everything ignored, an empty batch) gives loss 0 and gradient 0 instead of NaN, and reduction "none" at level
+    "example" gives [B].
+
+    Args:
+        logits: [S*B, C] or [S*B, C, d1, ...], float32, float64, bfloat16 or float16. Sample-major: row s*B + b. Any strides.
+        target: class indices int64 [B] or [B, d1, ...], or class probabilities [B, C] or [B, C, d1, ...]. Not repeated over samples.
+        samples: S, the number of noise samples of each example.
+        weight: [C] class weights, not negative.
+        ignore_index: class index of positions that do not count. Their logits get a gradient of exactly 0.
+        reduction: "mean" (divided by the sum of d), "sum", or "none" ([B], or [B, d1, ...] at level "position").
+        label_smoothing: e in [0, 1]: q becomes (1 - e) q + e / C.
+        alpha: 1 is IWSGD; 0 the plain mean over samples (eq 9, 10: multi-sample dropout); inf the best sample; in between, and
+            above, a temperature on the likelihoods.
+        level: "example" or "position", what has importance weights of its own.
+        example_weight: [B], which multiplies outer weight and d; or [B, d1, ...], which multiplies u, c and d. A position of weight 0
+            still counts in the mean of c; use ``ignore_index`` for padding.
+        normalizer: N, instead of the sum of d: for gradient accumulation and data parallelism. A number or a tensor of one element.
+        inplace: the gradient is written over ``logits``, which then must not be used again. Saves their size in memory.
+        return_stats: return (loss, :class:`IWStats`).
+
+    Returns:
+        The loss, float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError, TypeError: an argument is not as above; the message names it, what was expected and what came.
+        RuntimeError: on a second derivative (see :func:`iw_logmeanexp` for that).
+
+    Example:
+        >>> import torch, iwsgd_ext as iw
+        >>> logits, target = torch.randn(4 * 8, 10, requires_grad=True), torch.randint(10, (8,))
+        >>> loss, stats = iw.iw_cross_entropy(logits, target, samples=4, return_stats=True)
+        >>> loss.backward()
+        >>> bool((stats.bound >= stats.mean_log_p).all()), tuple(stats.weights.shape)
+        (True, (4, 8))
+    """
+    _check_logits(logits, target, samples)
+    acc = torch.promote_types(logits.dtype, torch.float32)
+    batch, classes, spatial = logits.shape[0] // samples, logits.shape[1], logits.shape[2:]
+    _check(reduction in _REDUCTIONS, "reduction", "'none', 'mean' or 'sum'", repr(reduction))
+    _check(level in ("example", "position"), "level", "'example' or 'position'", repr(level))
+    _check(0.0 <= label_smoothing <= 1.0, "label_smoothing", "a number in [0, 1]", label_smoothing)
+    _check(alpha >= 0.0 and not math.isnan(alpha), "alpha", "a number >= 0 or inf", alpha)
+    target = target.reshape(batch, -1) if target.dtype == torch.int64 else target.reshape(batch, classes, -1).to(acc)
+    weight = _option("weight", weight, logits, acc, [(classes,)])
+    example_weight = _option("example_weight", example_weight, logits, acc, [(batch,), (batch, *spatial)])
+    position_weight = None
+    if example_weight is not None and example_weight.dim() > 1:
+        example_weight, position_weight = None, example_weight.reshape(batch, -1)
+    if normalizer is not None and not isinstance(normalizer, Tensor):
+        normalizer = torch.full((), normalizer, dtype=acc, device=logits.device)
+    if normalizer is not None:
+        _check(normalizer.numel() == 1, "normalizer", "a number or a tensor of one element", f"shape {tuple(normalizer.shape)}")
+        normalizer = normalizer.detach().to(device=logits.device, dtype=acc).reshape(())
+    if inplace:
+        _check(not (logits.is_leaf and logits.requires_grad), "inplace", "logits that a model computed", "a leaf that requires grad")
+        mergeable = logits.dim() <= 3 or all(
+            logits.stride(d) == logits.stride(d + 1) * logits.shape[d + 1] for d in range(2, logits.dim() - 1)
+        )
+        _check(mergeable, "inplace", "logits whose position dimensions are adjacent in memory", f"strides {logits.stride()}")
+    options = (
+        weight,
+        example_weight,
+        position_weight,
+        normalizer,
+        ignore_index,
+        float(label_smoothing),
+        1.0 if samples == 1 else float(alpha),
+        level == "position",
+        _REDUCTIONS.index(reduction),
+    )
+    loss, log_p, weights, bound = _IWCrossEntropy.apply(logits, target.contiguous(), samples, inplace, *options)
+    shape = (batch, *spatial) if level == "position" else (batch,)
+    if reduction == "none":
+        loss = loss.view(shape)
+    if not return_stats:
+        return loss
+    return loss, IWStats(log_p.view(samples, *shape), weights.view(samples, *shape), bound.view(shape))
+
+
+def _check(condition: bool, name: str, expected: str, got) -> None:
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def _option(name: str, value: Tensor | None, logits: Tensor, acc: torch.dtype, shapes: list[tuple[int, ...]]) -> Tensor | None:
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    _check(value.device == logits.device, name, f"a tensor on the logits' device {logits.device}", value.device)
+    _check(tuple(value.shape) in shapes, name, f"shape {' or '.join(map(str, dict.fromkeys(shapes)))}", tuple(value.shape))
+    _check(not value.requires_grad, name, "a tensor that does not require grad", "one that does")
+    return value.to(acc).contiguous()
+
+
+def _check_logits(logits: Tensor, target: Tensor, samples: int) -> None:
+    for name, value in (("logits", logits), ("target", target)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if logits.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise TypeError(f"logits: expected float32, float64, bfloat16 or float16, got {logits.dtype}")
+    if target.dtype != torch.int64 and not target.is_floating_point():
+        raise TypeError(f"target: expected class indices of int64 or floating-point class probabilities, got {target.dtype}")
+    _check(samples >= 1, "samples", "an integer >= 1", samples)
+    _check(logits.dim() >= 2, "logits", "[samples * batch, classes, ...]", f"shape {tuple(logits.shape)}")
+    _check(logits.device == target.device, "target", f"a tensor on the logits' device {logits.device}", target.device)
+    _check(not target.requires_grad, "target", "a tensor that does not require grad", "one that does")
+    _check(logits.shape[1] >= 1, "logits", "at least one class", f"shape {tuple(logits.shape)}")
+    rows, spatial = logits.shape[0], tuple(logits.shape[2:])
+    per_example = (logits.shape[1], *spatial) if target.is_floating_point() else spatial
+    _check(
+        target.dim() >= 1 and tuple(target.shape[1:]) == per_example,
+        "target",
+        f"shape (batch, {', '.join(map(str, per_example))})" if per_example else "shape (batch,)",
+        f"{tuple(target.shape)} for logits {tuple(logits.shape)}",
+    )
+    batch = target.shape[0]
+    if rows != samples * batch:
+        raise ValueError(
+            f"logits: expected {samples} samples * {batch} targets = {samples * batch} rows, got {rows}. {_diagnosis(rows, samples, batch)}"
+        )
+
+
+def _diagnosis(rows: int, samples: int, batch: int) -> str:
+    if rows == batch:
+        return (
+            "There is one row for each target: the model is in eval mode, has no noise layer, or ran outside iw.sampling. "
+            "Use samples=1 there (IWCrossEntropyLoss.eval() does)."
+        )
+    if batch and samples > 1 and rows == samples * samples * batch:
+        return "There are samples^2 rows for each target: a second layer expanded rows that were expanded already."
+    if batch and rows % batch == 0:
+        return f"The model drew {rows // batch} samples, the loss was told {samples}."
+    return "The rows are no multiple of the targets: targets must not be repeated over samples, and batches must match."
+
+
+class IWCrossEntropyLoss(nn.Module):
+    """Importance weighted cross-entropy as a module; see :func:`iw_cross_entropy` for the formula and the options.
+
+    In eval mode it takes one row for each target (``samples=1``), as a model in eval mode returns them.
+
+    Args:
+        samples: S, the number of noise samples of each example in training.
+        **options: as :func:`iw_cross_entropy`.
+
+    Example:
+        >>> import torch, iwsgd_ext as iw
+        >>> criterion = iw.IWCrossEntropyLoss(samples=4, label_smoothing=0.1)
+        >>> criterion(torch.randn(4 * 8, 10), torch.randint(10, (8,))).shape
+        torch.Size([])
+        >>> criterion.eval()(torch.randn(8, 10), torch.randint(10, (8,))).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        samples: int,
+        *,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
+        label_smoothing: float = 0.0,
+        alpha: float = 1.0,
+        level: Level = "example",
+        inplace: bool = False,
+        return_stats: bool = False,
+    ):
+        super().__init__()
+        _check(samples >= 1, "samples", "an integer >= 1", samples)
+        self.samples = samples
+        self.register_buffer("weight", weight)
+        self.options = dict(
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            alpha=alpha,
+            level=level,
+            inplace=inplace,
+            return_stats=return_stats,
+        )
+
+    def forward(
+        self, logits: Tensor, target: Tensor, *, example_weight: Tensor | None = None, normalizer: float | Tensor | None = None
+    ) -> Tensor | tuple[Tensor, IWStats]:
+        samples = self.samples if self.training else 1
+        return iw_cross_entropy(
+            logits, target, samples, weight=self.weight, example_weight=example_weight, normalizer=normalizer, **self.options
+        )
+
+    def extra_repr(self) -> str:
+        return f"samples={self.samples}, " + ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -1,0 +1,105 @@
+"""Any likelihood: the bound from log-likelihoods that somebody else computed, and from torch's per-element criteria."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from . import reference
+
+
+def iw_logmeanexp(log_p: Tensor, samples: int, alpha: float = 1.0) -> Tensor:
+    """The bound of any likelihood: L[b] = (1/alpha) (logsumexp_s(alpha log_p[s, b]) - log S), eq 4.
+
+    Its gradient is the importance weights softmax_s(alpha log_p) (eq 8); plain torch, any number of derivatives.
+
+    Args:
+        log_p: log-likelihoods, [S*B] sample-major or [S, B], floating-point; lower precision than float32 is raised to it.
+        samples: S.
+        alpha: 1 is IWSGD, 0 the mean over samples, inf the best sample.
+
+    Returns:
+        [B], float32 (float64 for float64). Minimise ``-iw_logmeanexp(...).mean()``.
+
+    Raises:
+        ValueError: a size that does not fit, alpha < 0.
+        TypeError: log_p is not floating-point.
+
+    Example:
+        >>> import torch, iwsgd_ext as iw
+        >>> iw.iw_logmeanexp(torch.log(torch.tensor([[0.2, 0.5], [0.4, 0.5]])), samples=2).exp()
+        tensor([0.3000, 0.5000])
+    """
+    if not log_p.is_floating_point():
+        raise TypeError(f"log_p: expected floating-point log-likelihoods, got {log_p.dtype}")
+    if samples < 1:
+        raise ValueError(f"samples: expected an integer >= 1, got {samples}")
+    if not alpha >= 0 or math.isnan(alpha):
+        raise ValueError(f"alpha: expected a number >= 0 or inf, got {alpha}")
+    if log_p.dim() == 2 and log_p.shape[0] != samples:
+        raise ValueError(f"log_p: expected [{samples}, B] for samples={samples}, got {tuple(log_p.shape)}")
+    if log_p.dim() not in (1, 2) or log_p.shape[0] % samples != 0:
+        raise ValueError(f"log_p: expected [S*B] or [S, B] with S={samples}, got {tuple(log_p.shape)}")
+    log_p = log_p.to(torch.promote_types(log_p.dtype, torch.float32))
+    return reference.logmeanexp(log_p.reshape(samples, -1), alpha)
+
+
+class IWLoss(nn.Module):
+    """Importance weighting around any criterion of torch with ``reduction="none"``: minus the mean over the batch of the bound.
+
+        log p(y_b | x_b, noise_s) = - sum over the elements of example b of criterion(output[s*B + b], target[b])
+
+    Targets are repeated sample-major to the outputs' S*B rows. In eval mode S is 1, as a model in eval mode returns B rows.
+
+    Args:
+        criterion: a module or function with ``reduction="none"``: BCEWithLogitsLoss, GaussianNLLLoss, PoissonNLLLoss, CTCLoss, ...
+        samples: S, noise samples of each example in training.
+        alpha: 1 is IWSGD, 0 the mean over samples, inf the best sample.
+
+    Raises:
+        ValueError: sizes that do not fit; a criterion that reduces.
+
+    Example:
+        >>> import torch, iwsgd_ext as iw
+        >>> criterion = iw.IWLoss(torch.nn.BCEWithLogitsLoss(reduction="none"), samples=4)
+        >>> criterion(torch.randn(4 * 8, 5), torch.rand(8, 5)).shape
+        torch.Size([])
+    """
+
+    def __init__(self, criterion, samples: int, alpha: float = 1.0):
+        super().__init__()
+        if samples < 1:
+            raise ValueError(f"samples: expected an integer >= 1, got {samples}")
+        if not alpha >= 0 or math.isnan(alpha):
+            raise ValueError(f"alpha: expected a number >= 0 or inf, got {alpha}")
+        if getattr(criterion, "reduction", "none") != "none":
+            raise ValueError(f"criterion: expected reduction='none', got {criterion.reduction!r}: the likelihood of each example is needed")
+        self.criterion = criterion
+        self.samples = samples
+        self.alpha = alpha
+
+    def log_likelihood(self, output: Tensor, *targets: Tensor) -> Tensor:
+        """Log-likelihoods [S, B] of outputs [S*B, ...] and targets that are tensors of B rows (anything else is passed on)."""
+        samples = self.samples if self.training else 1
+        batch = next((t.shape[0] for t in targets if isinstance(t, Tensor) and t.dim() > 0), None)
+        if batch is None:
+            raise ValueError("targets: expected at least one tensor with a dimension of examples")
+        repeated = [
+            t.expand(samples, *t.shape).flatten(0, 1) if isinstance(t, Tensor) and t.dim() > 0 and t.shape[0] == batch else t for t in targets
+        ]
+        cost = self.criterion(output, *repeated)
+        rows = samples * batch
+        if cost.dim() == 0 or cost.shape[0] != rows:
+            raise ValueError(
+                f"criterion: expected a cost for each element of {samples} samples * {batch} examples = {rows} rows, got shape "
+                f"{tuple(cost.shape)}; is the model in eval mode, or its number of samples another?"
+            )
+        cost = cost.to(torch.promote_types(cost.dtype, torch.float32))
+        return -cost.reshape(samples, batch, -1).sum(-1)
+
+    def forward(self, output: Tensor, *targets: Tensor) -> Tensor:
+        log_p = self.log_likelihood(output, *targets)
+        return -iw_logmeanexp(log_p, log_p.shape[0], self.alpha).mean()
+
+    def extra_repr(self) -> str:
+        return f"samples={self.samples}, alpha={self.alpha}"

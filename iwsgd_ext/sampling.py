@@ -1,0 +1,183 @@
+"""The sampling context: which noise the layers inside it draw, and where in the network one example becomes S rows."""
+
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .noise import Unit, draw_origin, make_origin, noise, threshold_of
+
+RESERVED_STREAM = 2**32 - 1  # for draws that are not a layer's own
+
+
+class _Stack(threading.local):
+    def __init__(self):
+        self.contexts: list[sampling] = []
+
+
+_stack = _Stack()
+
+
+class sampling:
+    """``with iw.sampling(S):`` noise layers inside draw S noise samples for each example, in training.
+
+    One context is one draw of the noise of every layer: sample s is the same s through the depth of the network. Noise is a pure
+    function of (seed, stream, sample, example, position); each noise call takes the next stream. Contexts belong to a thread, nest
+    (the innermost rules) and end with their block, also by an exception.
+
+    Args:
+        samples: S, noise samples for each example in this pass.
+        seed: an int repeats its noise in every new context; None draws one from torch's default generator of the first noise call's
+            device (so ``torch.manual_seed`` rules). The seed stays on the device.
+        sample_ids: ids of the samples, int64 [S] or [S, B] or a sequence of S ints, instead of 0 .. S-1: sample 5 replayed alone is
+            ``sampling(1, seed=seed, sample_ids=[5])``.
+        first_example: id of the batch's first example, an int or an int64 tensor of one element. None is 0, or rank * B where
+            torch.distributed is initialised: equal seeds on all ranks then draw what one process would for the whole batch.
+        expand: "first": the first noise call fixes B; every noise layer turns B rows into S*B and keeps S*B rows as they are.
+            "none": rows were expanded outside, so every row count must be a multiple of S.
+        batch_dim: the dimension that holds the rows; a layer's own ``batch_dim`` rules over it.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above.
+
+    Example:
+        >>> import torch, iwsgd_ext as iw
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), iw.IWDropout(0.5), torch.nn.Linear(8, 3))
+        >>> with iw.sampling(5, seed=0):
+        ...     logits = model(torch.ones(2, 4))
+        >>> logits.shape
+        torch.Size([10, 3])
+    """
+
+    def __init__(
+        self,
+        samples: int,
+        *,
+        seed: int | None = None,
+        sample_ids: Tensor | Sequence[int] | None = None,
+        first_example: int | Tensor | None = None,
+        expand: str = "first",
+        batch_dim: int = 0,
+    ):
+        if not isinstance(samples, int) or isinstance(samples, bool):
+            raise TypeError(f"samples: expected an int, got {type(samples).__name__}")
+        if samples < 1:
+            raise ValueError(f"samples: expected an integer >= 1, got {samples}")
+        if seed is not None and not isinstance(seed, int | Tensor):
+            raise TypeError(f"seed: expected an int, an int64 tensor or None, got {type(seed).__name__}")
+        if expand not in ("first", "none"):
+            raise ValueError(f"expand: expected 'first' or 'none' (see iw.convert for the others), got {expand!r}")
+        if sample_ids is not None and not isinstance(sample_ids, Tensor):
+            sample_ids = torch.tensor(list(sample_ids), dtype=torch.int64)
+        if sample_ids is not None:
+            check_sample_ids(sample_ids, samples)
+        self.samples = samples
+        self.sample_ids = sample_ids
+        self.first_example = first_example
+        self.expand = expand
+        self.batch_dim = batch_dim
+        self.stream = 0
+        self.own = False  # opened by a converted model for itself
+        self.converted: list[tuple[str, int | None]] = []  # what the converted models inside found, to be put back
+        self.batch: int | None = None  # B, once the first noise call has fixed it
+        # An int becomes a tensor here, before any compiled region: as an int in a graph it would recompile for each new seed.
+        self._seed = make_origin(seed, 0, 0, torch.device("cpu")) if seed is not None else None
+        self._origin: Tensor | None = None
+
+    def __enter__(self) -> "sampling":
+        _stack.contexts.append(self)
+        return self
+
+    def __exit__(self, *_) -> None:
+        _stack.contexts.remove(self)
+
+    def draw(self, x: Tensor, p: float, unit: Unit, batch_dim: int | None) -> Tensor:
+        """The noise of one layer's call: expands ``x`` or keeps its rows, and takes the next stream."""
+        batch_dim = self.batch_dim if batch_dim is None else batch_dim
+        rows = x.shape[batch_dim]
+        expand, examples = self._expansion(rows)
+        origin = self._origin_on(x.device)
+        stream, self.stream = self.stream, self.stream + 1
+        ids = self.sample_ids
+        if ids is not None:
+            if ids.device != x.device:
+                ids = self.sample_ids = ids.to(x.device)
+            if ids.dim() == 2 and ids.shape[1] != examples:
+                raise ValueError(f"sample_ids: expected [{self.samples}, {examples}] for {examples} examples, got {tuple(ids.shape)}")
+        first = self.first_example
+        return noise(
+            x,
+            threshold_of(p),
+            unit,
+            samples=self.samples,
+            origin=origin,
+            sample_ids=ids,
+            stream=stream,
+            first_example=_rank() * examples if first is None else 0 if isinstance(first, Tensor) else first,
+            expand=expand,
+            batch_dim=batch_dim,
+        )
+
+    def _expansion(self, rows: int) -> tuple[bool, int]:
+        """(whether to expand, number of examples) for a tensor of ``rows`` rows."""
+        samples = self.samples
+        if self.expand == "later":
+            raise ValueError("A noise layer was called before the submodule at which this model expands; convert with expand='first' or 'input'")
+        if self.expand == "none":
+            if rows % samples != 0:
+                raise ValueError(
+                    f"A noise layer met {rows} rows, which is no multiple of samples={samples}: with rows expanded outside the "
+                    "layers every tensor must hold samples * batch rows."
+                )
+            return False, rows // samples
+        if self.batch is None:
+            self.batch = rows
+        if rows == self.batch:
+            return True, rows
+        if rows == samples * self.batch:
+            return False, self.batch
+        raise ValueError(
+            f"A noise layer met {rows} rows, but in this context the batch is {self.batch} and samples={samples}, so it can be "
+            f"{self.batch} (to be expanded) or {samples * self.batch} (expanded already). Where the rows' dimension is not "
+            "the first, give batch_dim; where the model changes its rows between noise layers, use expand='input' (iw.convert)."
+        )
+
+    def _origin_on(self, device: torch.device) -> Tensor:
+        origin = self._origin
+        if origin is None or origin.device != device:
+            if origin is not None:
+                origin = origin.to(device)  # a model on several devices: one seed
+            elif self._seed is None:
+                origin = draw_origin(device)
+            else:
+                origin = self._seed.to(device)
+            if self._origin is None and isinstance(self.first_example, Tensor):
+                origin = torch.cat([origin[:2], self.first_example.detach().to(device).reshape(1)])
+            self._origin = origin
+        return origin
+
+
+def check_sample_ids(sample_ids: Tensor, samples: int) -> None:
+    if sample_ids.dtype != torch.int64:
+        raise TypeError(f"sample_ids: expected int64, got {sample_ids.dtype}")
+    if sample_ids.dim() not in (1, 2) or sample_ids.shape[0] != samples:
+        raise ValueError(f"sample_ids: expected [{samples}] or [{samples}, batch] for samples={samples}, got shape {tuple(sample_ids.shape)}")
+
+
+def current() -> sampling | None:
+    """The innermost context of this thread, or None."""
+    return _stack.contexts[-1] if _stack.contexts else None
+
+
+def draw(x: Tensor, p: float, unit: Unit, batch_dim: int | None) -> Tensor:
+    """A layer's noise: as the context says, or, outside of any, one fresh noise sample (what the layer's torch namesake does)."""
+    context = current()
+    if context is None:
+        context = sampling(1)
+    return context.draw(x, p, unit, batch_dim)
+
+
+def _rank() -> int:
+    distributed = torch.distributed
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
