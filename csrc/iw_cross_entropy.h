@@ -40,6 +40,7 @@ struct LossArguments {
   A* log_p;  // [S, units]
   A* weights;  // [S, units]
   A* bound;  // [units]
+  A* outer;  // [units], the outer weight over the denominator: loss = -sum outer L
 
   int64_t positions() const { return B * positions_each; }
   int64_t units() const { return per_position ? B * positions_each : B; }

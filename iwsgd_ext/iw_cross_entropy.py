@@ -16,7 +16,7 @@ _ARGUMENTS = (
     "Tensor target, SymInt samples, Tensor? class_weight, Tensor? example_weight, Tensor? position_weight, "
     "Tensor? normalizer, SymInt ignore_index, float smoothing, float alpha, bool per_position, int reduction"
 )
-_RESULTS = "Tensor loss, Tensor log_p, Tensor weights, Tensor bound"
+_RESULTS = "Tensor loss, Tensor log_p, Tensor weights, Tensor bound, Tensor outer"
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 torch.library.define(
     "iwsgd_ext::iw_cross_entropy", f"(Tensor logits, {_ARGUMENTS}, bool need_gradient) -> ({_RESULTS}, Tensor dlogits)", tags=_TAGS
@@ -34,6 +34,7 @@ def _fake(logits, target, samples, class_weight, example_weight, position_weight
         loss,
         logits.new_empty((samples, units), dtype=acc),
         logits.new_empty((samples, units), dtype=acc),
+        logits.new_empty((units,), dtype=acc),
         logits.new_empty((units,), dtype=acc),
     )
 
@@ -72,10 +73,10 @@ class _IWCrossEntropy(torch.autograd.Function):
     """loss, log_p, weights, bound of logits [S*B, C, ...]; saves dlogits for an upstream gradient of one."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, target: Tensor, samples: int, inplace: bool, *options):
+    def forward(ctx, logits: Tensor, target: Tensor, samples: int, inplace: bool, process_group, *options):
         need_gradient = ctx.needs_input_grad[0]
         rows = _with_positions(logits)
-        reduction = options[-1]
+        alpha, reduction = options[-3], options[-1]
         if backend.backend_of(logits.device) == "reference":
             *results, dlogits = reference.iw_cross_entropy(rows, target, samples, *options, need_gradient)
             if inplace and need_gradient:
@@ -85,32 +86,49 @@ class _IWCrossEntropy(torch.autograd.Function):
             torch.autograd.graph.increment_version(logits)
         else:
             *results, dlogits = torch.ops.iwsgd_ext.iw_cross_entropy(rows, target, samples, *options, need_gradient)
-        loss, log_p, weights, bound = results
+        loss, log_p, weights, bound, outer = results
+        if process_group is not None:
+            # Equal numbers of samples on all ranks: the bound is the log-mean-exp of the ranks' bounds, and a rank's weights are
+            # those among its own samples times the rank's share.
+            ranks = [torch.empty_like(bound) for _ in range(process_group.size())]
+            torch.distributed.all_gather(ranks, bound, group=process_group)
+            bounds = torch.stack(ranks)
+            share = reference.importance_weights(bounds, alpha)[process_group.rank()]
+            bound, weights = reference.logmeanexp(bounds, alpha), weights * share
+            loss = -outer * bound if reduction == 0 else -(outer * bound).sum()
+            if need_gradient:
+                dlogits = _scale_units(dlogits, share, samples, out=dlogits)
         ctx.mark_non_differentiable(log_p, weights, bound)
         ctx.set_materialize_grads(False)
         if need_gradient:
-            ctx.save_for_backward(dlogits.view(logits.shape))
-            ctx.samples, ctx.per_unit = samples, reduction == 0
+            ctx.save_for_backward(dlogits)
+            ctx.samples, ctx.per_unit, ctx.shape = samples, reduction == 0, logits.shape
         return loss, log_p, weights, bound
 
     @staticmethod
     def backward(ctx, dloss: Tensor | None, *_):
+        none = (None,) * 13
         if dloss is None:
-            return None, None, None, None, *[None] * 10
+            return None, *none
         (dlogits,) = ctx.saved_tensors
-        if ctx.per_unit:  # [B] or [B * T]: one factor for all samples and classes of a unit
-            rows = dlogits.view(ctx.samples, -1, *dlogits.shape[1:])
-            batch = rows.shape[1]
-            positions = dlogits.shape[2:] if dloss.numel() != batch or dlogits.dim() == 2 else [1] * (dlogits.dim() - 2)
-            factor = dloss.view(batch, 1, *positions)
-            result = torch.mul(rows, factor, out=torch.empty_like(rows)).view(dlogits.shape) if not torch.compiler.is_compiling() else (rows * factor).to(rows.dtype).view(dlogits.shape)
-        elif not torch.compiler.is_compiling() and dloss.device.type == "cpu" and float(dloss) == 1.0:
+        if ctx.per_unit:
+            result = _scale_units(dlogits, dloss, ctx.samples)
+        elif dloss.device.type == "cpu" and not torch.compiler.is_compiling() and float(dloss) == 1.0:
             result = dlogits  # the usual case costs no pass over memory
         else:
             result = dlogits * dloss
-        if torch.is_grad_enabled():
-            result = _NoSecondDerivative.apply(result, dloss)
-        return result, None, None, None, *[None] * 10
+        result = result.view(ctx.shape)
+        return (_NoSecondDerivative.apply(result, dloss) if torch.is_grad_enabled() else result), *none
+
+
+def _scale_units(dlogits: Tensor, factor: Tensor, samples: int, out: Tensor | None = None) -> Tensor:
+    """dlogits [S*B, C, T] times a factor per example [B] or per position [B*T], in the factor's precision, rounded once."""
+    rows = dlogits.unflatten(0, (samples, -1))
+    factor = factor.view(rows.shape[1], 1, -1)
+    if torch.compiler.is_compiling():
+        return (rows * factor).to(rows.dtype).flatten(0, 1)
+    out = torch.empty_like(rows) if out is None else out.unflatten(0, (samples, -1))
+    return torch.mul(rows, factor, out=out).flatten(0, 1)
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -145,6 +163,7 @@ def iw_cross_entropy(
     example_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     inplace: bool = False,
+    process_group=None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, IWStats]:
     r"""Importance weighted cross-entropy: the loss whose gradient weights S noise samples by their likelihoods.
@@ -180,6 +199,10 @@ def iw_cross_entropy(
             still counts in the mean of c; use ``ignore_index`` for padding.
         normalizer: N, instead of the sum of d: for gradient accumulation and data parallelism. A number or a tensor of one element.
         inplace: the gradient is written over ``logits``, which then must not be used again. Saves their size in memory.
+        process_group: a torch.distributed group whose ranks hold ``samples`` noise samples each of the same examples (give each rank
+            its own ``sample_ids``). Loss and bound are those of all samples, on every rank; the gradient is that of the rank's own
+            samples, so gradients of parameters must be summed over the ranks, not averaged. ``return_stats`` gives the rank's own
+            samples' log-likelihoods and weights.
         return_stats: return (loss, :class:`IWStats`).
 
     Returns:
@@ -228,11 +251,11 @@ def iw_cross_entropy(
         normalizer,
         ignore_index,
         float(label_smoothing),
-        1.0 if samples == 1 else float(alpha),
+        1.0 if samples == 1 and process_group is None else float(alpha),
         level == "position",
         _REDUCTIONS.index(reduction),
     )
-    loss, log_p, weights, bound = _IWCrossEntropy.apply(logits, target.contiguous(), samples, inplace, *options)
+    loss, log_p, weights, bound = _IWCrossEntropy.apply(logits, target.contiguous(), samples, inplace, process_group, *options)
     shape = (batch, *spatial) if level == "position" else (batch,)
     if reduction == "none":
         loss = loss.view(shape)
@@ -327,6 +350,7 @@ class IWCrossEntropyLoss(nn.Module):
         alpha: float = 1.0,
         level: Level = "example",
         inplace: bool = False,
+        process_group=None,
         return_stats: bool = False,
     ):
         super().__init__()
@@ -340,6 +364,7 @@ class IWCrossEntropyLoss(nn.Module):
             alpha=alpha,
             level=level,
             inplace=inplace,
+            process_group=process_group,
             return_stats=return_stats,
         )
 

@@ -168,7 +168,7 @@ def iw_cross_entropy(
     per_position: bool,
     reduction: int,
     need_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """The importance weighted cross-entropy and its gradient (eq 4, 7 and 8), see :func:`iwsgd_ext.iw_cross_entropy`.
 
     Args:
@@ -180,8 +180,8 @@ def iw_cross_entropy(
         reduction: 0 none, 1 mean, 2 sum.
 
     Returns:
-        loss (one value, or [units]), log-likelihoods [S, units], importance weights [S, units], bound [units], and dlogits
-        [S*B, C, T] (or [0]) for an upstream gradient of one.
+        loss (one value, or [units]), log-likelihoods [S, units], importance weights [S, units], bound L [units], outer
+        weight over the denominator [units] (loss = -sum outer L), and dlogits [S*B, C, T] (or [0]) for an upstream gradient of one.
     """
     acc = torch.promote_types(logits.dtype, torch.float32)
     rows, classes, positions = logits.shape
@@ -218,14 +218,14 @@ def iw_cross_entropy(
         outer_example = e
     l = torch.where(outer > 0, l / torch.where(outer > 0, outer, 1), l)
     bound, w = logmeanexp(l, alpha), importance_weights(l, alpha)
-    outer = outer * outer_example
 
     denominator = normalizer.reshape(()) if normalizer is not None else d.sum() if reduction == 1 else zero + 1
     scale = torch.where(denominator == 0, zero, 1 / denominator)
+    outer = outer * outer_example * scale
     of_unit = torch.where((outer == 0) & ~bound.isnan(), zero, -outer * bound)
-    loss = (of_unit if reduction == 0 else of_unit.sum()) * scale
+    loss = of_unit if reduction == 0 else of_unit.sum()
     if not need_gradient:
-        return loss, l, w, bound, logits.new_empty(0)
+        return loss, l, w, bound, outer, logits.new_empty(0)
     inner = w.view(samples, batch, -1) * (e[:, None] * scale)  # [S, B, T or 1]
     p = torch.exp(log_p)
     dlogits = c[:, None] * p
@@ -234,4 +234,4 @@ def iw_cross_entropy(
     if hot is not None:
         dlogits = dlogits - (m * hot)[:, None] * torch.zeros_like(p[0]).scatter_(1, label[:, None], 1.0)
     dlogits = torch.where(counted[:, None], inner[:, :, None] * dlogits, zero)
-    return loss, l, w, bound, dlogits.view(rows, classes, positions).to(logits.dtype)
+    return loss, l, w, bound, outer, dlogits.view(rows, classes, positions).to(logits.dtype)

@@ -100,8 +100,7 @@ void run(const LossArguments<T, A>& a) {
     denominator = *a.normalizer;
   else if (a.reduction == Reduction::mean)
     denominator = terms.denominator;
-  if (a.reduction == Reduction::none && a.normalizer == nullptr) denominator = 1;
-  const A scale = denominator == 0 ? A(0) : static_cast<A>(1.0 / denominator);
+  const double scale = denominator == 0 ? 0.0 : 1.0 / denominator;
 
   const bool joint = !a.per_position && a.positions_each > 1;
   const int64_t positions = a.positions(), unit_positions = joint ? a.positions_each : 1, units = a.units();
@@ -119,7 +118,7 @@ void run(const LossArguments<T, A>& a) {
     IWSGD_ISA_CALL(weigh, a, first, last);
   };
   const auto gradient = [&](const Statistics<A>& stats, int64_t first, int64_t last) {
-    if (a.dlogits != nullptr) IWSGD_ISA_CALL(gradient, a, terms.c.data(), scale, stats, first, last);
+    if (a.dlogits != nullptr) IWSGD_ISA_CALL(gradient, a, terms.c.data(), static_cast<A>(scale), stats, first, last);
   };
   const auto with_statistics = [&](int64_t first, int64_t count, const auto& body) {
     const std::unique_ptr<A[]> memory(new A[3 * a.S * std::max<int64_t>(count, 1)]);
@@ -151,14 +150,13 @@ void run(const LossArguments<T, A>& a) {
   double loss = 0;
   for (int64_t unit = 0; unit < units; ++unit) {
     const double example = a.example_weight != nullptr ? a.example_weight[a.per_position ? unit / a.positions_each : unit] : 1.0;
-    const double outer = example * terms.outer[unit];
+    const double outer = example * terms.outer[unit] * scale;
     const double of_unit = outer == 0 && a.bound[unit] == a.bound[unit] ? 0.0 : -outer * a.bound[unit];  // not 0 * infinity
-    if (a.reduction == Reduction::none)
-      a.loss[unit] = static_cast<A>(of_unit * scale);
-    else
-      loss += of_unit;
+    a.outer[unit] = static_cast<A>(outer);
+    if (a.reduction == Reduction::none) a.loss[unit] = static_cast<A>(of_unit);
+    loss += of_unit;
   }
-  if (a.reduction != Reduction::none) *a.loss = denominator == 0 ? A(0) : static_cast<A>(loss / denominator);
+  if (a.reduction != Reduction::none) *a.loss = static_cast<A>(loss);
 }
 
 template <class A>
@@ -166,7 +164,7 @@ const A* data_or_null(const std::optional<Tensor>& x) {
   return x ? data<A>(*x) : nullptr;
 }
 
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // loss, log_p, weights, bound, outer
 
 // dlogits: where the gradient goes (it may be logits itself), or nothing.
 Outputs forward(const Tensor& logits, const Tensor& target, int64_t samples, const std::optional<Tensor>& class_weight,
@@ -178,6 +176,7 @@ Outputs forward(const Tensor& logits, const Tensor& target, int64_t samples, con
   const Tensor log_p = torch::stable::new_empty(logits, {samples, units}, type);
   const Tensor weights = torch::stable::new_empty(logits, {samples, units}, type);
   const Tensor bound = torch::stable::new_empty(logits, {units}, type);
+  const Tensor outer = torch::stable::new_empty(logits, {units}, type);
   const bool none = static_cast<Reduction>(reduction) == Reduction::none;
   const Tensor loss = none ? torch::stable::new_empty(logits, {units}, type) : torch::stable::new_empty(logits, {}, type);
   dispatch_floating(logits, [&](auto* pointer) {
@@ -204,20 +203,21 @@ Outputs forward(const Tensor& logits, const Tensor& target, int64_t samples, con
     a.per_position = per_position;
     a.alpha = samples == 1 ? 1.0 : alpha;
     a.loss = mutable_data<A>(loss), a.log_p = mutable_data<A>(log_p), a.weights = mutable_data<A>(weights), a.bound = mutable_data<A>(bound);
+    a.outer = mutable_data<A>(outer);
     run(a);
   });
-  return {loss, log_p, weights, bound};
+  return {loss, log_p, weights, bound, outer};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> iw_cross_entropy(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> iw_cross_entropy(
     Tensor logits, Tensor target, int64_t samples, std::optional<Tensor> class_weight, std::optional<Tensor> example_weight,
     std::optional<Tensor> position_weight, std::optional<Tensor> normalizer, int64_t ignore_index, double smoothing, double alpha,
     bool per_position, int64_t reduction, bool need_gradient) {
   const Tensor dlogits = need_gradient ? torch::stable::empty_like(logits) : torch::stable::new_empty(logits, {0});
-  auto [loss, log_p, weights, bound] =
+  auto [loss, log_p, weights, bound, outer] =
       forward(logits, target, samples, class_weight, example_weight, position_weight, normalizer, ignore_index, smoothing, alpha,
               per_position, reduction, need_gradient ? std::optional<Tensor>(dlogits) : std::nullopt);
-  return {loss, log_p, weights, bound, dlogits};
+  return {loss, log_p, weights, bound, outer, dlogits};
 }
 
 Outputs iw_cross_entropy_inplace(Tensor logits, Tensor target, int64_t samples, std::optional<Tensor> class_weight,
