@@ -27,6 +27,9 @@ from setuptools import Extension, setup
 ROOT = Path(__file__).parent.resolve()
 STABLE_ABI = "0x020a000000000000ULL"  # torch 2.10
 WINDOWS = sys.platform == "win32"
+# g++ 12 takes the undefined registers of AVX-512 intrinsics for uninitialized variables
+CXX_FLAGS = ["-O3", "-std=c++17", "-g0", "-fvisibility=hidden", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
 
 
 def torch_tools():
@@ -74,7 +77,7 @@ def want_cuda(torch) -> bool:
 
 def ops_library(torch, cpp_extension) -> Extension:
     sources = sorted(glob("csrc/cpu/*.cpp"))
-    compile_args = {"cxx": ["-O3", "-std=c++17", "-g0", "-fvisibility=hidden", "-Wno-uninitialized", "-Wno-maybe-uninitialized", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]}
+    compile_args = {"cxx": [*CXX_FLAGS, f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]}
     link_args = ["-Wl,-s"] if sys.platform == "linux" else []
     libraries, library_dirs = ["torch", "torch_cpu", "c10"], cpp_extension.library_paths()
     if want_cuda(torch):
@@ -95,6 +98,7 @@ def ops_library(torch, cpp_extension) -> Extension:
         libraries=libraries,
         extra_compile_args=compile_args,
         extra_link_args=link_args,
+        depends=HEADERS,
         language="c++",
     )
 
@@ -113,7 +117,9 @@ def info_module(torch, cpp_extension) -> Extension:
         sorted(glob("csrc/python/*.cpp")),
         include_dirs=[include],
         define_macros=[("IWSGD_TORCH_VERSION", f'"{torch.__version__}"'), ("IWSGD_CUDA_ARCHITECTURES", f'"{arch}"')],
-        extra_compile_args={"cxx": ["-O2", "-std=c++17", "-g0", "-fvisibility=hidden", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]},
+        extra_compile_args={"cxx": CXX_FLAGS},
+        depends=HEADERS,
+        optional=True,  # needs Python's headers; the operators do not
         language="c++",
     )
 

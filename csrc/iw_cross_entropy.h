@@ -44,8 +44,24 @@ struct LossArguments {
 
   int64_t positions() const { return B * positions_each; }
   int64_t units() const { return per_position ? B * positions_each : B; }
-  const T* row(int64_t s, int64_t b, int64_t t) const { return logits + (s * B + b) * row_stride + t * position_stride; }
-  T* drow(int64_t s, int64_t b, int64_t t) const { return dlogits + (s * B + b) * drow_stride + t * dposition_stride; }
+  bool shares_weights() const { return !per_position && positions_each > 1; }  // several positions in a unit
+  const T* row(int64_t s, int64_t position) const {
+    return positions_each == 1 ? logits + (s * B + position) * row_stride
+                               : logits + (s * B + position / positions_each) * row_stride + position % positions_each * position_stride;
+  }
+  T* drow(int64_t s, int64_t position) const {
+    return positions_each == 1 ? dlogits + (s * B + position) * drow_stride
+                               : dlogits + (s * B + position / positions_each) * drow_stride + position % positions_each * dposition_stride;
+  }
+  // From one position to the next: of an example, or of the next example where each has one.
+  int64_t lane_stride() const { return positions_each == 1 ? row_stride : position_stride; }
+  int64_t dlane_stride() const { return positions_each == 1 ? drow_stride : dposition_stride; }
+  A weight(int64_t s, int64_t position) const {
+    return weights[s * units() + (shares_weights() ? position / positions_each : position)];
+  }
+  A example_weight_of(int64_t position) const {
+    return example_weight == nullptr ? A(1) : example_weight[positions_each == 1 ? position : position / positions_each];
+  }
   bool ignored(int64_t position) const { return labels != nullptr && labels[position] == ignore_index; }
 };
 
@@ -58,6 +74,7 @@ struct Statistics {
   int64_t first, stride;
   A* u;
   int64_t u_first, u_stride;
+  A* e;  // exp(z - max) [S, positions of a block, C], or null where it is taken anew for the gradient
   int64_t at(int64_t s, int64_t position) const { return s * stride + position - first; }
   A& likelihood(int64_t s, int64_t position) const { return u[s * u_stride + position - u_first]; }
 };

@@ -1,6 +1,6 @@
 """Importance weighted SGD for PyTorch: S noise samples per training example, through fused kernels."""
 
-from . import functional
+from . import backend, functional
 from .backend import backend_info, set_backend
 from .convert import convert, revert
 from .dropout import IWDropout, IWDropout1d, IWDropout2d, IWDropout3d, IWDropPath
@@ -9,6 +9,8 @@ from .likelihood import IWLoss, iw_logmeanexp
 from .sampling import sampling
 
 __version__ = "0.1.0"
+
+backend.load()
 
 __all__ = [
     "IWCrossEntropyLoss",

@@ -21,8 +21,8 @@ _built: dict[str, bool] = {"reference": True, "cpu": False, "cuda": False}
 _load_error: str | None = None
 
 
-def _load_library() -> None:
-    """Loads the compiled operators, if they were built, and notes which device's kernels they hold."""
+def load() -> None:
+    """Loads the compiled operators, if they were built, and notes which device's kernels they hold. Once, after the schemas."""
     global _load_error
     found = sorted(Path(__file__).parent.glob("_ops*.so")) + sorted(Path(__file__).parent.glob("_ops*.dll"))
     if found:
@@ -32,6 +32,8 @@ def _load_library() -> None:
             _load_error = f"{found[0].name} could not be loaded: {error}"
     for name, key in (("cpu", "CPU"), ("cuda", "CUDA")):
         _built[name] = torch._C._dispatch_has_kernel_for_dispatch_key("iwsgd_ext::noise", key)
+    if os.environ.get("IWSGD_BACKEND"):
+        set_backend(os.environ["IWSGD_BACKEND"])
 
 
 def set_backend(name: str | None) -> None:
@@ -98,8 +100,3 @@ def backend_info() -> dict:
 
 def _why_missing(name: str) -> str:
     return f"the {name} kernels are not in this installation ({_load_error or HOW_TO_BUILD[name]})"
-
-
-_load_library()
-if os.environ.get("IWSGD_BACKEND"):
-    set_backend(os.environ["IWSGD_BACKEND"])

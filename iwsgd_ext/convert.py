@@ -1,5 +1,6 @@
 """Swapping the noise layers of a model, in place, and making its training forward draw S noise samples by itself."""
 
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -129,8 +130,10 @@ class Conversion:
         if context is None:
             context = sampling(self.samples)
             context.own = True
+            if not torch.compiler.is_compiling():
+                context.frame = sys._getframe(1)
             context.__enter__()
-        context.converted.append((context.expand, context.batch))
+        context.converted.append((self, context.expand, context.batch))
         context.batch = None
         context.expand = {"first": "first", "input": "none"}.get(self.expand, "later")
         return self.expand_inputs(model, args, kwargs) if self.expand == "input" else None
@@ -138,10 +141,11 @@ class Conversion:
     def leave(self, model: nn.Module, args: tuple, output: Any) -> None:
         """After the forward, also one that raised."""
         context = current()
-        if not model.training or context is None or not context.converted:
+        if context is None or not context.converted or context.converted[-1][0] is not self:
             return
-        context.expand, context.batch = context.converted.pop()
+        _, context.expand, context.batch = context.converted.pop()
         if context.own and not context.converted:
+            context.frame = None
             context.__exit__(None, None, None)
 
     def expand_inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -149,18 +153,24 @@ class Conversion:
         context = current()
         if not module.training or context is None:
             return None
-        leaves = [v for v in tree_flatten((args, kwargs))[0] if isinstance(v, Tensor) and v.dim() > 0]
+        dim = context.batch_dim
+
+        def holds_rows(v: Any) -> bool:
+            return isinstance(v, Tensor) and -v.dim() <= dim < v.dim()
+
+        leaves = [v for v in tree_flatten((args, kwargs))[0] if holds_rows(v)]
         if not leaves:
             raise ValueError(f"expand={self.expand!r}: expected a tensor argument whose rows to expand, got none")
         context.expand = "none"
         if context.batch is None:
-            context.batch = leaves[0].shape[0]
+            context.batch = leaves[0].shape[dim]
         batch, samples = context.batch, context.samples
 
         def repeat(v: Any) -> Any:
-            if not isinstance(v, Tensor) or v.dim() == 0 or v.shape[0] != batch:
+            if not holds_rows(v) or v.shape[dim] != batch:
                 return v
-            return v.expand(samples, *v.shape).flatten(0, 1)
+            d = dim % v.dim()
+            return v.unsqueeze(d).expand(*v.shape[:d], samples, *v.shape[d:]).flatten(d, d + 1)
 
         if self.expand_args is None:
             return tree_map(repeat, args), tree_map(repeat, kwargs)

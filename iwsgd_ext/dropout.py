@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from .noise import Unit
+from .noise import DTYPES, Unit
 from .sampling import draw
 
 
@@ -23,8 +23,8 @@ class _Dropout(nn.modules.dropout._DropoutNd):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        if not x.is_floating_point():
-            raise TypeError(f"input of {type(self).__name__}: expected a floating-point tensor, got {x.dtype}")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"input of {type(self).__name__}: expected float32, float64, bfloat16 or float16, got {x.dtype}")
         if x.dim() == 0:
             raise ValueError(f"input of {type(self).__name__}: expected at least one dimension, which holds the rows, got a scalar")
         if self.dims is not None and x.dim() not in self.dims:

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .noise import Unit, make_origin, noise, threshold_of
-from .sampling import check_sample_ids
+from .noise import DTYPES, Rows, Unit, check_integer, check_sample_ids, make_origin, noise, threshold_of
 
 _ARGS = """
     Args:
@@ -19,7 +18,7 @@ _ARGS = """
         first_example: id of the first example, an int or an int64 tensor of one element.
         expand: draw K noises for each of B rows, or one for each of K*B rows.
         batch_dim: the dimension that holds the rows.
-        out: where the result goes, contiguous like the result; for calls that need no gradient.
+        out: where the result goes, contiguous (channels_last where x is); for calls that need no gradient.
 
     Returns:
         x * keep / (1 - p) with K*B rows, of x's dtype, computed in float32 (float64) and rounded once.
@@ -69,36 +68,33 @@ drop_path = _form("drop_path", "row", "Stochastic depth: whole rows are dropped,
 
 
 def _noise(x, p, unit, shape, dims, samples, seed, stream, sample_ids, first_example, expand, batch_dim, out) -> Tensor:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"x: expected a floating-point tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
-    if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        raise TypeError(f"x: expected float32, float64, bfloat16 or float16, got {x.dtype}")
+    if not isinstance(x, Tensor) or x.dtype not in DTYPES:
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"x: expected a tensor of float32, float64, bfloat16 or float16, got {got}")
     if x.dim() == 0 or (dims is not None and x.dim() not in dims):
         raise ValueError(f"x: expected {shape}, got {x.dim()}-D {tuple(x.shape)}")
+    if not isinstance(p, int | float) or isinstance(p, bool):
+        raise TypeError(f"p: expected a number in [0, 1], got {type(p).__name__}")
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"p: expected a probability in [0, 1], got {p}")
+    if not isinstance(samples, int | torch.SymInt) or isinstance(samples, bool):
+        raise TypeError(f"samples: expected an int, got {type(samples).__name__}")
     if samples < 1:
         raise ValueError(f"samples: expected an integer >= 1, got {samples}")
     if not -x.dim() <= batch_dim < x.dim():
         raise ValueError(f"batch_dim: expected a dimension of x in [{-x.dim()}, {x.dim()}), got {batch_dim}")
     for name, value in (("seed", seed), ("stream", stream), ("first_example", first_example)):
-        if isinstance(value, Tensor):
-            if value.dtype != torch.int64 or value.numel() != 1:
-                raise TypeError(f"{name}: expected an int or an int64 tensor of one element, got {value.dtype} {tuple(value.shape)}")
-        elif not isinstance(value, int) and not isinstance(value, torch.SymInt):
-            raise TypeError(f"{name}: expected an int or an int64 tensor of one element, got {type(value).__name__}")
+        check_integer(name, value)
     batch_dim = batch_dim % x.dim()
     rows = x.shape[batch_dim]
     if not expand and rows % samples != 0:
         raise ValueError(f"x: expected a number of rows divisible by samples={samples} where expand=False, got {rows} rows")
     if sample_ids is not None:
-        if not isinstance(sample_ids, Tensor):
-            sample_ids = torch.tensor(list(sample_ids), dtype=torch.int64)
-        check_sample_ids(sample_ids, samples)
+        sample_ids = check_sample_ids(sample_ids, samples)
         examples = rows if expand else rows // samples
         if sample_ids.dim() == 2 and sample_ids.shape[1] != examples:
             raise ValueError(f"sample_ids: expected [{samples}, {examples}], got {tuple(sample_ids.shape)}")
-        sample_ids = sample_ids.to(x.device).contiguous()
+        sample_ids = sample_ids.to(x.device)
     if out is not None:
         result = list(x.shape)
         result[batch_dim] = rows * samples if expand else rows
@@ -106,11 +102,13 @@ def _noise(x, p, unit, shape, dims, samples, seed, stream, sample_ids, first_exa
             raise ValueError("out: expected a call that needs no gradient, but x requires grad")
         if list(out.shape) != result or out.dtype != x.dtype or out.device != x.device:
             raise ValueError(f"out: expected {result} {x.dtype} on {x.device}, got {list(out.shape)} {out.dtype} on {out.device}")
-        if not out.is_contiguous():
-            raise ValueError(f"out: expected a contiguous tensor, got strides {out.stride()}")
+        layout = Rows.of(x, batch_dim)
+        if not out.permute(layout.order(x.dim())).is_contiguous():
+            order = "channels_last" if layout.channels_last else "contiguous"
+            raise ValueError(f"out: expected a tensor that is {order}, as the result is, got strides {out.stride()}")
     # As ints where they are: a tensor made of them would cost a copy to the device at each call.
-    stream_int, stream = (stream, 0) if isinstance(stream, int | torch.SymInt) else (0, stream)
-    first_int, first_example = (first_example, 0) if isinstance(first_example, int | torch.SymInt) else (0, first_example)
+    stream_int, stream = (0, stream) if isinstance(stream, Tensor) else (stream % 2**32, 0)
+    first_int, first_example = (0, first_example) if isinstance(first_example, Tensor) else (first_example % 2**32, 0)
     return noise(
         x,
         threshold_of(p),

@@ -1,6 +1,7 @@
 """The loss op: softmax cross-entropy, log-mean-exp over noise samples, importance weights and gradient in one pass."""
 
 import math
+from numbers import Real
 from typing import Literal, NamedTuple
 
 import torch
@@ -75,7 +76,7 @@ class _IWCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, target: Tensor, samples: int, inplace: bool, process_group, *options):
         need_gradient = ctx.needs_input_grad[0]
-        rows = _with_positions(logits)
+        rows = _with_positions(logits.detach())  # a view that autograd tracks could not be unpacked after a change in place
         alpha, reduction = options[-3], options[-1]
         if backend.backend_of(logits.device) == "reference":
             *results, dlogits = reference.iw_cross_entropy(rows, target, samples, *options, need_gradient)
@@ -97,7 +98,7 @@ class _IWCrossEntropy(torch.autograd.Function):
             bound, weights = reference.logmeanexp(bounds, alpha), weights * share
             loss = -outer * bound if reduction == 0 else -(outer * bound).sum()
             if need_gradient:
-                dlogits = _scale_units(dlogits, share, samples, out=dlogits)
+                dlogits = _scale(dlogits, share, samples, out=dlogits)
         ctx.mark_non_differentiable(log_p, weights, bound)
         ctx.set_materialize_grads(False)
         if need_gradient:
@@ -111,20 +112,21 @@ class _IWCrossEntropy(torch.autograd.Function):
         if dloss is None:
             return None, *none
         (dlogits,) = ctx.saved_tensors
-        if ctx.per_unit:
-            result = _scale_units(dlogits, dloss, ctx.samples)
-        elif dloss.device.type == "cpu" and not torch.compiler.is_compiling() and float(dloss) == 1.0:
-            result = dlogits  # the usual case costs no pass over memory
-        else:
-            result = dlogits * dloss
-        result = result.view(ctx.shape)
-        return (_NoSecondDerivative.apply(result, dloss) if torch.is_grad_enabled() else result), *none
+        # The usual case costs no pass over memory. A retained graph needs its dlogits again, whatever is done to the gradient.
+        usual = not ctx.per_unit and dloss.device.type == "cpu" and not torch.compiler.is_compiling() and float(dloss) == 1.0
+        usual = usual and not torch._C._autograd._get_current_graph_task_keep_graph()
+        result = (dlogits if usual else _scale(dlogits, dloss, ctx.samples)).view(ctx.shape)
+        if torch.is_grad_enabled():  # dloss alone may not require grad, and a second derivative would be zero in silence
+            result = _NoSecondDerivative.apply(result, torch.empty(0, requires_grad=True))
+        return result, *none
 
 
-def _scale_units(dlogits: Tensor, factor: Tensor, samples: int, out: Tensor | None = None) -> Tensor:
-    """dlogits [S*B, C, T] times a factor per example [B] or per position [B*T], in the factor's precision, rounded once."""
+def _scale(dlogits: Tensor, factor: Tensor, samples: int, out: Tensor | None = None) -> Tensor:
+    """dlogits [S*B, C, T] times a factor [], per example [B] or per position [B*T], in the factor's precision, rounded once."""
     rows = dlogits.unflatten(0, (samples, -1))
-    factor = factor.view(rows.shape[1], 1, -1)
+    batch, positions = rows.shape[1], rows.shape[3]
+    # A factor without dimensions would be rounded to the type of dlogits first.
+    factor = factor.view(1, 1, 1) if factor.dim() == 0 else factor.view(batch, 1, positions if factor.numel() == batch * positions else 1)
     if torch.compiler.is_compiling():
         return (rows * factor).to(rows.dtype).flatten(0, 1)
     out = torch.empty_like(rows) if out is None else out.unflatten(0, (samples, -1))
@@ -225,14 +227,19 @@ def iw_cross_entropy(
     batch, classes, spatial = logits.shape[0] // samples, logits.shape[1], logits.shape[2:]
     _check(reduction in _REDUCTIONS, "reduction", "'none', 'mean' or 'sum'", repr(reduction))
     _check(level in ("example", "position"), "level", "'example' or 'position'", repr(level))
+    numbers = (("label_smoothing", label_smoothing, Real), ("alpha", alpha, Real), ("ignore_index", ignore_index, int | torch.SymInt))
+    for name, value, kind in numbers:
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     _check(0.0 <= label_smoothing <= 1.0, "label_smoothing", "a number in [0, 1]", label_smoothing)
     _check(alpha >= 0.0 and not math.isnan(alpha), "alpha", "a number >= 0 or inf", alpha)
-    target = target.reshape(batch, -1) if target.dtype == torch.int64 else target.reshape(batch, classes, -1).to(acc)
+    positions = math.prod(spatial)
+    target = target.reshape(batch, positions) if target.dtype == torch.int64 else target.reshape(batch, classes, positions).to(acc)
     weight = _option("weight", weight, logits, acc, [(classes,)])
     example_weight = _option("example_weight", example_weight, logits, acc, [(batch,), (batch, *spatial)])
     position_weight = None
     if example_weight is not None and example_weight.dim() > 1:
-        example_weight, position_weight = None, example_weight.reshape(batch, -1)
+        example_weight, position_weight = None, example_weight.reshape(batch, positions)
     if normalizer is not None and not isinstance(normalizer, Tensor):
         normalizer = torch.full((), normalizer, dtype=acc, device=logits.device)
     if normalizer is not None:
@@ -240,22 +247,31 @@ def iw_cross_entropy(
         normalizer = normalizer.detach().to(device=logits.device, dtype=acc).reshape(())
     if inplace:
         _check(not (logits.is_leaf and logits.requires_grad), "inplace", "logits that a model computed", "a leaf that requires grad")
+        expanded = any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True))
+        _check(not expanded, "inplace", "logits with memory for each element", f"an expanded tensor, strides {logits.stride()}")
         mergeable = logits.dim() <= 3 or all(
             logits.stride(d) == logits.stride(d + 1) * logits.shape[d + 1] for d in range(2, logits.dim() - 1)
         )
         _check(mergeable, "inplace", "logits whose position dimensions are adjacent in memory", f"strides {logits.stride()}")
+    # NOTE [float16 gradients]
+    # dlogits is made in forward, before the upstream gradient is known. Over a large denominator float16 would lose it (below 6e-8),
+    # and a loss scale in the upstream gradient could not bring it back: so the denominator is left to backward too.
+    late = logits.dtype == torch.float16 and (reduction == "mean" or normalizer is not None)
     options = (
         weight,
         example_weight,
         position_weight,
-        normalizer,
+        None if late else normalizer,
         ignore_index,
         float(label_smoothing),
         1.0 if samples == 1 and process_group is None else float(alpha),
         level == "position",
-        _REDUCTIONS.index(reduction),
+        _REDUCTIONS.index("sum" if late and reduction == "mean" else reduction),
     )
     loss, log_p, weights, bound = _IWCrossEntropy.apply(logits, target.contiguous(), samples, inplace, process_group, *options)
+    if late:
+        n = _denominator(target, weight, example_weight, position_weight, ignore_index, acc) if normalizer is None else normalizer
+        loss = loss * torch.where(n == 0, 0, 1 / n)
     shape = (batch, *spatial) if level == "position" else (batch,)
     if reduction == "none":
         loss = loss.view(shape)
@@ -264,9 +280,26 @@ def iw_cross_entropy(
     return loss, IWStats(log_p.view(samples, *shape), weights.view(samples, *shape), bound.view(shape))
 
 
+def _denominator(target, weight, example_weight, position_weight, ignore_index: int, acc: torch.dtype) -> Tensor:
+    """The sum of d, as the kernels have it: weights of the labels that are not ignored; 1 for probabilities."""
+    if target.dtype == torch.int64:
+        counted = target != ignore_index
+        d = counted.to(acc) if weight is None else torch.where(counted, weight[torch.where(counted, target, 0)], 0)
+    else:
+        d = torch.ones(target.shape[0], target.shape[2], dtype=acc, device=target.device)
+    d = d if position_weight is None else d * position_weight
+    return (d if example_weight is None else d * example_weight[:, None]).sum()
+
+
 def _check(condition: bool, name: str, expected: str, got) -> None:
     if not condition:
         raise ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def _check_samples(samples: int) -> None:
+    if isinstance(samples, bool) or not isinstance(samples, int | torch.SymInt):
+        raise TypeError(f"samples: expected an int, got {type(samples).__name__}")
+    _check(samples >= 1, "samples", "an integer >= 1", samples)
 
 
 def _option(name: str, value: Tensor | None, logits: Tensor, acc: torch.dtype, shapes: list[tuple[int, ...]]) -> Tensor | None:
@@ -288,7 +321,7 @@ def _check_logits(logits: Tensor, target: Tensor, samples: int) -> None:
         raise TypeError(f"logits: expected float32, float64, bfloat16 or float16, got {logits.dtype}")
     if target.dtype != torch.int64 and not target.is_floating_point():
         raise TypeError(f"target: expected class indices of int64 or floating-point class probabilities, got {target.dtype}")
-    _check(samples >= 1, "samples", "an integer >= 1", samples)
+    _check_samples(samples)
     _check(logits.dim() >= 2, "logits", "[samples * batch, classes, ...]", f"shape {tuple(logits.shape)}")
     _check(logits.device == target.device, "target", f"a tensor on the logits' device {logits.device}", target.device)
     _check(not target.requires_grad, "target", "a tensor that does not require grad", "one that does")
@@ -311,8 +344,8 @@ def _check_logits(logits: Tensor, target: Tensor, samples: int) -> None:
 def _diagnosis(rows: int, samples: int, batch: int) -> str:
     if rows == batch:
         return (
-            "There is one row for each target: the model is in eval mode, has no noise layer, or ran outside iw.sampling. "
-            "Use samples=1 there (IWCrossEntropyLoss.eval() does)."
+            "There is one row for each target: the model is in eval mode, has no noise layer, or ran outside iw.sampling; use samples=1 "
+            "there (IWCrossEntropyLoss.eval() does). Or the targets were repeated over the samples, which they must not be."
         )
     if batch and samples > 1 and rows == samples * samples * batch:
         return "There are samples^2 rows for each target: a second layer expanded rows that were expanded already."
@@ -354,7 +387,7 @@ class IWCrossEntropyLoss(nn.Module):
         return_stats: bool = False,
     ):
         super().__init__()
-        _check(samples >= 1, "samples", "an integer >= 1", samples)
+        _check_samples(samples)
         self.samples = samples
         self.register_buffer("weight", weight)
         self.options = dict(

@@ -4,6 +4,7 @@
 given tensor. Saved for backward: the address, nothing that grows with the tensor.
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from . import backend, reference
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Unit = Literal["element", "channel", "row"]  # what shares one draw: nothing, a channel, or a whole example
 
 _ADDRESS = (
@@ -69,6 +71,28 @@ def make_origin(seed: int | Tensor, stream: int | Tensor, first_example: int | T
         return torch.tensor(signed, dtype=torch.int64, device=device)
     parts = (make_origin(v, 0, 0, device)[0] if isinstance(v, int) else v.to(device).reshape(()) for v in (seed, stream, first_example))
     return torch.stack(list(parts))
+
+
+def check_integer(name: str, value: int | Tensor) -> None:
+    """One part of an address, as a user gives it."""
+    got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    of_tensor = isinstance(value, Tensor) and value.dtype == torch.int64 and value.numel() == 1
+    if not of_tensor and (isinstance(value, bool) or not isinstance(value, int | torch.SymInt)):
+        raise TypeError(f"{name}: expected an int or an int64 tensor of one element, got {got}")
+
+
+def check_sample_ids(sample_ids: Tensor | Sequence[int], samples: int) -> Tensor:
+    """The ids of ``samples`` noise samples, int64 [K] or [K, B] and contiguous, as the kernels read them."""
+    if not isinstance(sample_ids, Tensor):
+        ids = list(sample_ids) if isinstance(sample_ids, Sequence) else [None]
+        if not all(isinstance(v, int) for v in ids):
+            raise TypeError(f"sample_ids: expected an int64 tensor or a sequence of ints, got {sample_ids!r}")
+        sample_ids = torch.tensor(ids, dtype=torch.int64)
+    if sample_ids.dtype != torch.int64:
+        raise TypeError(f"sample_ids: expected int64, got {sample_ids.dtype}")
+    if sample_ids.dim() not in (1, 2) or sample_ids.shape[0] != samples:
+        raise ValueError(f"sample_ids: expected [{samples}] or [{samples}, batch] as samples={samples}, got {tuple(sample_ids.shape)}")
+    return sample_ids.contiguous()
 
 
 def threshold_of(p: float) -> int:

@@ -95,7 +95,7 @@ def noise(
     x = x.view(outer, 1, examples, inner) if expand else x.reshape(outer, samples, examples, inner)
     y = _multiply(x, keep_scale(threshold))
     y = torch.where(_keep(y[:, 0], examples, samples, address), y, torch.zeros((), dtype=y.dtype, device=y.device))
-    return y.to(x.dtype).reshape(outer, samples * examples, inner)
+    return y.to(x.dtype).reshape(outer, samples * examples, inner).contiguous()
 
 
 def noise_sum(
@@ -115,7 +115,7 @@ def noise_sum(
     dy = dy.reshape(outer, samples, rows // samples, inner)
     y = _multiply(dy, 1.0)
     y = torch.where(_keep(y[:, 0], rows // samples, samples, address), y, torch.zeros((), dtype=y.dtype, device=y.device))
-    return (y.sum(1) * keep_scale(threshold)).to(dy.dtype)
+    return (y.sum(1) * keep_scale(threshold)).to(dy.dtype).contiguous()
 
 
 def _multiply(x: Tensor, scale: float) -> Tensor:
@@ -135,7 +135,7 @@ def logmeanexp(l: Tensor, alpha: float) -> Tensor:
         return l.mean(0)
     most = l.detach().amax(0)
     if alpha == float("inf"):
-        return torch.where(most.isnan(), l.mean(0), l.gather(0, l.detach().argmax(0, keepdim=True))[0])
+        return torch.where(most.isnan() | most.isneginf(), l.mean(0), l.gather(0, l.detach().argmax(0, keepdim=True))[0])
     dead = most == -float("inf")
     below = torch.where(dead, torch.zeros_like(l), l - most)
     return torch.where(dead, l.mean(0), most + torch.log1p(torch.expm1(alpha * below).mean(0)) / alpha)
@@ -149,7 +149,7 @@ def importance_weights(l: Tensor, alpha: float) -> Tensor:
     most = l.amax(0)
     if alpha == float("inf"):
         first = torch.arange(samples, device=l.device).view(-1, *[1] * (l.dim() - 1)) == l.argmax(0)
-        return torch.where(most.isnan(), most, first.to(l.dtype))
+        return torch.where(most.isnan(), most, torch.where(most.isneginf(), 1 / samples, first.to(l.dtype)))
     e = torch.where(most == -float("inf"), torch.ones_like(l), torch.exp(alpha * (l - most)))
     return e / e.sum(0)
 
@@ -186,7 +186,8 @@ def iw_cross_entropy(
     acc = torch.promote_types(logits.dtype, torch.float32)
     rows, classes, positions = logits.shape
     batch = rows // samples
-    log_p = torch.log_softmax(logits.to(acc), 1).view(samples, batch, classes, positions)
+    # along the last dimension, where torch adds up in several partial sums
+    log_p = torch.log_softmax(logits.to(acc).transpose(1, 2), 2).transpose(1, 2).contiguous().view(samples, batch, classes, positions)
     v = torch.ones(classes, dtype=acc, device=logits.device) if class_weight is None else class_weight
     m = torch.ones(batch, positions, dtype=acc, device=logits.device) if position_weight is None else position_weight
     e = torch.ones(batch, dtype=acc, device=logits.device) if example_weight is None else example_weight
@@ -196,6 +197,12 @@ def iw_cross_entropy(
     if target.dtype == torch.int64:
         counted = target != ignore_index
         label = torch.where(counted, target, 0)
+        if logits.device.type == "cpu" and not torch.compiler.is_compiling():
+            wrong = ((label < 0) | (label >= classes)).nonzero()
+            if len(wrong):
+                b, t = wrong[0].tolist()
+                got = f"{int(target[b, t])} in example {b}"
+                raise ValueError(f"target: expected class indices in [0, {classes}) or ignore_index {ignore_index}, got {got}")
         hot, d = (1 - smoothing) * v[label], v[label]
         u = hot * log_p.gather(2, label.expand(samples, batch, positions)[:, :, None])[:, :, 0]
         c = hot
@@ -226,7 +233,7 @@ def iw_cross_entropy(
     loss = of_unit if reduction == 0 else of_unit.sum()
     if not need_gradient:
         return loss, l, w, bound, outer, logits.new_empty(0)
-    inner = w.view(samples, batch, -1) * (e[:, None] * scale)  # [S, B, T or 1]
+    inner = w.view(samples, batch, positions if per_position else 1) * (e[:, None] * scale)  # [S, B, T or 1]
     p = torch.exp(log_p)
     dlogits = c[:, None] * p
     if soft is not None:

@@ -2,11 +2,12 @@
 
 import threading
 from collections.abc import Sequence
+from types import FrameType
 
 import torch
 from torch import Tensor
 
-from .noise import Unit, draw_origin, make_origin, noise, threshold_of
+from .noise import Unit, check_integer, check_sample_ids, draw_origin, make_origin, noise, threshold_of
 
 RESERVED_STREAM = 2**32 - 1  # for draws that are not a layer's own
 
@@ -64,22 +65,23 @@ class sampling:
             raise TypeError(f"samples: expected an int, got {type(samples).__name__}")
         if samples < 1:
             raise ValueError(f"samples: expected an integer >= 1, got {samples}")
-        if seed is not None and not isinstance(seed, int | Tensor):
-            raise TypeError(f"seed: expected an int, an int64 tensor or None, got {type(seed).__name__}")
+        for name, value in (("seed", seed), ("first_example", first_example)):
+            if value is not None:
+                check_integer(name, value)
         if expand not in ("first", "none"):
             raise ValueError(f"expand: expected 'first' or 'none' (see iw.convert for the others), got {expand!r}")
-        if sample_ids is not None and not isinstance(sample_ids, Tensor):
-            sample_ids = torch.tensor(list(sample_ids), dtype=torch.int64)
-        if sample_ids is not None:
-            check_sample_ids(sample_ids, samples)
+        if not isinstance(batch_dim, int):
+            raise TypeError(f"batch_dim: expected an int, got {type(batch_dim).__name__}")
         self.samples = samples
-        self.sample_ids = sample_ids
-        self.first_example = first_example
+        self.sample_ids = check_sample_ids(sample_ids, samples) if sample_ids is not None else None
+        self.first_example = first_example % 2**32 if isinstance(first_example, int) else first_example
         self.expand = expand
         self.batch_dim = batch_dim
         self.stream = 0
         self.own = False  # opened by a converted model for itself
-        self.converted: list[tuple[str, int | None]] = []  # what the converted models inside found, to be put back
+        # The call that opened it, where that is a model's: an interrupt (Ctrl-C) runs no hooks, so the context must end with the call.
+        self.frame: FrameType | None = None
+        self.converted: list[tuple[object, str, int | None]] = []  # the converted models inside, and what each found, to be put back
         self.batch: int | None = None  # B, once the first noise call has fixed it
         # An int becomes a tensor here, before any compiled region: as an int in a graph it would recompile for each new seed.
         self._seed = make_origin(seed, 0, 0, torch.device("cpu")) if seed is not None else None
@@ -95,6 +97,9 @@ class sampling:
     def draw(self, x: Tensor, p: float, unit: Unit, batch_dim: int | None) -> Tensor:
         """The noise of one layer's call: expands ``x`` or keeps its rows, and takes the next stream."""
         batch_dim = self.batch_dim if batch_dim is None else batch_dim
+        if not -x.dim() <= batch_dim < x.dim():
+            raise ValueError(f"batch_dim: expected a dimension of the input in [{-x.dim()}, {x.dim()}), got {batch_dim}")
+        batch_dim %= x.dim()
         rows = x.shape[batch_dim]
         expand, examples = self._expansion(rows)
         origin = self._origin_on(x.device)
@@ -123,7 +128,9 @@ class sampling:
         """(whether to expand, number of examples) for a tensor of ``rows`` rows."""
         samples = self.samples
         if self.expand == "later":
-            raise ValueError("A noise layer was called before the submodule at which this model expands; convert with expand='first' or 'input'")
+            raise ValueError(
+                "A noise layer was called before the submodule at which this model expands; convert with expand='first' or 'input'"
+            )
         if self.expand == "none":
             if rows % samples != 0:
                 raise ValueError(
@@ -158,16 +165,21 @@ class sampling:
         return origin
 
 
-def check_sample_ids(sample_ids: Tensor, samples: int) -> None:
-    if sample_ids.dtype != torch.int64:
-        raise TypeError(f"sample_ids: expected int64, got {sample_ids.dtype}")
-    if sample_ids.dim() not in (1, 2) or sample_ids.shape[0] != samples:
-        raise ValueError(f"sample_ids: expected [{samples}] or [{samples}, batch] for samples={samples}, got shape {tuple(sample_ids.shape)}")
-
-
 def current() -> sampling | None:
     """The innermost context of this thread, or None."""
-    return _stack.contexts[-1] if _stack.contexts else None
+    contexts = _stack.contexts
+    if not torch.compiler.is_compiling():
+        while contexts and contexts[-1].frame is not None and _has_ended(contexts[-1].frame):
+            contexts.pop()
+    return contexts[-1] if contexts else None
+
+
+def _has_ended(frame: FrameType) -> bool:
+    try:
+        frame.clear()  # refused while the frame runs
+    except RuntimeError:
+        return False
+    return True
 
 
 def draw(x: Tensor, p: float, unit: Unit, batch_dim: int | None) -> Tensor:

@@ -24,8 +24,7 @@
 namespace iwsgd {
 namespace {
 
-constexpr int64_t kBlockBytes = 256 * 1024;  // of logits and as much of gradient: together half of a 1 MiB cache
-constexpr int64_t kPanel = 16;               // rows worked on side by side, at most
+constexpr int64_t kGrainLogits = 16384;  // below this a second thread costs more than it brings
 
 // c of every position (0 where ignored), the outer weight of every unit, and sum d.
 template <class T, class A>
@@ -80,18 +79,6 @@ Terms<T, A> terms_of(const LossArguments<T, A>& a) {
   return terms;
 }
 
-// l[s, b] of examples whose positions share their weights, from u[s, b, t].
-template <class T, class A>
-void join_positions(const LossArguments<T, A>& a, const std::vector<A>& outer, const Statistics<A>& stats, int64_t first, int64_t last) {
-  for (int64_t s = 0; s < a.S; ++s)
-    for (int64_t b = first; b < last; ++b) {
-      const A* u = &stats.likelihood(s, b * a.positions_each);
-      double sum = 0;
-      for (int64_t t = 0; t < a.positions_each; ++t) sum += u[t];
-      a.log_p[s * a.B + b] = static_cast<A>(outer[b] > 0 ? sum / outer[b] : sum);
-    }
-}
-
 template <class T, class A>
 void run(const LossArguments<T, A>& a) {
   const Terms<T, A> terms = terms_of(a);
@@ -102,48 +89,35 @@ void run(const LossArguments<T, A>& a) {
     denominator = terms.denominator;
   const double scale = denominator == 0 ? 0.0 : 1.0 / denominator;
 
-  const bool joint = !a.per_position && a.positions_each > 1;
-  const int64_t positions = a.positions(), unit_positions = joint ? a.positions_each : 1, units = a.units();
-  const int64_t unit_bytes = a.S * unit_positions * a.C * static_cast<int64_t>(sizeof(T));
-  int64_t block = std::max<int64_t>(1, kBlockBytes / std::max<int64_t>(unit_bytes, 1));
-  if (!joint && block > kPanel) block -= block % kPanel;
-  if (!joint && a.C < 64) block = std::max(block, kPanel);
-  const int64_t threads = torch::stable::get_num_threads();
-
-  const auto statistics = [&](const Statistics<A>& stats, int64_t first, int64_t last) {
-    IWSGD_ISA_CALL(statistics, a, terms.c.data(), stats, first, last);
-  };
-  const auto weigh = [&](const Statistics<A>& stats, int64_t first, int64_t last) {
-    if (joint) join_positions(a, terms.outer, stats, first, last);
-    IWSGD_ISA_CALL(weigh, a, first, last);
-  };
-  const auto gradient = [&](const Statistics<A>& stats, int64_t first, int64_t last) {
-    if (a.dlogits != nullptr) IWSGD_ISA_CALL(gradient, a, terms.c.data(), static_cast<A>(scale), stats, first, last);
-  };
-  const auto with_statistics = [&](int64_t first, int64_t count, const auto& body) {
-    const std::unique_ptr<A[]> memory(new A[3 * a.S * std::max<int64_t>(count, 1)]);
-    A *max = memory.get(), *sum = max + a.S * count, *u = sum + a.S * count;
-    body(joint ? Statistics<A>{max, sum, first, count, u, first, count} : Statistics<A>{max, sum, first, count, a.log_p, 0, units});
-  };
-
-  if (joint && a.B < 4 * threads) {
-    with_statistics(0, positions, [&](const Statistics<A>& stats) {
-      torch::stable::parallel_for(0, positions, kPanel, [&](int64_t first, int64_t last) { statistics(stats, first, last); });
-      weigh(stats, 0, units);
-      torch::stable::parallel_for(0, positions, kPanel, [&](int64_t first, int64_t last) { gradient(stats, first, last); });
-    });
+  const A* c = terms.c.data();
+  const A* outer = terms.outer.data();
+  const A gradient_scale = static_cast<A>(scale);
+  const int64_t positions = a.positions(), units = a.units();
+  if (positions == 0) {  // examples without positions, or no examples
+    std::fill(a.log_p, a.log_p + a.S * units, A(0));
+    std::fill(a.weights, a.weights + a.S * units, static_cast<A>(1.0 / static_cast<double>(a.S)));
+    std::fill(a.bound, a.bound + units, A(0));
+    std::fill(a.outer, a.outer + units, A(0));
+    std::fill(a.loss, a.loss + (a.reduction == Reduction::none ? units : 1), A(0));
+    return;
+  }
+  const int64_t grain = std::max<int64_t>(1, kGrainLogits / std::max<int64_t>(a.S * a.C, 1));
+  if (a.shares_weights() && a.B < 4 * static_cast<int64_t>(torch::stable::get_num_threads())) {
+    // Too few examples to share out: the threads share the positions of each step.
+    std::vector<A> memory(3 * a.S * positions);
+    A *max = memory.data(), *sum = max + a.S * positions, *u = sum + a.S * positions;
+    const Statistics<A> stats{max, sum, 0, positions, u, 0, positions, nullptr};
+    torch::stable::parallel_for(0, positions, grain, [&](int64_t first, int64_t last) { IWSGD_ISA_CALL(statistics, a, c, stats, first, last); });
+    IWSGD_ISA_CALL(join_positions, a, outer, stats, 0, units);
+    IWSGD_ISA_CALL(weigh, a, 0, units);
+    if (a.dlogits != nullptr)
+      torch::stable::parallel_for(0, positions, grain, [&](int64_t first, int64_t last) {
+        IWSGD_ISA_CALL(gradients, a, c, gradient_scale, stats, first, last);
+      });
   } else {
-    const int64_t blocks = (units + block - 1) / block;
-    const int64_t grain = std::max<int64_t>(1, kBlockBytes / 8 / std::max<int64_t>(unit_bytes * block, 1));
-    torch::stable::parallel_for(0, blocks, grain, [&](int64_t first_block, int64_t last_block) {
-      for (int64_t k = first_block; k < last_block; ++k) {
-        const int64_t first = k * block, last = std::min(units, first + block);
-        with_statistics(first * unit_positions, (last - first) * unit_positions, [&](const Statistics<A>& stats) {
-          statistics(stats, first * unit_positions, last * unit_positions);
-          weigh(stats, first, last);
-          gradient(stats, first * unit_positions, last * unit_positions);
-        });
-      }
+    const int64_t unit_grain = a.shares_weights() ? std::max<int64_t>(1, grain / a.positions_each) : grain;
+    torch::stable::parallel_for(0, units, unit_grain, [&](int64_t first, int64_t last) {
+      IWSGD_ISA_CALL(solve, a, c, outer, gradient_scale, first, last);
     });
   }
 

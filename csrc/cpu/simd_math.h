@@ -51,24 +51,32 @@ inline double horizontal_max(vdouble v) {
 inline vfloat select(vint mask, vfloat v, vfloat w) { return (vfloat)(((vint)v & mask) | ((vint)w & ~mask)); }
 inline vdouble select(vlong mask, vdouble v, vdouble w) { return (vdouble)(((vlong)v & mask) | ((vlong)w & ~mask)); }
 
-// exp(x) for x <= 0, within 1.2e-7 of its value; exactly 0 below -87.3 (where float's normal range ends), NaN for NaN.
+// exp(x) for x <= 0, within 1e-7 of its value and (1 + |x|) * 6e-8 for the rounding of x; exactly 0 for -infinity, NaN for NaN. Below
+// -86.6, where the normal range of float comes to its end, AVX-512 gives subnormals and the others give 0.
 inline vfloat vexp(vfloat x) {
-  const vfloat lowest = splat<vfloat>(-87.3f);
-  const vint in_range = ~(vint)(x < lowest);  // NaN is in range
-  // x = n ln 2 + r with |r| <= ln 2 / 2; adding 1.5 * 2^23 rounds to an integer and leaves it in the low mantissa bits.
-  const vfloat magic = splat<vfloat>(12582912.0f);
-  const vfloat shifted = x * 1.44269504088896341f + magic;
+  // exp(x) = 2^t = 2^n 2^f, n an integer and |f| <= 1/2. Polynomial: least relative error of 2^f over [-1/2, 1/2], 1 at 0.
+  vfloat t = x * 1.44269504088896341f;
+#if IWSGD_AVX512
+  t = vmax(splat<vfloat>(-150.0f), t);  // NaN stays
+  const vfloat n = (vfloat)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const vfloat magic = splat<vfloat>(12582912.0f);  // 1.5 * 2^23: adding it rounds, and leaves n in the low bits
+  const vfloat shifted = t + magic;
   const vfloat n = shifted - magic;
-  const vfloat r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  // Minimax polynomial of (exp(r) - 1 - r) / r^2, of Moshier's Cephes library.
-  vfloat p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = (p * r) * r + r + 1.0f;
-  const vfloat scaled = (vfloat)((vint)p + ((vint)shifted << 23));  // times 2^n, n >= -126
-  return (vfloat)((vint)scaled & in_range);
+#endif
+  const vfloat f = t - n;
+  vfloat p = f * 1.4902517689e-4f + 1.3389582111e-3f;
+  p = p * f + 9.6200179572e-3f;
+  p = p * f + 5.5503651828e-2f;
+  p = p * f + 2.4022636856e-1f;
+  p = p * f + 6.9314718334e-1f;
+  p = p * f + 1.0f;
+#if IWSGD_AVX512
+  return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  const vint in_range = ~(vint)(t < splat<vfloat>(-125.0f));  // NaN is in range
+  return (vfloat)(((vint)p + ((vint)shifted << 23)) & in_range);
+#endif
 }
 inline vdouble vexp(vdouble x) {
   for (int i = 0; i < lanes<double>; ++i) x[i] = std::exp(x[i]);  // float64 is for checking, not for speed

@@ -1,0 +1,90 @@
+# Every target sets itself up: .venv once, then an in-place build whenever the sources changed. Environment variables of
+# setup.py (IWSGD_CUDA, TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS, CXX ...) pass through.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+VENV := $(CURDIR)/.venv
+PY := $(VENV)/bin/python
+CMAKE_BUILD := build/cmake
+SETUP := PATH='$(PATH)' $(PYTHON) tools/setup_env.py --torch '$(TORCH)'
+JOBS := $(or $(MAX_JOBS),$(shell getconf _NPROCESSORS_ONLN))
+# make has a CXX of its own where nobody chose one
+COMPILERS := $(if $(filter default undefined,$(origin CXX)),c++ g++ clang++,$(firstword $(CXX)))
+# torch's build looks for the program ninja on the PATH; set-up must not: there python3 is the interpreter that .venv is made from
+export PATH := $(VENV)/bin:$(PATH)
+# examples/ and bench/ import the package from the checkout
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+NATIVE_SOURCES := $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/* csrc/python/*)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build demo demo-short test test-fast ctest bench lint clean distclean FORCE
+.DELETE_ON_ERROR:
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo 'ARGS="..."        further arguments of the program that the target runs: make demo-short ARGS="--help"'
+	@echo 'PYTHON=python3.12 the interpreter that .venv is made from; its torch is used if it has one (2.11 or later)'
+	@echo 'TORCH=torch==...  what is fetched otherwise (now $(TORCH))'
+	@echo 'IWSGD_CUDA=1|0    build the CUDA kernels, or do not (default: where torch has CUDA and nvcc is found)'
+
+$(VENV)/.ready: tools/setup_env.py pyproject.toml
+	@$(SETUP)
+	@touch $@
+
+setup:  ## make or complete .venv, also where it is up to date
+	@$(SETUP)
+	@touch $(VENV)/.ready
+
+# Holds the settings of the last build, and changes only when they do.
+$(VENV)/.settings: FORCE $(VENV)/.ready
+	@settings='$(IWSGD_CUDA) $(IWSGD_NATIVE) $(TORCH_CUDA_ARCH_LIST) $(CUDA_HOME) $(COMPILERS)'; \
+	echo "$$settings" | cmp -s - $@ || echo "$$settings" > $@
+
+$(VENV)/.built: $(VENV)/.ready $(VENV)/.settings setup.py $(NATIVE_SOURCES)
+	@echo 'build: compiling the kernels in place (log: build/build.log)'
+	@mkdir -p build
+	@$(PY) setup.py build_ext --inplace --force > build/build.log 2>&1 || { cat build/build.log; exit 1; }
+	@grep '^iwsgd_ext:' build/build.log || true
+	@touch $@
+
+build: $(VENV)/.built  ## compile the kernels into iwsgd_ext/ (does nothing where nothing changed)
+
+demo: $(VENV)/.built  ## train on handwritten digits with several noise samples per example
+	$(PY) examples/digits.py $(ARGS)
+
+demo-short: $(VENV)/.built  ## the same, small
+	$(PY) examples/digits.py --quick $(ARGS)
+
+test: $(VENV)/.built  ## all tests, in Python and in C++
+	$(PY) -m pytest $(ARGS)
+	@if ! command -v cmake > /dev/null; then echo 'C++ tests left out: there is no cmake'; \
+	elif ! { $(foreach compiler,$(COMPILERS),command -v $(compiler) ||) false; } > /dev/null; then \
+	  echo 'C++ tests left out: there is no C++ compiler ($(COMPILERS))'; \
+	else $(MAKE) --no-print-directory ctest; fi
+
+test-fast: $(VENV)/.built  ## the Python tests without the slow ones
+	$(PY) -m pytest -m 'not slow' $(ARGS)
+
+ctest: $(VENV)/.ready  ## the C++ tests, built with CMake
+	@mkdir -p build
+	@cmake -S . -B $(CMAKE_BUILD) -DPython_EXECUTABLE=$(PY) -DIWSGD_CUDA=$(or $(IWSGD_CUDA),AUTO) > build/cmake.log 2>&1 || { cat build/cmake.log; exit 1; }
+	@echo 'ctest: compiling (log: build/cmake.log)'
+	@MAKEFLAGS= cmake --build $(CMAKE_BUILD) --parallel $(JOBS) >> build/cmake.log 2>&1 || { cat build/cmake.log; exit 1; }
+	cd $(CMAKE_BUILD) && ctest --output-on-failure
+
+bench: $(VENV)/.built  ## measure the kernels against plain PyTorch
+	$(PY) -m bench $(ARGS)
+
+lint: $(VENV)/.ready  ## check the Python code with ruff
+	@$(PY) -m ruff --version > /dev/null 2>&1 || $(SETUP) ruff
+	$(PY) -m ruff check $(or $(ARGS),.)
+
+clean:  ## remove what was built
+	rm -rf build dist *.egg-info iwsgd_ext/*.so .pytest_cache .hypothesis .ruff_cache $(VENV)/.built
+	find . -path ./.venv -prune -o -name __pycache__ -type d -print | xargs rm -rf
+
+distclean: clean  ## and .venv
+	rm -rf .venv

@@ -1,0 +1,1 @@
+"""Throughput of the kernels beside their limits and their peers: ``python -m bench``."""

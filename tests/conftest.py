@@ -1,0 +1,69 @@
+"""Fixtures that every test shares: where it runs, on which backend, and memory that is never zero by chance."""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+import iwsgd_ext as iw
+from iwsgd_ext.sampling import current
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+BUILT = iw.backend_info()["built"]
+
+# A function-scoped fixture (device, backend, the seed below) holds for all examples of a fuzz test: that is what is wanted here.
+hypothesis.settings.register_profile(
+    "iwsgd", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "iwsgd"))
+
+
+def pytest_generate_tests(metafunc):
+    """Every test that asks for ``device`` runs on each; one that asks for ``backend`` runs on each backend of each device."""
+    if "backend" in metafunc.fixturenames:
+        pairs = [(device, backend) for device in DEVICES for backend in ("reference", device) if BUILT[backend]]
+        metafunc.parametrize(("device", "backend"), pairs, indirect=True, ids=[f"{d}-{b}" if d != b else f"{d}-native" for d, b in pairs])
+    elif "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", DEVICES, indirect=True)
+
+
+@pytest.fixture
+def device(request) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def backend(device, request) -> str:
+    """The name of the backend that every op of the test runs on."""
+    before = iw.backend_info()["forced"]
+    iw.set_backend(request.param)
+    yield request.param
+    iw.set_backend(before)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """Fills memory fresh from ``torch.empty`` with NaN (integers: the largest), so that what nobody wrote is seen."""
+    algorithms, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(algorithms, warn_only=warn_only)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(20171204)
+
+
+@pytest.fixture(autouse=True)
+def _no_context_left():
+    """No test may leave a sampling context behind, whatever it raised."""
+    yield
+    left = current()
+    while current() is not None:
+        current().__exit__(None, None, None)
+    assert left is None

@@ -1,0 +1,162 @@
+"""The loss by its definition: Python loops over noise samples, examples and positions, and torch's autograd. The tests' truth."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Naive(NamedTuple):
+    """loss (() or [units]), log_p and weights [S, *unit], bound [*unit], and dlogits for the upstream gradient that was given."""
+
+    loss: Tensor
+    log_p: Tensor
+    weights: Tensor
+    bound: Tensor
+    dlogits: Tensor
+
+
+def bound_of(l: list[Tensor], alpha: float) -> Tensor:
+    """L of one unit from its log-likelihoods under each noise sample."""
+    if alpha == 0 or max(l) == -math.inf:
+        return sum(l) / len(l)
+    if alpha == math.inf:
+        return l[max(range(len(l)), key=lambda s: (float(l[s].detach()), -s))]
+    return (torch.logsumexp(alpha * torch.stack(l), 0) - math.log(len(l))) / alpha
+
+
+def weights_of(l: list[Tensor], alpha: float) -> list[Tensor]:
+    if alpha == 0 or max(l) == -math.inf:
+        return [torch.tensor(1 / len(l), dtype=l[0].dtype)] * len(l)
+    if alpha == math.inf:
+        best = max(range(len(l)), key=lambda s: (float(l[s].detach()), -s))
+        return [torch.tensor(float(s == best), dtype=l[0].dtype) for s in range(len(l))]
+    return list(torch.softmax(alpha * torch.stack(l), 0))
+
+
+def naive_loss(
+    logits: Tensor,
+    target: Tensor,
+    samples: int,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    alpha: float = 1.0,
+    level: str = "example",
+    example_weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    upstream: float | Tensor = 1.0,
+    dtype: torch.dtype = torch.float64,
+) -> Naive:
+    """The loss of ``iw_cross_entropy`` in ``dtype``, on the CPU, and its gradient for an upstream gradient."""
+
+    def number(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.detach().cpu().to(dtype)
+
+    z = logits.detach().cpu().to(dtype).requires_grad_()
+    target, weight, example_weight = target.cpu(), number(weight), number(example_weight)
+    batch, classes, spatial = target.shape[0], z.shape[1], z.shape[2:]
+    positions = math.prod(spatial)
+    rows = z.reshape(samples * batch, classes, positions).permute(0, 2, 1).reshape(-1, classes).unbind(0)
+    v = torch.ones(classes, dtype=dtype) if weight is None else weight
+    zero = torch.zeros((), dtype=dtype)
+
+    units, denominator = [], zero  # units: (outer weight, [l of each sample])
+    for b in range(batch):
+        e = example_weight[b] if example_weight is not None and example_weight.dim() == 1 else zero + 1
+        u_of_example, c_of_example, counted = [zero] * samples, zero, 0
+        for t in range(positions):
+            m = example_weight[b].flatten()[t] if example_weight is not None and example_weight.dim() > 1 else zero + 1
+            labels = not target.is_floating_point()
+            y = int(target[b].flatten()[t]) if labels else None
+            if labels and y == ignore_index:
+                u, c, d = [zero] * samples, zero, zero
+            else:
+                counted += 1
+                if labels:  # products only with classes of the target: 0 * log 0 is not meant
+                    q = {y: 1 - label_smoothing} if label_smoothing == 0 else dict.fromkeys(range(classes), label_smoothing / classes)
+                    if label_smoothing > 0:
+                        q[y] += 1 - label_smoothing
+                else:
+                    given = target[b].reshape(classes, positions)[:, t].to(dtype)
+                    q = dict(enumerate((1 - label_smoothing) * given + label_smoothing / classes))
+                k = list(q)
+                qv = m * torch.stack([torch.as_tensor(q[i], dtype=dtype) * v[i] for i in k])
+                c, d = qv.sum(), m * (v[y] if labels else 1)
+                u = [(qv * torch.log_softmax(rows[(s * batch + b) * positions + t], 0)[k]).sum() for s in range(samples)]
+            denominator = denominator + e * d
+            if level == "position":
+                units.append((e * c, [u_s / c if c > 0 else u_s for u_s in u]))
+            u_of_example = [a + u_s for a, u_s in zip(u_of_example, u, strict=True)]
+            c_of_example = c_of_example + c
+        if level == "example":
+            cbar = c_of_example / max(counted, 1)
+            units.append((e * cbar, [u_s / cbar if cbar > 0 else u_s for u_s in u_of_example]))
+
+    n = (
+        (zero + 1)
+        if reduction != "mean"
+        else denominator
+        if normalizer is None
+        else torch.as_tensor(normalizer).cpu().to(dtype).reshape(())
+    )
+    unit_shape = (batch, *spatial) if level == "position" else (batch,)
+    if not units:
+        empty = torch.zeros(samples, *unit_shape, dtype=dtype)
+        return Naive(empty[0] if reduction == "none" else zero, empty, empty, empty[0], torch.zeros_like(z))
+    bounds = torch.stack([bound_of(l, alpha) for _, l in units])
+    outer = torch.stack([c for c, _ in units])
+    costs = (-outer * bounds / n if n != 0 else 0 * bounds) + z[:0].sum()  # so that there is a gradient where nothing counts
+    loss = costs if reduction == "none" else costs.sum()
+    (dlogits,) = torch.autograd.grad((loss * number(torch.as_tensor(upstream)).reshape(-1 if reduction == "none" else ())).sum(), z)
+    return Naive(
+        loss.detach().reshape(unit_shape if reduction == "none" else ()),
+        torch.stack([torch.stack(l) for _, l in units], 1).detach().reshape(samples, *unit_shape),
+        torch.stack([torch.stack(weights_of(l, alpha)) for _, l in units], 1).detach().reshape(samples, *unit_shape),
+        bounds.detach().reshape(unit_shape),
+        dlogits,
+    )
+
+
+def assert_within_budget(name: str, got: Tensor, exact: Tensor, rough: Tensor, amplified: float = 0.0) -> None:
+    """|got - exact| <= 2 (|rough - exact| + (eps + amplified) max|exact|), at its largest and in the mean square; eps is got's.
+
+    In float64 naive and kernel err alike, so the bound is a stated one: 512 eps, for sums of up to 50257 terms. ``amplified``: the
+    rounding of float32 log-likelihoods, which comes out of the exponential in weights as a relative error.
+    """
+    eps = torch.finfo(got.dtype).eps * (256 if got.dtype == torch.float64 else 1) + amplified
+    got, rough = got.detach().cpu().double(), rough.to(got.dtype).double()
+    assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
+    odd = ~exact.isfinite()
+    torch.testing.assert_close(got[odd], exact[odd], equal_nan=True, msg=f"{name}: {got} where {exact} was expected")
+    got, exact, rough = (x[~odd] for x in (got, exact, rough))
+    if not exact.numel():
+        return
+    for norm, of in (("largest", lambda x: x.abs().max()), ("mean square", lambda x: x.square().mean().sqrt())):
+        error, budget = of(got - exact), 2 * (of(rough - exact) + eps * of(exact))
+        assert error <= budget, f"{name}: {norm} error {error:.3e}, allowed {budget:.3e}"
+
+
+def assert_equals_naive(got: Naive, logits: Tensor, target: Tensor, samples: int, **options) -> None:
+    """Holds a result in the logits' own precision to the loop in float64, with the loop in float32 as the measure of rounding."""
+    acc = torch.promote_types(logits.dtype, torch.float32)
+    exact = naive_loss(logits, target, samples, **options)
+    rough = naive_loss(logits, target, samples, **options, dtype=acc)
+    alpha = options.get("alpha", 1.0)
+    sizes = exact.log_p[exact.log_p.isfinite()].abs().tolist() if 0 < alpha < math.inf else []
+    amplified = alpha * max(sizes) * torch.finfo(acc).eps if sizes else 0.0
+    for name, *values in zip(Naive._fields, got, exact, rough, strict=True):
+        assert_within_budget(name, *values, amplified=amplified if name in ("weights", "dlogits") else 0.0)
+
+
+def result_of(loss_function, logits: Tensor, target: Tensor, samples: int, *, upstream: float | Tensor = 1.0, **options) -> Naive:
+    """What a loss function and its gradient give, in the naive loop's terms; the logits keep their strides."""
+    logits = logits.detach().requires_grad_()
+    loss, stats = loss_function(logits, target, samples, return_stats=True, **options)
+    upstream = torch.as_tensor(upstream, dtype=loss.dtype, device=loss.device).expand_as(loss)
+    (dlogits,) = torch.autograd.grad(loss, logits, upstream)
+    assert dlogits.dtype == logits.dtype
+    return Naive(loss, stats.log_p, stats.weights, stats.bound, dlogits)

@@ -1,0 +1,363 @@
+"""convert and revert: what is swapped, where rows expand, and that a converted model is still a model."""
+
+import copy
+import io
+import pickle
+
+import naive
+import pytest
+import torch
+from torch import nn
+
+import iwsgd_ext as iw
+from iwsgd_ext.sampling import current
+
+B, S = 5, 3
+
+
+class Skip(nn.Module):
+    """A path without noise that starts before the first noise layer: only expansion at the input fits."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.linear = nn.Dropout(0.5), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return x + self.linear(self.drop(x))
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.drop = nn.Linear(6, 6), nn.Linear(4, 6), nn.Dropout(0.5)
+
+    def forward(self, x, other, scale=1.0, table=None):
+        y = self.drop(self.a(x)) + self.b(other) * scale
+        return y if table is None else y @ table
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 63), nn.ReLU(), nn.Dropout(0.5), nn.Linear(63, 9), nn.Dropout(0.25), nn.Linear(9, 2))
+
+
+def masked_mlp(model: nn.Module, x: torch.Tensor, seed: int, samples: int = S, stream: int = 0, shared: bool = True) -> torch.Tensor:
+    """The mlp with naive masks: the trunk once (shared), or on repeated rows."""
+    address = {"samples": samples, "seed": seed}
+    h = model[1](model[0](x if shared else torch.cat([x] * samples)))
+    h = h * naive.naive_keep(h, 0.5, stream=stream, expand=shared, **address) * 2 if not shared else torch.cat([h] * samples)
+    if shared:
+        h = h * naive.naive_keep(h[: len(x)], 0.5, stream=stream, **address) * 2
+    h = model[3](h)
+    return model[5](h * naive.naive_keep(h, 0.25, stream=stream + 1, expand=False, **address) / 0.75)
+
+
+class TestExpansion:
+    @pytest.mark.parametrize("expand", ["first", "input", "2", "0", "auto"])
+    def test_values(self, backend, expand):
+        """Wherever rows expand, the noise is the same, and so is the output."""
+        model, x = mlp(), torch.randn(B, 6)
+        assert iw.convert(model, S, expand=expand, example_inputs=x) is model
+        with iw.sampling(S, seed=7):
+            y = model(x)
+            again = model(x)
+        assert y.shape == (S * B, 2)
+        torch.testing.assert_close(y, masked_mlp(model, x, 7))
+        torch.testing.assert_close(again, masked_mlp(model, x, 7, stream=2))
+
+    @pytest.mark.parametrize(("expand", "rows_of_trunk"), [("first", B), ("input", S * B), ("2", B), ("0", S * B), ("auto", B)])
+    def test_place(self, expand, rows_of_trunk):
+        """The trunk before the first noise layer is computed once where that is asked for."""
+        model, rows = mlp(), []
+        model[0].register_forward_hook(lambda m, args, y: rows.append(y.shape[0]))
+        iw.convert(model, S, expand=expand, example_inputs=torch.ones(B, 6))
+        rows.clear()
+        model(torch.ones(B, 6))
+        assert rows == [rows_of_trunk]
+
+    @pytest.mark.parametrize("batch", [1, 2, S, B])
+    def test_auto_sees_that_a_skip_path_needs_input(self, batch):
+        model = iw.convert(Skip(), S, example_inputs=torch.ones(batch, 6))
+        x = torch.randn(B, 6)
+        with iw.sampling(S, seed=1):
+            y = model(x)
+        many = torch.cat([x] * S)
+        keep = naive.naive_keep(x, 0.5, samples=S, seed=1) * 2
+        torch.testing.assert_close(y, many + model.linear(many * keep))
+
+    def test_auto_without_example_inputs_is_input(self):
+        model = iw.convert(Skip(), S)
+        assert model(torch.ones(B, 6)).shape == (S * B, 6)
+
+    def test_first_raises_where_a_skip_path_does_not_fit(self):
+        model = iw.convert(Skip(), S, expand="first")
+        with pytest.raises(RuntimeError, match="size of tensor"):
+            model(torch.ones(B, 6))
+        assert current() is None
+
+    def test_auto_changes_nothing_but_the_layers(self):
+        """The dry run: mode, parameters, buffers and random numbers are as before."""
+        model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 2)).eval()
+        model[0].train()
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        torch.manual_seed(1)
+        iw.convert(model, S, example_inputs=torch.randn(B, 6))
+        x = torch.randn(3)
+        torch.manual_seed(1)
+        torch.randn(B, 6)
+        assert torch.equal(x, torch.randn(3))
+        assert [m.training for m in model] == [True, False, False, False]
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+        assert all(type(p) is nn.Parameter for p in model.parameters())
+
+    def test_arguments_by_position_and_keyword(self):
+        """Tensors with the first one's rows are expanded, wherever they stand; others and numbers pass."""
+        model, x, other, table = iw.convert(TwoInputs(), S, expand="input"), torch.randn(B, 6), torch.randn(B, 4), torch.randn(6, 7)
+        with iw.sampling(S, seed=2):
+            y = model(x, other, scale=2.0, table=table)
+        with iw.sampling(S, seed=2):
+            z = model(x=x, other=other, table=table, scale=2.0)
+        h = model.a(torch.cat([x] * S))
+        want = (h * naive.naive_keep(h, 0.5, samples=S, seed=2, expand=False) * 2 + model.b(torch.cat([other] * S)) * 2.0) @ table
+        torch.testing.assert_close(y, want)
+        torch.testing.assert_close(z, want)
+
+    def test_expand_args(self):
+        """A square table has as many rows as the batch; naming the arguments keeps it whole."""
+        x, other, table = torch.randn(6, 6), torch.randn(6, 4), torch.randn(6, 6)
+        model = iw.convert(TwoInputs(), S, expand="input", expand_args=(0, "other"))
+        assert model(x, other=other, table=table).shape == (S * 6, 6)
+        everything = iw.convert(TwoInputs(), S, expand="input")
+        with pytest.raises(RuntimeError):
+            everything(x, other=other, table=table)
+        assert current() is None
+
+    def test_nested_arguments(self):
+        class Dict(TwoInputs):
+            def forward(self, batch):
+                return super().forward(batch["x"], *batch["rest"])
+
+        model = iw.convert(Dict(), S, expand="input")
+        assert model({"x": torch.ones(B, 6), "rest": [torch.ones(B, 4)], "name": "kept"}).shape == (S * B, 6)
+
+    def test_input_without_a_tensor(self):
+        model = iw.convert(mlp(), S, expand="input")
+        with pytest.raises(ValueError, match="expand='input': expected a tensor argument"):
+            model([1, 2])
+        assert current() is None
+
+    def test_noise_before_the_named_submodule(self):
+        model = iw.convert(mlp(), S, expand="3")
+        with pytest.raises(ValueError, match="called before the submodule at which this model expands"):
+            model(torch.ones(B, 6))
+        assert current() is None
+
+    def test_rows_in_another_dimension(self):
+        """A context's batch_dim rules where rows expand, too."""
+        x = torch.randn(7, B, 6)
+        model = iw.convert(Skip(), S, expand="input")
+        with iw.sampling(S, seed=1, batch_dim=1):
+            y = model(x)
+        many = torch.cat([x] * S, 1)
+        keep = naive.naive_keep(x, 0.5, samples=S, seed=1, batch_dim=1) * 2
+        torch.testing.assert_close(y, many + model.linear(many * keep))
+
+
+class TestContexts:
+    def test_own_context_draws_anew_and_follows_manual_seed(self):
+        model, x = iw.convert(mlp(), S, expand="first"), torch.randn(B, 6)
+        torch.manual_seed(3)
+        one, other = model(x), model(x)
+        torch.manual_seed(3)
+        assert torch.equal(model(x), one)
+        assert not torch.equal(one, other)
+
+    def test_explicit_context_rules(self):
+        """Its seed, sample ids and number of samples; the place of expansion stays the model's."""
+        model, x = iw.convert(Skip(), S, expand="input"), torch.randn(B, 6)
+        with iw.sampling(7, seed=1) as context:
+            seven = model(x).view(7, B, 6)
+            assert (context.expand, context.batch) == ("first", None)
+        with iw.sampling(1, seed=1, sample_ids=[4]):
+            torch.testing.assert_close(model(x), seven[4])
+
+    def test_batch_starts_afresh_at_each_forward(self):
+        model = iw.convert(mlp(), S, expand="first")
+        with iw.sampling(S, seed=1) as context:
+            assert model(torch.ones(B, 6)).shape == (S * B, 2)
+            assert model(torch.ones(2, 6)).shape == (S * 2, 2)
+            assert context.stream == 4
+
+    def test_two_converted_models_in_one_context(self):
+        """Each with its own place of expansion, and unexpanded layers of the context's own around them."""
+        one, two, drop = iw.convert(mlp(), S, expand="first"), iw.convert(Skip(), S, expand="input"), iw.IWDropout(0.5)
+        x = torch.randn(B, 6)
+        with iw.sampling(S, seed=1) as context:
+            assert drop(x).shape == (S * B, 6)
+            assert one(x).shape == (S * B, 2)
+            assert two(x).shape == (S * B, 6)
+            assert drop(x).shape == (S * B, 6)
+            assert context.stream == 5
+
+    def test_exception_in_forward(self):
+        model = iw.convert(mlp(), S, expand="first")
+        with pytest.raises(RuntimeError):
+            model(torch.ones(B, 7))
+        assert current() is None
+        with iw.sampling(2) as context:
+            with pytest.raises(RuntimeError):
+                model(torch.ones(B, 7))
+            assert (context.expand, context.batch, context.converted) == ("first", None, [])
+
+    def test_no_context_is_left_after_an_interrupt(self):
+        """Ctrl-C in a notebook's cell, and the cell is run again: forward hooks do not run on KeyboardInterrupt."""
+
+        class Interrupted(nn.Module):
+            def forward(self, x):
+                raise KeyboardInterrupt
+
+        model = iw.convert(nn.Sequential(nn.Dropout(0.5), Interrupted()), S, expand="first")
+        with pytest.raises(KeyboardInterrupt):
+            model(torch.ones(B, 6))
+        assert iw.IWDropout(0.5)(torch.ones(B, 6)).shape == (B, 6)
+        assert iw.convert(mlp(), 2, expand="first")(torch.ones(B, 6)).shape == (2 * B, 2)
+        assert current() is None
+
+    def test_model_that_changes_its_mode_in_forward(self):
+        class Changing(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.drop = nn.Dropout(0.5)
+
+            def forward(self, x):
+                y = self.drop(x)
+                self.eval()
+                return y
+
+        model = iw.convert(Changing(), S, expand="first")
+        assert model(torch.ones(B, 6)).shape == (S * B, 6)
+        assert current() is None
+
+    def test_train_and_eval(self):
+        model, x = mlp(), torch.randn(B, 6)
+        want = model.eval()(x)
+        iw.convert(model, S, expand="input")
+        assert torch.equal(model(x), want)
+        with iw.sampling(S) as context:
+            assert torch.equal(model(x), want)
+            assert context.stream == 0
+        assert model.train()(x).shape == (S * B, 2)
+        assert torch.equal(model.eval()(x), want)
+
+
+class TestModelStaysAModel:
+    @pytest.mark.parametrize("expand", ["first", "input", "2"])
+    def test_copies(self, expand):
+        """A deep copy, a pickle and a saved one are converted, draw the same, and are independent of the original."""
+        model, x = iw.convert(mlp(), S, expand=expand), torch.randn(B, 6)
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)]
+        with iw.sampling(S, seed=1):
+            want = model(x)
+        for other in copies:
+            with iw.sampling(S, seed=1):
+                assert torch.equal(other(x), want)
+            assert other(x).shape == (S * B, 2)
+            iw.revert(other)
+            assert other(x).shape == (B, 2)
+        assert model(x).shape == (S * B, 2)
+
+    def test_state_dict_and_names(self):
+        model, original = mlp(), mlp()
+        names = [name for name, _ in model.named_modules()]
+        iw.convert(model, S)
+        assert [name for name, _ in model.named_modules()] == names
+        model.load_state_dict(original.state_dict())
+        original.load_state_dict(model.state_dict())
+
+    def test_identity_of_layers_and_hooks(self):
+        model, calls = mlp(), []
+        drop = model[2]
+        drop.register_forward_hook(lambda m, args, y: calls.append(y.shape[0]))
+        model.register_forward_pre_hook(lambda m, args: calls.append("before"))
+        model.register_forward_hook(lambda m, args, y: calls.append("after"))
+        iw.convert(model, S, expand="first")
+        assert model[2] is drop
+        assert type(drop) is iw.IWDropout
+        model(torch.ones(B, 6))
+        iw.revert(model)
+        model(torch.ones(B, 6))
+        assert calls == ["before", S * B, "after", "before", B, "after"]
+
+    def test_revert_gives_back_all(self):
+        model = nn.Sequential(
+            nn.Dropout(0.1, inplace=True), nn.Dropout1d(0.2), nn.Sequential(nn.Dropout2d(0.3), nn.Dropout3d(0.4)), iw.IWDropPath(0.5)
+        )
+        before = {name: dict(m.__dict__) for name, m in model.named_modules()}
+        text, classes = repr(model), [type(m) for m in model.modules()]
+        iw.convert(model, S)
+        kinds = [iw.IWDropout, iw.IWDropout1d, iw.IWDropout2d, iw.IWDropout3d]
+        assert [type(m) for m in model.modules() if not isinstance(m, nn.Sequential)] == [*kinds, iw.IWDropPath]
+        assert iw.revert(model) is model
+        assert [type(m) for m in model.modules()] == classes
+        assert repr(model) == text
+        assert {name: dict(m.__dict__) for name, m in model.named_modules()} == before
+        iw.convert(model, S)
+
+    def test_shared_module_draws_at_each_place(self):
+        drop = nn.Dropout(0.5)
+        model = iw.convert(nn.Sequential(drop, nn.Linear(6, 6), drop), S, expand="first")
+        x = torch.randn(B, 6)
+        with iw.sampling(S, seed=1) as context:
+            y = model(x)
+            assert context.stream == 2
+        h = model[1](naive.naive_noise(x, 0.5, samples=S, seed=1))
+        torch.testing.assert_close(y, naive.naive_noise(h, 0.5, samples=S, seed=1, stream=1, expand=False))
+
+    def test_subclass_of_dropout_is_left(self):
+        class Mine(nn.Dropout):
+            def forward(self, x):
+                return x
+
+        with pytest.warns(UserWarning, match="leaves this dropout as it is.*1 \\(Mine\\)"):
+            model = iw.convert(nn.Sequential(nn.Dropout(0.5), Mine()), S)
+        assert type(model[1]) is Mine
+
+    def test_warns_of_dropout_out_of_reach(self):
+        model = nn.ModuleDict(
+            {"attention": nn.MultiheadAttention(8, 2, dropout=0.1), "rnn": nn.LSTM(4, 4, 2, dropout=0.2), "drop": nn.Dropout()}
+        )
+        model["alpha"], model["quiet"] = nn.AlphaDropout(0.1), nn.LSTM(4, 4)
+        with pytest.warns(UserWarning) as caught:
+            iw.convert(model, S)
+        (text,) = [str(w.message) for w in caught]
+        for part in ("attention (MultiheadAttention, dropout=0.1)", "rnn (LSTM, dropout=0.2)", "alpha (AlphaDropout)"):
+            assert part in text
+        assert "quiet" not in text
+        assert "drop (" not in text
+
+
+BAD = [
+    (TypeError, r"model: expected a torch.nn.Module, got int", lambda: iw.convert(3, S)),
+    (TypeError, "samples: expected an int, got float", lambda: iw.convert(mlp(), 2.0)),
+    (ValueError, "samples: expected an integer >= 1, got 0", lambda: iw.convert(mlp(), 0)),
+    (ValueError, "model: expected at least one of Dropout, .* found none", lambda: iw.convert(nn.Linear(2, 2), S)),
+    (ValueError, "expand: expected 'auto', .* got 'nowhere'", lambda: iw.convert(mlp(), S, expand="nowhere")),
+    (ValueError, "but it is; iw.revert", lambda: iw.convert(iw.convert(mlp(), S), S)),
+    (ValueError, "but 0 is; iw.revert", lambda: iw.convert(nn.Sequential(iw.convert(mlp(), S)), S)),
+    (ValueError, "model: expected a converted one", lambda: iw.revert(mlp())),
+]
+
+
+@pytest.mark.parametrize(("error", "message", "call"), BAD, ids=range(len(BAD)))
+def test_bad_arguments(error, message, call):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_a_refused_model_is_unchanged():
+    model = mlp()
+    with pytest.raises(ValueError, match="expand"):
+        iw.convert(model, S, expand="nowhere")
+    assert type(model[2]) is nn.Dropout
