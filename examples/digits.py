@@ -11,6 +11,7 @@ import argparse
 import math
 import statistics
 import time
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ try:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Table
+    from scipy.stats import ttest_rel
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -44,17 +46,16 @@ class Method(NamedTuple):
     samples: int
     alpha: float | None  # None: nn.Dropout and nn.CrossEntropyLoss, without this package
     color: str  # Okabe and Ito's, safe for the colour-blind
-    marker: str
     line: str
 
 
 METHODS = (
-    Method("nn.Dropout", 1, None, "0.4", "x", ":"),
-    Method("IWSGD S=1", 1, 1.0, "#56B4E9", "o", "-"),
-    Method("IWSGD S=4", 4, 1.0, "#E69F00", "s", "-"),
-    Method("IWSGD S=8", 8, 1.0, "#0072B2", "D", "-"),
-    Method("mean S=4", 4, 0.0, "#E69F00", "s", "--"),
-    Method("mean S=8", 8, 0.0, "#0072B2", "D", "--"),
+    Method("nn.Dropout", 1, None, "0.4", "x:"),
+    Method("IWSGD S=1", 1, 1.0, "#56B4E9", "o-"),
+    Method("IWSGD S=4", 4, 1.0, "#E69F00", "s-"),
+    Method("IWSGD S=8", 8, 1.0, "#0072B2", "D-"),
+    Method("mean S=4", 4, 0.0, "#E69F00", "s--"),
+    Method("mean S=8", 8, 0.0, "#0072B2", "D--"),
 )
 
 
@@ -74,29 +75,24 @@ class Result(NamedTuple):
 
 def load() -> Data:
     """One split for all seeds, which choose initial weights, batches and noise."""
-    digits = load_digits()
-    x, x_test, y, y_test = train_test_split(digits.data / 16, digits.target, train_size=300, stratify=digits.target, random_state=0)
+    x, y = load_digits(return_X_y=True)
+    x, x_test, y, y_test = train_test_split(x / 16, y, train_size=300, stratify=y, random_state=0)
     return Data(torch.tensor(x).float(), torch.tensor(y), torch.tensor(x_test).float(), torch.tensor(y_test))
 
 
-def build(method: Method, rate: float, data: Data) -> tuple[nn.Module, nn.Module]:
-    """A model and its loss. The two lines under the `if` are all that IWSGD changes."""
+def build(method: Method, rate: float, data: Data) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
+    """A model, its loss and its optimiser. The two lines under the `if` are all that IWSGD changes."""
     hidden = [nn.Linear(64, 256), nn.ReLU(), nn.Dropout(rate), nn.Linear(256, 256), nn.ReLU(), nn.Dropout(rate)]
     model, criterion = nn.Sequential(*hidden, nn.Linear(256, 10)), nn.CrossEntropyLoss()
     if method.alpha is not None:
         model = iw.convert(model, method.samples, example_inputs=data.x)
         criterion = iw.IWCrossEntropyLoss(method.samples, alpha=method.alpha)
-    return model, criterion
-
-
-def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), LEARNING_RATE, MOMENTUM)
+    return model, criterion, torch.optim.SGD(model.parameters(), LEARNING_RATE, MOMENTUM)
 
 
 def train(method: Method, rate: float, seed: int, data: Data, epochs: int) -> nn.Module:
     torch.manual_seed(seed)
-    model, criterion = build(method, rate, data)
-    optimizer = sgd(model)
+    model, criterion, optimizer = build(method, rate, data)
     order = torch.Generator().manual_seed(seed)  # of its own: the same batches whatever noise a method draws
     for _ in range(epochs):
         for rows in torch.randperm(len(data.x), generator=order).split(BATCH):
@@ -141,10 +137,10 @@ def step_times(data: Data, rounds: int) -> dict[str, tuple[float, float]]:
     x, y = data.x[:BATCH], data.y[:BATCH]
     steps_of = {}
     for method in METHODS:
-        model, criterion = build(method, 0.5, data)
-        plain, _ = build(METHODS[0], 0.5, data)
-        steps_of[method.name, "ours"] = sgd(model), lambda m=model, c=criterion: c(m(x), y)
-        steps_of[method.name, "loop"] = sgd(plain), lambda m=plain, s=method.samples: naive_loop(m, x, y, s)
+        model, criterion, optimizer = build(method, 0.5, data)
+        steps_of[method.name, "ours"] = optimizer, lambda m=model, c=criterion: c(m(x), y)
+        plain, _, optimizer = build(METHODS[0], 0.5, data)
+        steps_of[method.name, "loop"] = optimizer, lambda m=plain, s=method.samples: naive_loop(m, x, y, s)
     times = {key: [] for key in steps_of}
     for _ in range(rounds):
         for key, (optimizer, loss) in steps_of.items():
@@ -189,34 +185,30 @@ def compare(results: dict, ours: str, other: str) -> str:
     for field, name in (("nll", "test NLL"), ("error", "test error")):
         where = {"lower": [], "higher": [], "not clearly different": []}
         for rate in RATES:
-            difference = [getattr(a, field) - getattr(b, field) for a, b in zip(results[ours, rate], results[other, rate], strict=True)]
-            mean, error = statistics.mean(difference), spread(difference) / math.sqrt(len(difference))
-            clear = len(difference) > 1 and abs(mean) > 2 * error
-            where["not clearly different" if not clear else "lower" if mean < 0 else "higher"].append(str(rate))
+            a, b = ([getattr(result, field) for result in results[method, rate]] for method in (ours, other))
+            word = "lower" if sum(a) < sum(b) else "higher"
+            where[word if len(a) > 1 and ttest_rel(a, b).pvalue < 0.05 else "not clearly different"].append(str(rate))
         parts.append(f"{name} " + ", ".join(f"{word} at p={'/'.join(rates)}" for word, rates in where.items() if rates))
     return f"{ours} against {other}: {', '.join(parts)}"
 
 
 def draw(axes, method: Method, x: list, y: list, error: list) -> None:
-    face = "white" if method.alpha == 0 else method.color
-    style = {"color": method.color, "marker": method.marker, "ls": method.line, "mfc": face, "ms": 5, "capsize": 2, "elinewidth": 1}
-    axes.errorbar(x, y, error, label=method.name, **style)
+    fill = "white" if method.alpha == 0 else method.color
+    axes.errorbar(x, y, error, fmt=method.line, color=method.color, mfc=fill, ms=5, capsize=2, elinewidth=1, label=method.name)
 
 
 def save_figure(path: Path, results: dict, curves: dict) -> None:
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "0.92"})
     figure, (nll, error, bound) = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
-    for i, method in enumerate(METHODS):
-        shifted = [rate + 0.006 * (i - 2.5) for rate in RATES]  # so that error bars stand side by side
-        for axes, field in ((nll, "nll"), (error, "error")):
+    for axes, field, title in ((nll, "nll", "Test NLL"), (error, "error", "Test error (%)")):
+        for i, method in enumerate(METHODS):
+            shifted = [rate + 0.006 * (i - 2.5) for rate in RATES]  # so that error bars stand side by side
             values = [[getattr(result, field) for result in results[method.name, rate]] for rate in RATES]
             draw(axes, method, shifted, [statistics.mean(v) for v in values], [spread(v) for v in values])
-    for axes, title in ((nll, "Test NLL"), (error, "Test error (%)")):
         axes.set(title=title, xlabel="dropout rate p", xticks=RATES, ylim=(0, None))
     for i, (method, curve) in enumerate(curves.items()):
         draw(bound, method, [k * 1.06 ** (i - 1) for k in curve], *zip(*curve.values(), strict=True))
     bound.set_xscale("log", base=2)
-    bound.minorticks_off()
     bound.set(title="Bound L(S) of networks trained at p=0.5", xlabel="noise samples S in the bound", xticks=(1, 2, 4, 8, 16, 32, 64))
     bound.xaxis.set_major_formatter("{x:.0f}")
     figure.legend(*nll.get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS), frameon=False)
@@ -226,14 +218,16 @@ def save_figure(path: Path, results: dict, curves: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, help="runs of every method at every rate (default 4)")
-    parser.add_argument("--epochs", type=int, help="passes over the 300 images (default 50)")
-    parser.add_argument("--out", type=Path, default=Path("out/digits.png"), help="where the figure goes (default %(default)s)")
+    parser.add_argument("--seeds", type=int, default=4, help="runs of every method at every rate (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=50, help="passes over the 300 images (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("out/digits.png"), help="where the figure goes (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="2 seeds and 10 epochs, unless they are given")
-    parser.add_argument("--threads", type=int, default=1, help="torch's (default 1: the matrices are small)")
+    parser.add_argument("--threads", type=int, default=1, help="torch's (%(default)s: the matrices are small)")
     args = parser.parse_args()
-    seeds, epochs = args.seeds or (2 if args.quick else 4), args.epochs or (10 if args.quick else 50)
-    if min(seeds, epochs, args.threads) < 1:
+    if args.quick:
+        parser.set_defaults(seeds=2, epochs=10)
+        args = parser.parse_args()
+    if min(args.seeds, args.epochs, args.threads) < 1:
         parser.error("--seeds, --epochs and --threads must be at least 1")
     torch.set_num_threads(args.threads)
     console, data, start = Console(), load(), time.perf_counter()
@@ -241,21 +235,19 @@ def main() -> None:
     results, curves = {(method.name, rate): [] for method in METHODS for rate in RATES}, {}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True) as progress:
-        runs = progress.add_task("timing steps", total=seeds * len(results))
+        runs = progress.add_task("timing steps", total=args.seeds * len(results))
         times = step_times(data, rounds=20 if args.quick else 100)
-        for seed in range(seeds):
-            for rate in RATES:
-                for method in METHODS:
-                    progress.update(runs, description=f"seed {seed}, p={rate}, {method.name:<10}")
-                    model = train(method, rate, seed, data, epochs)
-                    results[method.name, rate].append(evaluate(method, model, data))
-                    if seed == 0 and rate == 0.5 and method.alpha == 1:
-                        curves[method] = bound_curve(model, data)
-                    progress.advance(runs)
+        for seed, rate, method in product(range(args.seeds), RATES, METHODS):
+            progress.update(runs, description=f"seed {seed}, p={rate}, {method.name:<10}")
+            model = train(method, rate, seed, data, args.epochs)
+            results[method.name, rate].append(evaluate(method, model, data))
+            if seed == 0 and rate == 0.5 and method.alpha == 1:
+                curves[method] = bound_curve(model, data)
+            progress.advance(runs)
 
-    print_table(console, results, times, seeds)
+    print_table(console, results, times, args.seeds)
     seen = "; ".join(compare(results, "IWSGD S=8", other) for other in ("nn.Dropout", "mean S=8"))
-    console.print(f"[bold]Seen[/bold] (clear: beyond two standard errors, paired over seeds): {seen}.")
+    console.print(f"[bold]Seen[/bold] (paired t-test over seeds, 5% level): {seen}.")
     save_figure(args.out, results, curves)
     console.print(f"Figure: {args.out}. {time.perf_counter() - start:.0f} s on {args.threads} thread{'s' * (args.threads > 1)}.")
 

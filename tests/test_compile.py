@@ -1,0 +1,168 @@
+"""Converted models and layers under torch.compile and torch.export: what eager gives, and how often it compiles."""
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import iwsgd_ext as iw
+from iwsgd_ext.sampling import current
+
+S = 3
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+
+
+class Skip(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.drop = nn.Linear(6, 6), nn.Dropout(0.5)
+
+    def forward(self, x):
+        return x + self.drop(torch.relu(self.linear(x)))
+
+
+def network(device) -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 6), Skip(), nn.Dropout(0.25), nn.Linear(6, 63)).to(device)
+
+
+def run(model: nn.Module, x: torch.Tensor, seed: int | None) -> list[torch.Tensor]:
+    """Output and gradients, by the model's own context (seed None) or an explicit one."""
+    x = x.clone().requires_grad_()
+    if seed is None:
+        torch.manual_seed(5)
+        y = model(x)
+    else:
+        with iw.sampling(S, seed=seed):
+            y = model(x)
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])]
+
+
+def check(model: nn.Module, backend, seeds=(None, 0, 1, 2**63 - 1), batches=(5, 2, 17), dynamic=True) -> None:
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)
+    device = next(model.parameters()).device
+    for batch in batches:
+        x = torch.randn(batch, 6, device=device)
+        for seed in seeds:
+            eager, other = run(model, x, seed), run(compiled, x, seed)
+            assert eager[0].shape[0] == S * batch
+            for a, b in zip(eager, other, strict=True):
+                torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
+            assert torch.equal(eager[0] == 0, other[0] == 0)
+    assert current() is None
+
+
+@pytest.mark.parametrize("expand", ["input", "1", "0"])
+def test_converted_model_is_eager(device, expand):
+    check(iw.convert(network(device), S, expand=expand), "aot_eager")
+
+
+@pytest.mark.parametrize("expand", ["first", "auto"])
+def test_converted_model_that_expands_at_the_first_noise(device, expand):
+    model = nn.Sequential(nn.Linear(6, 63), nn.ReLU(), nn.Dropout(0.5), nn.Linear(63, 9), nn.Dropout(0.5)).to(device)
+    check(iw.convert(model, S, expand=expand, example_inputs=torch.ones(2, 6, device=device)), "aot_eager")
+
+
+def test_channels_last_convolutions(device):
+    """Positions are in the order of the layer's input, which a compiler may not change."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Dropout(0.5), nn.Conv2d(8, 5, 3), nn.Dropout2d(0.5), nn.Flatten()).to(device)
+    model = iw.convert(model.to(memory_format=torch.channels_last), S, expand="first")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        x = torch.randn(4, 3, 9, 7, device=device).contiguous(memory_format=memory_format)
+        for a, b in zip(run(model, x, 3), run(compiled, x, 3), strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("expand", ["input", "1"])
+def test_inductor(device, expand):
+    check(iw.convert(network(device), S, expand=expand), "inductor", seeds=(None, 0, 1), batches=(5, 17))
+
+
+@pytest.mark.slow
+def test_inductor_with_channels_last(device):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(8, 5, 3), nn.Dropout(0.5), nn.Flatten()).to(device)
+    model = iw.convert(model.to(memory_format=torch.channels_last), S, expand="first")
+    compiled = torch.compile(model, fullgraph=True)
+    x = torch.randn(4, 3, 9, 7, device=device).to(memory_format=torch.channels_last)
+    for a, b in zip(run(model, x, 3), run(compiled, x, 3), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)
+
+
+def test_new_seeds_do_not_recompile(device):
+    """Explicit contexts of six seeds are one graph; so are six steps of a model's own context."""
+    for seeds in (range(6), [None] * 6):
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        model = iw.convert(network(device), S, expand="input")
+        check(model, counter, seeds=seeds, batches=(5,), dynamic=None)
+        assert counter.frame_count == 1
+
+
+def test_changing_batches_compile_twice_at_most(device):
+    """Once for the first size, once for any size."""
+    counter = CompileCounterWithBackend("aot_eager")
+    check(iw.convert(network(device), S, expand="input"), counter, seeds=(1,), batches=(5, 7, 9, 11), dynamic=None)
+    assert counter.frame_count <= 2
+
+
+def test_regionally_compiled_blocks(device):
+    """One block compiled, called at many streams by a model whose loop is eager: two graphs at most, the noise eager's."""
+    counter = CompileCounterWithBackend("aot_eager")
+    blocks = nn.Sequential(*[Skip() for _ in range(6)]).to(device)
+    iw.convert(blocks, S, expand="input")
+    x = torch.randn(5, 6, device=device)
+    want = run(blocks, x, 4)
+    for block in blocks:
+        block.compile(backend=counter, fullgraph=True)
+    for _ in range(2):
+        for a, b in zip(want, run(blocks, x, 4), strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
+    assert counter.frame_count <= 2
+
+
+def test_context_inside_the_compiled_function(device):
+    """A context opened in the compiled region, and a layer outside of any."""
+    drop = iw.IWDropout(0.5)
+
+    def f(x):
+        with iw.sampling(S, seed=7):
+            y = drop(x)
+        return y, drop(x)
+
+    x = torch.randn(5, 63, device=device)
+    torch.manual_seed(3)
+    eager = f(x)
+    torch.manual_seed(3)
+    compiled = torch.compile(f, backend="aot_eager", fullgraph=True)(x)
+    assert torch.equal(compiled[0], eager[0])
+    assert torch.equal(compiled[1], eager[1])
+
+
+def test_export_of_the_eval_model(device):
+    """The converted model in eval mode exports, with a dynamic batch, without a trace of the noise."""
+    model = iw.convert(network(device), S, expand="input").eval()
+    x = torch.randn(5, 6, device=device)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    assert "iwsgd_ext" not in str(program.graph)
+    other = torch.randn(17, 6, device=device)
+    torch.testing.assert_close(program.module()(other), model(other))
+    assert torch.equal(model(x), iw.revert(model)(x))
+
+
+def test_export_of_training(device):
+    """A layer's noise is one op of the exported graph."""
+
+    class Noisy(nn.Module):
+        def forward(self, x, seed):
+            return iw.functional.dropout(x, 0.5, samples=S, seed=seed)
+
+    x = torch.randn(5, 63, device=device)
+    program = torch.export.export(Noisy(), (x, torch.tensor(3, device=device)))
+    assert "iwsgd_ext.noise" in str(program.graph)
+    for seed in (3, 8):
+        assert torch.equal(program.module()(x, torch.tensor(seed, device=device)), iw.functional.dropout(x, 0.5, samples=S, seed=seed))
