@@ -32,6 +32,8 @@ def load() -> None:
             _load_error = f"{found[0].name} could not be loaded: {error}"
     for name, key in (("cpu", "CPU"), ("cuda", "CUDA")):
         _built[name] = torch._C._dispatch_has_kernel_for_dispatch_key("iwsgd_ext::noise", key)
+    if os.environ.get("IWSGD_ISA") and _built["cpu"]:
+        backend_info()  # raises if this machine has none of that name; an error inside a kernel would lose its text
     if os.environ.get("IWSGD_BACKEND"):
         set_backend(os.environ["IWSGD_BACKEND"])
 

@@ -232,7 +232,7 @@ def iw_cross_entropy(
         if not isinstance(value, kind):
             raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     _check(0.0 <= label_smoothing <= 1.0, "label_smoothing", "a number in [0, 1]", label_smoothing)
-    _check(alpha >= 0.0 and not math.isnan(alpha), "alpha", "a number >= 0 or inf", alpha)
+    _check(alpha >= 0.0, "alpha", "a number >= 0 or inf", alpha)
     positions = math.prod(spatial)
     target = target.reshape(batch, positions) if target.dtype == torch.int64 else target.reshape(batch, classes, positions).to(acc)
     weight = _option("weight", weight, logits, acc, [(classes,)])

@@ -1,7 +1,5 @@
 """Any likelihood: the bound from log-likelihoods that somebody else computed, and from torch's per-element criteria."""
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -34,7 +32,7 @@ def iw_logmeanexp(log_p: Tensor, samples: int, alpha: float = 1.0) -> Tensor:
         raise TypeError(f"log_p: expected floating-point log-likelihoods, got {log_p.dtype}")
     if samples < 1:
         raise ValueError(f"samples: expected an integer >= 1, got {samples}")
-    if not alpha >= 0 or math.isnan(alpha):
+    if not alpha >= 0:
         raise ValueError(f"alpha: expected a number >= 0 or inf, got {alpha}")
     if log_p.dim() == 2 and log_p.shape[0] != samples:
         raise ValueError(f"log_p: expected [{samples}, B] for samples={samples}, got {tuple(log_p.shape)}")
@@ -70,7 +68,7 @@ class IWLoss(nn.Module):
         super().__init__()
         if samples < 1:
             raise ValueError(f"samples: expected an integer >= 1, got {samples}")
-        if not alpha >= 0 or math.isnan(alpha):
+        if not alpha >= 0:
             raise ValueError(f"alpha: expected a number >= 0 or inf, got {alpha}")
         if getattr(criterion, "reduction", "none") != "none":
             raise ValueError(f"criterion: expected reduction='none', got {criterion.reduction!r}: the likelihood of each example is needed")

@@ -11,6 +11,12 @@ from .noise import Unit, check_integer, check_sample_ids, draw_origin, make_orig
 
 RESERVED_STREAM = 2**32 - 1  # for draws that are not a layer's own
 
+# The compiler takes integers that it reaches from globals for constants: it would compile a block anew for each stream. This names
+# the contexts' counters as dynamic, so that one graph serves all streams.
+_DYNAMIC = r".*_stack\.contexts\[.*\]\.stream"
+if _DYNAMIC not in torch.compiler.config.dynamic_sources:
+    torch.compiler.config.dynamic_sources = ",".join(filter(None, (torch.compiler.config.dynamic_sources, _DYNAMIC)))
+
 
 class _Stack(threading.local):
     def __init__(self):

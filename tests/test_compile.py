@@ -125,6 +125,21 @@ def test_regionally_compiled_blocks(device):
     assert counter.frame_count <= 2
 
 
+def test_forwards_of_one_context_do_not_recompile(device):
+    """Streams go on within a context; each forward starts at another."""
+    counter = CompileCounterWithBackend("aot_eager")
+    model = iw.convert(network(device), S, expand="input")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    x = torch.randn(5, 6, device=device)
+    with iw.sampling(S, seed=1) as context:
+        want = [model(x) for _ in range(5)]
+        assert context.stream == 10
+    with iw.sampling(S, seed=1):
+        for y in want:
+            torch.testing.assert_close(compiled(x), y)
+    assert counter.frame_count <= 2
+
+
 def test_context_inside_the_compiled_function(device):
     """A context opened in the compiled region, and a layer outside of any."""
     drop = iw.IWDropout(0.5)

@@ -96,8 +96,9 @@ def test_module_in_a_compiled_step(backend, device):
 
 
 def test_loss_of_any_criterion(device):
-    criterion = iw.IWLoss(nn.BCEWithLogitsLoss(reduction="none"), 3)
-    assert_compiled_is_eager(criterion, torch.randn(21, 5, device=device), torch.rand(7, 5, device=device))
+    criterion = iw.IWLoss(nn.BCEWithLogitsLoss(reduction="none"), 3, alpha=0.5)
+    for dynamic in (None, True):
+        assert_compiled_is_eager(criterion, torch.randn(21, 5, device=device), torch.rand(7, 5, device=device), dynamic=dynamic)
 
 
 def test_dynamic_batch(backend, device):
@@ -119,6 +120,7 @@ def test_dynamic_batch(backend, device):
     assert graphs <= 2
     logits, target = data(device, 3, 7, 10)
     assert_compiled_is_eager(function, logits, target, dynamic=True)
+    assert_compiled_is_eager(iw.IWCrossEntropyLoss(3, alpha=0.5, label_smoothing=0.1), logits, target, dynamic=True)
 
 
 @pytest.mark.slow

@@ -1,0 +1,38 @@
+// What every .cu file needs of torch and the CUDA runtime.
+#pragma once
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "../stable_torch.h"
+
+// Only a torch with CUDA has these. Weak, they leave the library loadable on every other one.
+#pragma weak aoti_torch_get_current_cuda_stream
+#pragma weak torch_c10_cuda_check_msg
+#pragma weak torch_c10_cuda_free_error_msg
+
+namespace iwsgd {
+
+// Makes x's device the current one for as long as it lives, and holds that device's current stream.
+class OnDeviceOf {
+ public:
+  explicit OnDeviceOf(const Tensor& x) : guard_(x.get_device_index()) {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+  cudaStream_t stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_;
+};
+
+// Calls body with the truth value as a type, for a template argument: `decltype(flag)::value`.
+template <class Body>
+void with_constant(bool value, const Body& body) {
+  if (value) body(std::true_type{});
+  else body(std::false_type{});
+}
+
+}  // namespace iwsgd

@@ -1,0 +1,135 @@
+// Neighbouring elements of a tensor as one memory access, with their conversions. Compiles for the host too, where dtypes.h
+// has the conversions, so that kernels written with it can be tested there.
+#pragma once
+#include <cstdlib>
+#include <type_traits>
+
+#include "../dtypes.h"
+#include "../philox.h"
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+// Before a loop, in device code: unroll it whole, or by n; the host's compiler would warn of nvcc's pragma.
+#if defined(__CUDA_ARCH__)
+#define IWSGD_PRAGMA_TEXT(x) _Pragma(#x)
+#define IWSGD_UNROLL _Pragma("unroll")
+#define IWSGD_UNROLL_BY(n) IWSGD_PRAGMA_TEXT(unroll n)
+#else
+#define IWSGD_UNROLL
+#define IWSGD_UNROLL_BY(n)
+#endif
+
+namespace iwsgd {
+
+template <class T>
+constexpr int kVector = 16 / sizeof(T);  // elements of one 16-byte access
+
+// V elements. Of the 16-bit types, two in each 32-bit word, the first one in the lower half.
+template <class T, int V>
+struct alignas(V * sizeof(T)) Elements {
+  T e[V];
+};
+template <class T>
+struct alignas(16) Elements<T, 8> {
+  static_assert(sizeof(T) == 2, "eight elements are 16 bytes");
+  uint32_t w[4];
+};
+
+template <class T, int V>
+IWSGD_HD Elements<T, V> load(const T* from) {
+#if defined(__CUDA_ARCH__)
+  return *reinterpret_cast<const Elements<T, V>*>(from);
+#else
+  if (reinterpret_cast<uintptr_t>(from) % sizeof(Elements<T, V>) != 0) std::abort();  // as a GPU does
+  Elements<T, V> elements;
+  std::memcpy(&elements, from, sizeof elements);
+  return elements;
+#endif
+}
+
+template <class T, int V>
+IWSGD_HD void store(T* to, const Elements<T, V>& elements) {
+#if defined(__CUDA_ARCH__)
+  *reinterpret_cast<Elements<T, V>*>(to) = elements;
+#else
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(elements) != 0) std::abort();
+  std::memcpy(to, &elements, sizeof elements);
+#endif
+}
+
+template <class T>
+IWSGD_HD acc_t<T> widen(T x) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (std::is_same_v<T, bf16>) return __uint_as_float(static_cast<uint32_t>(x.bits) << 16);
+  else if constexpr (std::is_same_v<T, fp16>) return __half2float(__ushort_as_half(x.bits));
+  else return x;
+#else
+  return to_acc(x);
+#endif
+}
+
+template <class T>
+IWSGD_HD T narrow(acc_t<T> x) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (std::is_same_v<T, bf16>) return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+  else if constexpr (std::is_same_v<T, fp16>) return {__half_as_ushort(__float2half_rn(x))};
+  else return x;
+#else
+  return from_acc<T>(x);
+#endif
+}
+
+// Two neighbours in one word, rounded by one instruction.
+template <class T>
+IWSGD_HD uint32_t narrow_two(float first, float second) {
+#if defined(__CUDA_ARCH__)
+  uint32_t word;
+  if constexpr (std::is_same_v<T, bf16>) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  return word;
+#else
+  return from_acc<T>(first).bits | static_cast<uint32_t>(from_acc<T>(second).bits) << 16;
+#endif
+}
+
+// Element j as a number.
+template <class T, int V>
+IWSGD_HD acc_t<T> element(const Elements<T, V>& x, int j) {
+  if constexpr (V == 8) return widen<T>({static_cast<uint16_t>(x.w[j / 2] >> (16 * (j % 2)))});
+  else return widen<T>(x.e[j]);
+}
+
+// number(j) * scale as element j, rounded once.
+template <class T, int V, class Number>
+IWSGD_HD Elements<T, V> scaled(const Number& number, acc_t<T> scale) {
+  Elements<T, V> y;
+  if constexpr (V == 8) {
+    IWSGD_UNROLL
+    for (int i = 0; i < 4; ++i) y.w[i] = narrow_two<T>(number(2 * i) * scale, number(2 * i + 1) * scale);
+  } else {
+    IWSGD_UNROLL
+    for (int j = 0; j < V; ++j) y.e[j] = narrow<T>(number(j) * scale);
+  }
+  return y;
+}
+
+// Element j where bit j is set, else zero, whatever x was.
+template <class T, int V>
+IWSGD_HD Elements<T, V> masked(Elements<T, V> x, uint32_t bits) {
+  if constexpr (V == 8) {
+    IWSGD_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      if (!(bits >> (2 * i) & 1u)) x.w[i] &= 0xFFFF0000u;
+      if (!(bits >> (2 * i + 1) & 1u)) x.w[i] &= 0x0000FFFFu;
+    }
+  } else {
+    IWSGD_UNROLL
+    for (int j = 0; j < V; ++j)
+      if (!(bits >> j & 1u)) x.e[j] = T{};
+  }
+  return x;
+}
+
+}  // namespace iwsgd

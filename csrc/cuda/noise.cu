@@ -1,0 +1,129 @@
+// The noise op on NVIDIA GPUs: x [O, B, I] -> y [O, K*B, I], one independent mask for every noise sample, none of them stored.
+//
+// x is read once and its K outputs are written from registers: (1 + K) * n * sizeof(T) bytes for n elements of x, and as many
+// in backward, whose sum over samples stays in registers. What remains is to hide the generator behind memory: 16-bit fields,
+// and the work that noise samples share done once (NOTE [Shared rounds]). The kernels' bodies are in noise_kernels.cuh, which
+// compiles for the host too.
+#include "common.cuh"
+#include "noise_kernels.cuh"
+
+namespace iwsgd {
+namespace {
+
+template <class T, int V, bool kGroups, bool kExpand>
+__global__ void __launch_bounds__(kBlock) noise_fwd_kernel(const __grid_constant__ NoiseWork work,
+                                                           const T* x,  // [O, B, I] where kExpand, else [O, S*B, I]
+                                                           T* y,        // [O, S*B, I]
+                                                           acc_t<T> scale, int64_t part) {
+  noise_fwd<T, V, kGroups, kExpand>(work, x, y, scale, part, blockIdx.x, blockIdx.y, static_cast<int>(threadIdx.x));
+}
+
+template <class T, int V, bool kGroups>
+__global__ void __launch_bounds__(kBlock) noise_bwd_kernel(const __grid_constant__ NoiseWork work,
+                                                           const T* dy,  // [O, S*B, I]
+                                                           T* dx,        // [O, B, I]
+                                                           acc_t<T> scale) {
+  noise_bwd<T, V, kGroups>(work, dy, dx, scale, blockIdx.x, static_cast<int>(threadIdx.x));
+}
+
+// Calls body with two types: the elements of an access as a std::integral_constant, and whether packs are groups.
+template <class T, class Body>
+void with_layout(const Layout& layout, std::initializer_list<const void*> tensors, const Body& body) {
+  with_constant(rows_are_aligned(layout, sizeof(T), tensors), [&](auto aligned) {
+    with_constant(packs_are_groups(layout),
+                  [&](auto groups) { body(std::integral_constant<int, decltype(aligned)::value ? kVector<T> : 1>{}, groups); });
+  });
+}
+
+dim3 dimensions(const NoiseGrid& grid) { return {static_cast<unsigned>(grid.blocks), static_cast<unsigned>(grid.parts), 1}; }
+
+template <class T>
+void noise_fwd_cuda(const Draw& draw, const T* x, T* y, cudaStream_t stream) {
+  const NoiseWork work(draw);
+  if (work.total == 0) return;
+  if (draw.threshold >= kFieldRange) {  // p = 1 gives zeros, exactly
+    STD_CUDA_CHECK(cudaMemsetAsync(y, 0, draw.samples * draw.layout.outer * work.step * sizeof(T), stream));
+    return;
+  }
+  const NoiseGrid grid = noise_grid(work, true);
+  const auto scale = static_cast<acc_t<T>>(keep_scale(draw.threshold));
+  with_layout<T>(draw.layout, {x, y}, [&](auto vector, auto groups) {
+    constexpr int V = decltype(vector)::value;
+    constexpr bool kGroups = decltype(groups)::value;
+    if (draw.expand)
+      noise_fwd_kernel<T, V, kGroups, true><<<dimensions(grid), kBlock, 0, stream>>>(work, x, y, scale, grid.part);
+    else
+      noise_fwd_kernel<T, V, kGroups, false><<<dimensions(grid), kBlock, 0, stream>>>(work, x, y, scale, grid.part);
+  });
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+template <class T>
+void noise_bwd_cuda(const Draw& draw, const T* dy, T* dx, cudaStream_t stream) {
+  const NoiseWork work(draw);
+  if (work.total == 0) return;
+  if (draw.threshold >= kFieldRange) {
+    STD_CUDA_CHECK(cudaMemsetAsync(dx, 0, draw.layout.outer * work.step * sizeof(T), stream));
+    return;
+  }
+  const NoiseGrid grid = noise_grid(work, false);
+  const auto scale = static_cast<acc_t<T>>(keep_scale(draw.threshold));
+  with_layout<T>(draw.layout, {dy, dx}, [&](auto vector, auto groups) {
+    noise_bwd_kernel<T, decltype(vector)::value, decltype(groups)::value><<<dimensions(grid), kBlock, 0, stream>>>(work, dy, dx, scale);
+  });
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+CallAddress call_address(const Tensor& origin, const std::optional<Tensor>& sample_ids, int64_t stream, int64_t first_example) {
+  return {origin.const_data_ptr<int64_t>(), sample_ids ? sample_ids->const_data_ptr<int64_t>() : nullptr,
+          sample_ids && sample_ids->dim() == 2, stream, first_example};
+}
+
+void noise_out(Tensor x, Tensor origin, std::optional<Tensor> sample_ids, int64_t samples, int64_t stream, int64_t first_example,
+               int64_t threshold, int64_t positions, int64_t share, bool expand, Tensor out) {
+  const OnDeviceOf device(x);
+  x = torch::stable::contiguous(x);
+  const Draw draw{{x.size(0), expand ? x.size(1) : x.size(1) / samples, x.size(2), positions, share},
+                  call_address(origin, sample_ids, stream, first_example),
+                  samples,
+                  static_cast<uint32_t>(threshold),
+                  expand};
+  dispatch_floating(x, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    noise_fwd_cuda(draw, data<T>(x), mutable_data<T>(out), device.stream());
+  });
+}
+
+Tensor noise(Tensor x, Tensor origin, std::optional<Tensor> sample_ids, int64_t samples, int64_t stream, int64_t first_example,
+             int64_t threshold, int64_t positions, int64_t share, bool expand) {
+  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1) * (expand ? samples : 1), x.size(2)});
+  noise_out(x, origin, sample_ids, samples, stream, first_example, threshold, positions, share, expand, out);
+  return out;
+}
+
+Tensor noise_sum(Tensor dy, Tensor origin, std::optional<Tensor> sample_ids, int64_t samples, int64_t stream, int64_t first_example,
+                 int64_t threshold, int64_t positions, int64_t share) {
+  const OnDeviceOf device(dy);
+  dy = torch::stable::contiguous(dy);
+  const int64_t examples = dy.size(1) / samples;
+  Tensor dx = torch::stable::new_empty(dy, {dy.size(0), examples, dy.size(2)});
+  const Draw draw{{dy.size(0), examples, dy.size(2), positions, share},
+                  call_address(origin, sample_ids, stream, first_example),
+                  samples,
+                  static_cast<uint32_t>(threshold),
+                  true};
+  dispatch_floating(dy, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    noise_bwd_cuda(draw, data<T>(dy), mutable_data<T>(dx), device.stream());
+  });
+  return dx;
+}
+
+}  // namespace
+}  // namespace iwsgd
+
+STABLE_TORCH_LIBRARY_IMPL(iwsgd_ext, CUDA, m) {
+  m.impl("noise", TORCH_BOX(&iwsgd::noise));
+  m.impl("noise_out", TORCH_BOX(&iwsgd::noise_out));
+  m.impl("noise_sum", TORCH_BOX(&iwsgd::noise_sum));
+}

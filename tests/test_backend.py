@@ -1,0 +1,145 @@
+"""Which backend runs, what is said of it, and an installation without the native library."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import iwsgd_ext as iw
+
+PACKAGE = Path(iw.__file__).parent
+BUILT = iw.backend_info()["built"]
+
+
+def python(code: str, root: Path = PACKAGE.parent, **environment: str) -> subprocess.CompletedProcess:
+    """Runs code in a new process that imports the package from ``root``."""
+    keep = {k: v for k, v in os.environ.items() if not k.startswith("IWSGD_")}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=root, env={**keep, "PYTHONPATH": str(root), **environment}, capture_output=True, text=True)
+
+
+@pytest.fixture(autouse=True)
+def _restored():
+    before = iw.backend_info()["forced"]
+    yield
+    iw.set_backend(before)
+
+
+class TestSetBackend:
+    def test_unknown_name(self):
+        for name in ("cuda2", "", "CPU"):
+            with pytest.raises(ValueError, match="name: expected one of reference, cpu, cuda or None, got"):
+                iw.set_backend(name)
+
+    @pytest.mark.parametrize("name", ["cpu", "cuda"])
+    def test_one_that_is_not_built(self, name):
+        if BUILT[name]:
+            pytest.skip("it is built here")
+        with pytest.raises(RuntimeError, match=f"backend '{name}' is not there: .*pip install"):
+            iw.set_backend(name)
+        assert iw.backend_info()["forced"] is None
+
+    def test_info_says_what_is_forced_and_why(self):
+        iw.set_backend("reference")
+        info = iw.backend_info()
+        assert info["forced"] == "reference"
+        assert info["cpu"] == info["cuda"] == "reference: asked for by IWSGD_BACKEND or set_backend"
+        iw.set_backend(None)
+        info = iw.backend_info()
+        assert info["forced"] is None
+        for kind in ("cpu", "cuda"):
+            assert info[kind].startswith(f"{kind}: built" if BUILT[kind] else "reference: the ")
+
+    def test_forced_backend_runs(self, device, monkeypatch):
+        """The reference is called only where it is asked for, if the device's own kernels are built."""
+        calls, original = [], iw.noise.reference.noise
+        monkeypatch.setattr(iw.noise.reference, "noise", lambda *a: calls.append(1) or original(*a))
+        x = torch.ones(3, 63, device=device)
+        iw.set_backend("reference")
+        slow = iw.functional.dropout(x, 0.5, seed=1)
+        assert len(calls) == 1
+        iw.set_backend(None)
+        fast = iw.functional.dropout(x, 0.5, seed=1)
+        assert len(calls) == (1 if BUILT[device.type] else 2)
+        assert torch.equal(slow, fast)
+
+    def test_backend_of_another_device(self):
+        if not BUILT["cpu"]:
+            pytest.skip("no native build")
+        iw.set_backend("cpu")
+        with pytest.raises(RuntimeError, match="backend 'cpu' was asked for, but the tensor is on meta"):
+            iw.functional.dropout(torch.ones(3, 4, device="meta"), 0.5, seed=1)
+
+
+def test_info_of_the_build():
+    info = iw.backend_info()
+    assert info["torch"] == torch.__version__
+    assert set(info["built"]) == {"reference", "cpu", "cuda"}
+    assert info["built"]["reference"]
+    if BUILT["cpu"]:
+        assert set(info["build"]) == {"compiler", "torch", "cuda_architectures", "isa", "machine_isas"}
+        assert info["build"]["isa"] in info["build"]["machine_isas"]
+        assert info["build"]["machine_isas"][0] == "baseline"
+    else:
+        assert info["build"].startswith("no native build: ")
+
+
+class TestEnvironment:
+    def test_backend(self):
+        run = python("import iwsgd_ext as iw; print(iw.backend_info()['forced'])", IWSGD_BACKEND="reference")
+        assert (run.returncode, run.stdout) == (0, "reference\n"), run.stderr
+        run = python("import iwsgd_ext as iw; print(iw.backend_info()['forced'])", IWSGD_BACKEND="")
+        assert (run.returncode, run.stdout) == (0, "None\n"), run.stderr
+
+    def test_bad_backend(self):
+        run = python("import iwsgd_ext", IWSGD_BACKEND="fast")
+        assert run.returncode == 1
+        assert "ValueError: name: expected one of reference, cpu, cuda or None, got 'fast'" in run.stderr
+
+    @pytest.mark.skipif(not BUILT["cpu"], reason="no native build")
+    def test_bad_instruction_set(self):
+        """An error at import, not an abort and not another instruction set in silence."""
+        run = python("import iwsgd_ext", IWSGD_ISA="avx9")
+        assert run.returncode == 1, run.stderr
+        assert "IWSGD_ISA: expected one of baseline, avx2, avx512" in run.stderr
+
+
+WITHOUT_NATIVE = """
+import torch, iwsgd_ext as iw
+from torch import nn
+info = iw.backend_info()
+assert not info["built"]["cpu"] and info["build"].startswith("no native build"), info
+assert "the cpu kernels are not in this installation" in info["cpu"] and "C++ compiler" in info["cpu"], info
+model = iw.convert(nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3)), samples=3)
+loss = iw.IWCrossEntropyLoss(samples=3)(model(torch.randn(5, 4)), torch.tensor([0, 1, 2, 0, 1]))
+loss.backward()
+assert model[0].weight.grad.abs().sum() > 0
+print(iw.functional.dropout(torch.arange(1.0, 64.0)[None], 0.5, samples=2, seed=3).tolist())
+try:
+    iw.set_backend("cpu")
+except RuntimeError as error:
+    assert "pip install" in str(error)
+else:
+    raise AssertionError("set_backend('cpu') found a backend")
+"""
+
+
+def test_installation_without_the_native_library(tmp_path):
+    """Everything runs on the reference, with the same noise, and it says why."""
+    shutil.copytree(PACKAGE, tmp_path / "iwsgd_ext", ignore=shutil.ignore_patterns("*.so", "*.dll", "__pycache__"))
+    run = python(WITHOUT_NATIVE, tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == str(iw.functional.dropout(torch.arange(1.0, 64.0)[None], 0.5, samples=2, seed=3).tolist())
+
+
+def test_library_that_cannot_be_loaded(tmp_path):
+    """A broken file (another platform's, a half-copied one) is named, and the reference runs."""
+    shutil.copytree(PACKAGE, tmp_path / "iwsgd_ext", ignore=shutil.ignore_patterns("*.so", "*.dll", "__pycache__"))
+    (tmp_path / "iwsgd_ext" / "_ops.so").write_bytes(b"not a library")
+    run = python("import iwsgd_ext as iw; print(iw.backend_info()['cpu'])", tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("reference: the cpu kernels are not in this installation (_ops.so could not be loaded")

@@ -1,0 +1,43 @@
+"""Every example of a docstring and every Python block of the documentation runs."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import iwsgd_ext
+
+ROOT = Path(__file__).parent.parent
+MODULES = ["iwsgd_ext", *(f"iwsgd_ext.{m.name}" for m in pkgutil.iter_modules(iwsgd_ext.__path__) if not m.name.startswith("_"))]
+PAGES = [p for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))) if p.exists()]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_of_docstrings(name):
+    results = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert results.failed == 0
+
+
+@pytest.mark.parametrize("name", iwsgd_ext.__all__)
+def test_every_public_name_has_an_example(name):
+    thing = getattr(iwsgd_ext, name)
+    assert thing.__doc__
+    if name not in ("functional", "IWStats"):  # a module of functions with examples, and what iw_cross_entropy's example returns
+        assert ">>> " in thing.__doc__
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_blocks_of_the_documentation(path, monkeypatch, tmp_path):
+    """The blocks of one page share their names, as a reader's session does; files that they write go elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    text, names = path.read_text(), {"__name__": "__main__"}
+    for block in BLOCK.finditer(text):
+        line = text[: block.start()].count("\n") + 1
+        exec(compile("\n" * line + block[1], str(path), "exec"), names)  # line numbers of the page
+    assert path.name != "README.md" or len(names) > 2, "README.md has no Python block"
