@@ -26,7 +26,8 @@ torch.library.define("iwsgd_ext::iw_cross_entropy_", f"(Tensor(a!) logits, {_ARG
 
 
 @torch.library.register_fake("iwsgd_ext::iw_cross_entropy_")
-def _fake(logits, target, samples, class_weight, example_weight, position_weight, normalizer, ignore_index, smoothing, alpha, per_position, reduction):
+def _fake(logits, target, samples, *options):
+    per_position, reduction = options[-2:]
     acc = torch.promote_types(logits.dtype, torch.float32)
     batch = logits.shape[0] // samples
     units = batch * logits.shape[2] if per_position else batch
@@ -199,7 +200,8 @@ def iw_cross_entropy(
         level: "example" or "position", what has importance weights of its own.
         example_weight: [B], which multiplies outer weight and d; or [B, d1, ...], which multiplies u, c and d. A position of weight 0
             still counts in the mean of c; use ``ignore_index`` for padding.
-        normalizer: N, instead of the sum of d: for gradient accumulation and data parallelism. A number or a tensor of one element.
+        normalizer: N of the mean, instead of the sum of d: for gradient accumulation and data parallelism. A number or a tensor of one
+            element.
         inplace: the gradient is written over ``logits``, which then must not be used again. Saves their size in memory.
         process_group: a torch.distributed group whose ranks hold ``samples`` noise samples each of the same examples (give each rank
             its own ``sample_ids``). Loss and bound are those of all samples, on every rank; the gradient is that of the rank's own
@@ -240,6 +242,7 @@ def iw_cross_entropy(
     position_weight = None
     if example_weight is not None and example_weight.dim() > 1:
         example_weight, position_weight = None, example_weight.reshape(batch, positions)
+    _check(normalizer is None or reduction == "mean", "normalizer", "None unless reduction is 'mean'", f"one with {reduction!r}")
     if normalizer is not None and not isinstance(normalizer, Tensor):
         normalizer = torch.full((), normalizer, dtype=acc, device=logits.device)
     if normalizer is not None:
@@ -256,7 +259,7 @@ def iw_cross_entropy(
     # NOTE [float16 gradients]
     # dlogits is made in forward, before the upstream gradient is known. Over a large denominator float16 would lose it (below 6e-8),
     # and a loss scale in the upstream gradient could not bring it back: so the denominator is left to backward too.
-    late = logits.dtype == torch.float16 and (reduction == "mean" or normalizer is not None)
+    late = logits.dtype == torch.float16 and reduction == "mean"
     options = (
         weight,
         example_weight,
@@ -266,7 +269,7 @@ def iw_cross_entropy(
         float(label_smoothing),
         1.0 if samples == 1 and process_group is None else float(alpha),
         level == "position",
-        _REDUCTIONS.index("sum" if late and reduction == "mean" else reduction),
+        _REDUCTIONS.index("sum" if late else reduction),
     )
     loss, log_p, weights, bound = _IWCrossEntropy.apply(logits, target.contiguous(), samples, inplace, process_group, *options)
     if late:
@@ -390,23 +393,23 @@ class IWCrossEntropyLoss(nn.Module):
         _check_samples(samples)
         self.samples = samples
         self.register_buffer("weight", weight)
-        self.options = dict(
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            alpha=alpha,
-            level=level,
-            inplace=inplace,
-            process_group=process_group,
-            return_stats=return_stats,
-        )
+        self.options = {
+            "ignore_index": ignore_index,
+            "reduction": reduction,
+            "label_smoothing": label_smoothing,
+            "alpha": alpha,
+            "level": level,
+            "inplace": inplace,
+            "process_group": process_group,
+            "return_stats": return_stats,
+        }
 
     def forward(
         self, logits: Tensor, target: Tensor, *, example_weight: Tensor | None = None, normalizer: float | Tensor | None = None
     ) -> Tensor | tuple[Tensor, IWStats]:
-        samples = self.samples if self.training else 1
+        samples, options = (self.samples, self.options) if self.training else (1, {**self.options, "process_group": None})
         return iw_cross_entropy(
-            logits, target, samples, weight=self.weight, example_weight=example_weight, normalizer=normalizer, **self.options
+            logits, target, samples, weight=self.weight, example_weight=example_weight, normalizer=normalizer, **options
         )
 
     def extra_repr(self) -> str:

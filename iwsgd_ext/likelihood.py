@@ -82,9 +82,11 @@ class IWLoss(nn.Module):
         batch = next((t.shape[0] for t in targets if isinstance(t, Tensor) and t.dim() > 0), None)
         if batch is None:
             raise ValueError("targets: expected at least one tensor with a dimension of examples")
-        repeated = [
-            t.expand(samples, *t.shape).flatten(0, 1) if isinstance(t, Tensor) and t.dim() > 0 and t.shape[0] == batch else t for t in targets
-        ]
+
+        def repeat(t):
+            return t.expand(samples, *t.shape).flatten(0, 1) if isinstance(t, Tensor) and t.dim() > 0 and t.shape[0] == batch else t
+
+        repeated = [repeat(t) for t in targets]
         cost = self.criterion(output, *repeated)
         rows = samples * batch
         if cost.dim() == 0 or cost.shape[0] != rows:

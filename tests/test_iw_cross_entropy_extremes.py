@@ -52,6 +52,18 @@ def test_one_sample_is_torch(backend, device, special, dtype, classes):
 
 
 @CLASSES
+def test_one_sample_is_torch_with_a_masked_class(backend, device, classes):
+    """A class of probability 0 and logit -inf: torch's loss is NaN (0 * inf), its gradient is finite."""
+    logits, target = torch.randn(19, classes, device=device), torch.softmax(torch.randn(19, classes, device=device), 1)
+    logits[:, 2], target[:, 2] = -INF, 0.0
+    leaf = logits.clone().requires_grad_()
+    (dexpected,) = torch.autograd.grad(F.cross_entropy(leaf, target), leaf)
+    loss, _, _, _, dlogits = result_of(iw.iw_cross_entropy, logits, target, 1)
+    assert loss.isnan()
+    torch.testing.assert_close(dlogits, dexpected)
+
+
+@CLASSES
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0, INF])
 def test_nan_stays_in_its_example(backend, device, alpha, classes):
     """A NaN in one noise sample makes its example NaN and leaves the others as they are."""
@@ -229,6 +241,11 @@ BAD = {
     "example-weight-shape": (ValueError, {"example_weight": torch.ones(6)}, r"example_weight: expected shape \(3,\), got \(6,\)"),
     "example-weight-grad": (ValueError, {"example_weight": torch.ones(3, requires_grad=True)}, "example_weight: .*require grad"),
     "normalizer-shape": (ValueError, {"normalizer": torch.ones(2)}, r"normalizer: .*one element, got shape \(2,\)"),
+    "normalizer-of-a-sum": (
+        ValueError,
+        {"normalizer": 3.0, "reduction": "sum"},
+        r"normalizer: expected None unless reduction is .mean., got one with .sum.",
+    ),
     "reduction": (ValueError, {"reduction": "avg"}, "reduction: .*'none', 'mean' or 'sum', got 'avg'"),
     "level": (ValueError, {"level": "token"}, "level: .*'example' or 'position', got 'token'"),
     "smoothing-negative": (ValueError, {"label_smoothing": -0.1}, "label_smoothing: .*got -0.1"),

@@ -313,9 +313,11 @@ def test_module(backend, device):
     options = {"ignore_index": 2, "reduction": "sum", "label_smoothing": 0.1, "alpha": 0.5, "level": "position"}
     weight, example_weight = torch.rand(10), torch.rand(7, device=device)
     module = iw.IWCrossEntropyLoss(3, weight=weight, **options).to(device)
-    expected = iw.iw_cross_entropy(logits, target, 3, weight=weight.to(device), example_weight=example_weight, normalizer=9, **options)
+    expected = iw.iw_cross_entropy(logits, target, 3, weight=weight.to(device), example_weight=example_weight, **options)
     for m in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert torch.equal(m(logits, target, example_weight=example_weight, normalizer=9), expected)
+        assert torch.equal(m(logits, target, example_weight=example_weight), expected)
+    over_nine = iw.iw_cross_entropy(logits, target, 3, normalizer=9)
+    assert torch.equal(iw.IWCrossEntropyLoss(3)(logits, target, normalizer=9), over_nine)
     plain = {name: value for name, value in options.items() if name not in ("alpha", "level")}
     torch.testing.assert_close(module.eval()(logits[:7], target), F.cross_entropy(logits[:7], target, weight=weight.to(device), **plain))
     assert list(iw.IWCrossEntropyLoss(3).state_dict()) == list(torch.nn.CrossEntropyLoss().state_dict())

@@ -166,7 +166,8 @@ void weigh_unit(const LossArguments<T, A>& a, int64_t unit) {
   }
   const double most = l(best);
   if (nan || a.alpha == 0 || most == -std::numeric_limits<double>::infinity()) {
-    for (int64_t s = 0; s < a.S; ++s) weigh(s, nan && a.alpha != 0 ? mean : equal);
+    // One sample has all the weight, whatever its likelihood: its gradient is then torch's.
+    for (int64_t s = 0; s < a.S; ++s) weigh(s, nan && a.alpha != 0 && a.S > 1 ? mean : equal);
     a.bound[unit] = static_cast<A>(mean);
   } else if (a.alpha == std::numeric_limits<double>::infinity()) {
     for (int64_t s = 0; s < a.S; ++s) weigh(s, s == best ? 1.0 : 0.0);

@@ -28,11 +28,4 @@ class OnDeviceOf {
   cudaStream_t stream_;
 };
 
-// Calls body with the truth value as a type, for a template argument: `decltype(flag)::value`.
-template <class Body>
-void with_constant(bool value, const Body& body) {
-  if (value) body(std::true_type{});
-  else body(std::false_type{});
-}
-
 }  // namespace iwsgd

@@ -14,8 +14,9 @@ template <class T, int V, bool kGroups, bool kExpand>
 __global__ void __launch_bounds__(kBlock) noise_fwd_kernel(const __grid_constant__ NoiseWork work,
                                                            const T* x,  // [O, B, I] where kExpand, else [O, S*B, I]
                                                            T* y,        // [O, S*B, I]
-                                                           acc_t<T> scale, int64_t part) {
-  noise_fwd<T, V, kGroups, kExpand>(work, x, y, scale, part, blockIdx.x, blockIdx.y, static_cast<int>(threadIdx.x));
+                                                           acc_t<T> scale, int part) {
+  noise_fwd<T, V, kGroups, kExpand>(work, x, y, scale, part, blockIdx.x, static_cast<int>(blockIdx.y),
+                                   static_cast<int>(threadIdx.x));
 }
 
 template <class T, int V, bool kGroups>
@@ -26,13 +27,16 @@ __global__ void __launch_bounds__(kBlock) noise_bwd_kernel(const __grid_constant
   noise_bwd<T, V, kGroups>(work, dy, dx, scale, blockIdx.x, static_cast<int>(threadIdx.x));
 }
 
-// Calls body with two types: the elements of an access as a std::integral_constant, and whether packs are groups.
+// Calls body with two types: the elements of an access as a std::integral_constant, and whether packs are known to be groups.
+// Only the 16-bit types gain by knowing: of the others the bits go through a shuffle.
 template <class T, class Body>
-void with_layout(const Layout& layout, std::initializer_list<const void*> tensors, const Body& body) {
-  with_constant(rows_are_aligned(layout, sizeof(T), tensors), [&](auto aligned) {
-    with_constant(packs_are_groups(layout),
-                  [&](auto groups) { body(std::integral_constant<int, decltype(aligned)::value ? kVector<T> : 1>{}, groups); });
-  });
+void with_layout(const NoiseWork& work, std::initializer_list<const void*> tensors, const Body& body) {
+  using Vector = std::integral_constant<int, kVector<T>>;
+  if (!rows_are_aligned(work.draw.layout, sizeof(T), tensors)) return body(std::integral_constant<int, 1>{}, std::false_type{});
+  if constexpr (kVector<T> == kGroup) {
+    if (work.groups) return body(Vector{}, std::true_type{});
+  }
+  body(Vector{}, std::false_type{});
 }
 
 dim3 dimensions(const NoiseGrid& grid) { return {static_cast<unsigned>(grid.blocks), static_cast<unsigned>(grid.parts), 1}; }
@@ -47,13 +51,13 @@ void noise_fwd_cuda(const Draw& draw, const T* x, T* y, cudaStream_t stream) {
   }
   const NoiseGrid grid = noise_grid(work, true);
   const auto scale = static_cast<acc_t<T>>(keep_scale(draw.threshold));
-  with_layout<T>(draw.layout, {x, y}, [&](auto vector, auto groups) {
+  with_layout<T>(work, {x, y}, [&](auto vector, auto groups) {
     constexpr int V = decltype(vector)::value;
     constexpr bool kGroups = decltype(groups)::value;
     if (draw.expand)
-      noise_fwd_kernel<T, V, kGroups, true><<<dimensions(grid), kBlock, 0, stream>>>(work, x, y, scale, grid.part);
+      noise_fwd_kernel<T, V, kGroups, true><<<dimensions(grid), kBlock, 0, stream>>>(work, x, y, scale, static_cast<int>(grid.part));
     else
-      noise_fwd_kernel<T, V, kGroups, false><<<dimensions(grid), kBlock, 0, stream>>>(work, x, y, scale, grid.part);
+      noise_fwd_kernel<T, V, kGroups, false><<<dimensions(grid), kBlock, 0, stream>>>(work, x, y, scale, static_cast<int>(grid.part));
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
@@ -68,7 +72,7 @@ void noise_bwd_cuda(const Draw& draw, const T* dy, T* dx, cudaStream_t stream) {
   }
   const NoiseGrid grid = noise_grid(work, false);
   const auto scale = static_cast<acc_t<T>>(keep_scale(draw.threshold));
-  with_layout<T>(draw.layout, {dy, dx}, [&](auto vector, auto groups) {
+  with_layout<T>(work, {dy, dx}, [&](auto vector, auto groups) {
     noise_bwd_kernel<T, decltype(vector)::value, decltype(groups)::value><<<dimensions(grid), kBlock, 0, stream>>>(work, dy, dx, scale);
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();

@@ -80,14 +80,14 @@ struct Place {
 };
 
 // What a thread draws: the keep bits of one pack, for one noise sample after the other.
-// kGroups: packs are groups of the generator; otherwise elements of a pack may share draws or belong to several groups.
+// kGroups: packs are known to be groups of the generator, and the bits never leave the predicates that they are made in.
 template <bool kGroups>
 struct PackNoise {
-  int64_t b;        // the example's place in the batch, for its sample ids
-  RowAddress row;   // but for the sample
+  int64_t b;               // the example's place in the batch, for its sample ids
+  RowAddress row;          // but for the sample
   Keys keys;
   int64_t position, left;  // of the pack's first element; elements that share its draw, from it on
-  Group group;      // of that position
+  Group group;             // of that position
 
   IWSGD_HD PackNoise(const NoiseWork& work, const Place& place)
       : b(place.b),
@@ -104,12 +104,13 @@ struct PackNoise {
     group = Group(static_cast<uint32_t>(position / kGroup), row.stream, keys);
   }
 
-  // Bit j: whether element j of the pack is kept by noise sample s.
-  IWSGD_HD uint32_t bits(const NoiseWork& work, int64_t s) const {
-    const uint32_t sample = work.draw.address.row(s, b, work.draw.layout.examples).sample, threshold = work.draw.threshold;
+  // Bit j: whether element j of the pack is kept by noise sample s. ids: the call's address.
+  IWSGD_HD uint32_t bits(const NoiseWork& work, const CallAddress& ids, int s) const {
+    const Layout& layout = work.draw.layout;
+    const uint32_t sample = ids.row(s, b, layout.examples).sample, threshold = work.draw.threshold;
     uint32_t drawn = keep_bits(philox(group, row.example, sample, keys), threshold);
     if constexpr (kGroups) return drawn;
-    const Layout& layout = work.draw.layout;
+    if (work.groups) return drawn;
     if (left >= kGroup) return drawn >> position % kGroup & 1u ? 0xFFu : 0u;
     uint32_t bits = 0;
     int64_t at = position, same = left;
@@ -126,6 +127,15 @@ struct PackNoise {
     return bits;
   }
 };
+
+// Calls body with the call's address. Without sample ids the compiler knows it, and the sample is the loop's counter.
+template <class Body>
+IWSGD_HD void with_address(const NoiseWork& work, const Body& body) {
+  CallAddress address = work.draw.address;
+  if (address.sample_ids != nullptr) return body(address);
+  address.sample_ids = nullptr;
+  body(address);
+}
 
 // ---- who draws and who writes ----
 
@@ -151,6 +161,12 @@ struct Slots {
     }
   }
 
+  // Whether the thread has nothing to do: nothing to write, and no bits to draw for other lanes.
+  IWSGD_HD bool idle() const { return kSlots == 1 && !inside[0]; }
+
+  // Whether a thread that is not idle writes access k.
+  IWSGD_HD bool writes(int k) const { return kSlots == 1 || inside[k]; }
+
   // The lane that draws for access k, and the access' first element in that lane's pack.
   IWSGD_HD int source(int k) const { return (k * kWarp + lane) * V / kGroup; }
   IWSGD_HD int first(int k) const { return (k * kWarp + lane) * V % kGroup; }
@@ -161,12 +177,12 @@ struct Slots {
   }
 
   // The keep bits of access k. drawn: those of the thread's own pack; all lanes of a warp call this together.
-  IWSGD_HD uint32_t bits(const NoiseWork& work, int64_t s, int k, uint32_t drawn) const {
+  IWSGD_HD uint32_t bits(const NoiseWork& work, const CallAddress& ids, int s, int k, uint32_t drawn) const {
     if constexpr (kSlots == 1) return drawn;
 #if defined(__CUDA_ARCH__)
     return __shfl_sync(0xFFFFFFFFu, drawn, source(k)) >> first(k);
 #else
-    return PackNoise<kGroups>(work, place(work, source(k))).bits(work, s) >> first(k);
+    return PackNoise<kGroups>(work, place(work, source(k))).bits(work, ids, s) >> first(k);
 #endif
   }
 };
@@ -182,48 +198,61 @@ constexpr int kAhead = V == 1 ? 1 : std::max(1, 64 / static_cast<int>(kGroup * s
 // hold loses nothing by the ordinary policy.
 
 template <class T, int V, bool kGroups, bool kExpand>
-IWSGD_HD void noise_fwd(const NoiseWork& work, const T* x, T* y, acc_t<T> scale, int64_t part, int64_t block, int64_t which, int thread) {
+IWSGD_HD void noise_fwd(const NoiseWork& work, const T* x, T* y, acc_t<T> scale, int part, int64_t block, int which, int thread) {
   const Slots<V, kGroups> slots(work, block, thread);
+  if (slots.idle()) return;
   const PackNoise<kGroups> noise(work, slots.place(work, slots.lane));
   constexpr int kSlots = slots.kSlots, kSamples = kExpand ? 1 : kAhead<T, V>;
+  const int begin = which * part, end = std::min(begin + part, static_cast<int>(work.draw.samples));
+  const T* from[kSlots];
+  T* to[kSlots];
   Elements<T, V> values[kSamples][kSlots];
-  const auto read = [&](int u, int64_t offset) {
+  IWSGD_UNROLL
+  for (int k = 0; k < kSlots; ++k) {
+    from[k] = x + (kExpand ? slots.x[k] : slots.y[k] + begin * work.step);
+    to[k] = y + slots.y[k] + begin * work.step;
+  }
+  const auto read = [&](int u) {
     IWSGD_UNROLL
-    for (int k = 0; k < kSlots; ++k) values[u][k] = load<T, V>(x + (kExpand ? slots.x[k] : slots.y[k]) + offset);
+    for (int k = 0; k < kSlots; ++k) {
+      values[u][k] = load<T, V>(from[k]);
+      from[k] += work.step;
+    }
   };
   const auto scale_all = [&](int u) {
     IWSGD_UNROLL
-    for (int k = 0; k < kSlots; ++k)
-      values[u][k] = scaled<T, V>([&](int j) { return element(values[u][k], j); }, scale);
+    for (int k = 0; k < kSlots; ++k) values[u][k] = scaled<T, V>([&](int j) { return element(values[u][k], j); }, scale);
   };
-  const auto write = [&](int u, int64_t s) {
-    const uint32_t drawn = noise.bits(work, s);
+  const auto write = [&](int u, const CallAddress& ids, int s) {
+    const uint32_t drawn = noise.bits(work, ids, s);
     IWSGD_UNROLL
     for (int k = 0; k < kSlots; ++k) {
-      const uint32_t bits = slots.bits(work, s, k, drawn);
-      if (slots.inside[k]) store<T, V>(y + slots.y[k] + s * work.step, masked<T, V>(values[u][k], bits));
+      const uint32_t bits = slots.bits(work, ids, s, k, drawn);
+      if (slots.writes(k)) store<T, V>(to[k], masked<T, V>(values[u][k], bits));
+      to[k] += work.step;
     }
   };
 
-  const int64_t begin = which * part, end = std::min(begin + part, work.draw.samples);
-  if constexpr (kExpand) {
-    read(0, 0);
-    scale_all(0);
-    IWSGD_UNROLL_BY(V == 1 ? 1 : 2)
-    for (int64_t s = begin; s < end; ++s) write(0, s);
-  } else {
-    for (int64_t s = begin; s < end; s += kSamples) {
-      IWSGD_UNROLL
-      for (int u = 0; u < kSamples; ++u)
-        if (s + u < end) read(u, (s + u) * work.step);
-      IWSGD_UNROLL
-      for (int u = 0; u < kSamples; ++u) {
-        if (s + u >= end) break;
-        scale_all(u);
-        write(u, s + u);
+  with_address(work, [&](const CallAddress& ids) {
+    if constexpr (kExpand) {
+      read(0);
+      scale_all(0);
+      IWSGD_UNROLL_BY(V == 1 ? 1 : 2)
+      for (int s = begin; s < end; ++s) write(0, ids, s);
+    } else {
+      for (int s = begin; s < end; s += kSamples) {
+        IWSGD_UNROLL
+        for (int u = 0; u < kSamples; ++u)
+          if (s + u < end) read(u);
+        IWSGD_UNROLL
+        for (int u = 0; u < kSamples; ++u) {
+          if (s + u >= end) break;
+          scale_all(u);
+          write(u, ids, s + u);
+        }
       }
     }
-  }
+  });
 }
 
 // ---- backward of the expansion: dx = scale * sum over samples of keep * dy, [O, B, I] ----
@@ -231,33 +260,43 @@ IWSGD_HD void noise_fwd(const NoiseWork& work, const T* x, T* y, acc_t<T> scale,
 template <class T, int V, bool kGroups>
 IWSGD_HD void noise_bwd(const NoiseWork& work, const T* dy, T* dx, acc_t<T> scale, int64_t block, int thread) {
   const Slots<V, kGroups> slots(work, block, thread);
+  if (slots.idle()) return;
   const PackNoise<kGroups> noise(work, slots.place(work, slots.lane));
   constexpr int kSlots = slots.kSlots, kSamples = kAhead<T, V>;
+  const int samples = static_cast<int>(work.draw.samples);
+  const T* from[kSlots];
+  IWSGD_UNROLL
+  for (int k = 0; k < kSlots; ++k) from[k] = dy + slots.y[k];
   acc_t<T> sum[kSlots][V] = {};
-  for (int64_t s = 0; s < work.draw.samples; s += kSamples) {
-    Elements<T, V> values[kSamples][kSlots];
-    IWSGD_UNROLL
-    for (int u = 0; u < kSamples; ++u) {
-      if (s + u >= work.draw.samples) break;
+  with_address(work, [&](const CallAddress& ids) {
+    for (int s = 0; s < samples; s += kSamples) {
+      Elements<T, V> values[kSamples][kSlots];
       IWSGD_UNROLL
-      for (int k = 0; k < kSlots; ++k) values[u][k] = load<T, V>(dy + slots.y[k] + (s + u) * work.step);
-    }
-    IWSGD_UNROLL
-    for (int u = 0; u < kSamples; ++u) {
-      if (s + u >= work.draw.samples) break;
-      const uint32_t drawn = noise.bits(work, s + u);
-      IWSGD_UNROLL
-      for (int k = 0; k < kSlots; ++k) {
-        const uint32_t bits = slots.bits(work, s + u, k, drawn);
+      for (int u = 0; u < kSamples; ++u) {
+        if (s + u >= samples) break;
         IWSGD_UNROLL
-        for (int j = 0; j < V; ++j)
-          if (bits >> j & 1u) sum[k][j] += element(values[u][k], j);
+        for (int k = 0; k < kSlots; ++k) {
+          values[u][k] = load<T, V>(from[k]);
+          from[k] += work.step;
+        }
+      }
+      IWSGD_UNROLL
+      for (int u = 0; u < kSamples; ++u) {
+        if (s + u >= samples) break;
+        const uint32_t drawn = noise.bits(work, ids, s + u);
+        IWSGD_UNROLL
+        for (int k = 0; k < kSlots; ++k) {
+          const uint32_t bits = slots.bits(work, ids, s + u, k, drawn);
+          IWSGD_UNROLL
+          for (int j = 0; j < V; ++j)
+            if (bits >> j & 1u) sum[k][j] += element(values[u][k], j);
+        }
       }
     }
-  }
+  });
   IWSGD_UNROLL
   for (int k = 0; k < kSlots; ++k)
-    if (slots.inside[k]) store<T, V>(dx + slots.x[k], scaled<T, V>([&](int j) { return sum[k][j]; }, scale));
+    if (slots.writes(k)) store<T, V>(dx + slots.x[k], scaled<T, V>([&](int j) { return sum[k][j]; }, scale));
 }
 
 }  // namespace iwsgd

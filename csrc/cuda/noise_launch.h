@@ -40,12 +40,19 @@ struct Divider {
   }
 };
 
+// Whether every pack is one group of the generator, or the first elements of one.
+inline bool packs_are_groups(const Layout& layout) {
+  const bool start = layout.outer == 1 || layout.inner % kGroup == 0;
+  const bool end = layout.positions % kGroup == 0 || layout.outer * layout.inner <= layout.positions;
+  return layout.share == 1 && start && end;
+}
+
 // One call of a noise kernel.
 struct NoiseWork {
   Draw draw;
   int64_t packs, total;  // of one row, and of all examples: O * B * packs
   int64_t step;          // elements from one noise sample of an element to the next
-  bool wraps;            // positions come again within one example
+  bool wraps, groups;    // positions come again within one example; packs_are_groups
   Divider by_packs, by_examples, by_share, by_positions;
 
   explicit NoiseWork(const Draw& draw)
@@ -53,7 +60,8 @@ struct NoiseWork {
         packs((draw.layout.inner + kGroup - 1) / kGroup),
         total(draw.layout.outer * draw.layout.examples * packs),
         step(draw.layout.examples * draw.layout.inner),
-        wraps(draw.layout.outer * draw.layout.inner > draw.layout.positions * draw.layout.share) {
+        wraps(draw.layout.outer * draw.layout.inner > draw.layout.positions * draw.layout.share),
+        groups(packs_are_groups(draw.layout)) {
     if (total == 0) return;
     by_packs = Divider(packs);
     by_examples = Divider(draw.layout.examples);
@@ -61,13 +69,6 @@ struct NoiseWork {
     by_positions = Divider(draw.layout.positions);
   }
 };
-
-// Whether every pack is one group of the generator, or the first elements of one.
-inline bool packs_are_groups(const Layout& layout) {
-  const bool start = layout.outer == 1 || layout.inner % kGroup == 0;
-  const bool end = layout.positions % kGroup == 0 || layout.outer * layout.inner <= layout.positions;
-  return layout.share == 1 && start && end;
-}
 
 // Whether every row of every tensor can be taken in accesses of 16 bytes.
 inline bool rows_are_aligned(const Layout& layout, int64_t element_bytes, std::initializer_list<const void*> tensors) {
