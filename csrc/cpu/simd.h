@@ -68,6 +68,13 @@ inline void store(fp16* p, vfloat v) {
 // v where the lane's bit is set, else +0 (also for NaN and infinities).
 inline vfloat keep_lanes(vfloat v, uint32_t bits) { return (vfloat)_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), (__m512)v); }
 inline vdouble keep_lanes(vdouble v, uint32_t bits) { return (vdouble)_mm512_maskz_mov_pd(static_cast<__mmask8>(bits), (__m512d)v); }
+// sum + v where the lane's bit is set, else sum.
+inline vfloat add_lanes(vfloat sum, vfloat v, uint32_t bits) {
+  return (vfloat)_mm512_mask_add_ps((__m512)sum, static_cast<__mmask16>(bits), (__m512)sum, (__m512)v);
+}
+inline vdouble add_lanes(vdouble sum, vdouble v, uint32_t bits) {
+  return (vdouble)_mm512_mask_add_pd((__m512d)sum, static_cast<__mmask8>(bits), (__m512d)sum, (__m512d)v);
+}
 #else
 
 #if IWSGD_AVX2
@@ -112,5 +119,9 @@ inline vdouble keep_lanes(vdouble v, uint32_t bits) {
   for (int i = 0; i < lanes<double>; ++i) lane[i] = 1 << i;
   const vlong mask = (splat<vlong>(static_cast<int64_t>(bits)) & lane) == lane;
   return (vdouble)((vlong)v & mask);
+}
+template <class V>
+inline V add_lanes(V sum, V v, uint32_t bits) {
+  return sum + keep_lanes(v, bits);
 }
 #endif

@@ -1,0 +1,102 @@
+"""The CUDA kernels without a GPU: they compile, spill nothing, and come along in a library that loads on any torch."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+import ptxas_report  # noqa: E402
+
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+OPS = {"noise.cu": ("noise", "noise_out", "noise_sum")}
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(ptxas_report.find_nvcc() is None, reason="no nvcc: not in CUDA_HOME, /usr/local/cuda or on the PATH"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="no g++, which nvcc needs"),
+]
+
+
+@pytest.mark.parametrize("arch", ptxas_report.ARCHITECTURES)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_kernels_compile_without_warnings_and_spill_nothing(source, arch):
+    kernels = ptxas_report.compile_kernels(source, arch)
+    assert {k.arch for k in kernels} == {arch}
+    assert any("_fwd_kernel" in k.name for k in kernels), [k.name for k in kernels]
+    assert {k.name: (k.spill_bytes, k.stack_bytes) for k in kernels if k.spill_bytes or k.stack_bytes} == {}
+    # a kernel of 256 threads and more than 128 registers leaves less than a quarter of a multiprocessor's warps
+    assert {k.name: k.registers for k in kernels if k.registers > 128} == {}
+    assert all(k.shared_bytes <= 48 * 1024 for k in kernels)
+
+
+def test_noise_kernels_leave_room_for_warps():
+    """16-byte accesses are what a GPU spends its time in: at most 64 registers, half a multiprocessor's warps, in 16-bit types."""
+    kernels = {k.name: k for k in ptxas_report.compile_kernels(ROOT / "csrc" / "cuda" / "noise.cu", "90")}
+    for dtype in ("bf16", "fp16"):
+        for name in (f"noise_fwd_kernel<{dtype}, 8, true, true>", f"noise_fwd_kernel<{dtype}, 8, true, false>", f"noise_bwd_kernel<{dtype}, 8, true>"):
+            assert kernels[name].registers <= 64, kernels[name]
+
+
+def test_report_is_read_right():
+    """Numbers of a report by hand, spills among them: a parser that finds none would let every spill pass."""
+    report = """
+ptxas info    : Compiling entry function '_ZN5iwsgd1fIfLi4EEEvPKf' for 'sm_90'
+ptxas info    : Function properties for _ZN5iwsgd1fIfLi4EEEvPKf
+    16 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 1024 bytes smem, 380 bytes cmem[0]
+ptxas info    : Compiling entry function 'plain' for 'sm_80'
+ptxas info    : Function properties for plain
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 32 registers, 380 bytes cmem[0]
+"""
+    first, second = ptxas_report.parse(report)
+    assert first[1:] == ("90", 255, 20, 16, 1024)
+    assert second == ("plain", "80", 32, 0, 0, 0)
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory) -> Path:
+    """A folder to import iwsgd_ext with CUDA kernels from: the checkout, if it is built so, else a copy built here for sm_90."""
+    if torch._C._dispatch_has_kernel_for_dispatch_key("iwsgd_ext::noise", "CUDA"):
+        return ROOT
+    folder = tmp_path_factory.mktemp("build")
+    for name in ("csrc", "iwsgd_ext"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / name)
+    environment = {**os.environ, "IWSGD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"  # ninja
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_library_with_cuda_loads_and_registers_its_kernels(package):
+    """On a torch with or without CUDA: a fresh process, as a user's."""
+    program = f"""
+import torch, iwsgd_ext as iw
+assert iw.__file__.startswith({str(package)!r}), iw.__file__
+for op in {[op for source in SOURCES for op in OPS.get(source.name, ())]!r}:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("iwsgd_ext::" + op, "CUDA"), op
+info = iw.backend_info()
+assert info["built"]["cuda"] and info["built"]["cpu"], info
+assert info["build"]["cuda_architectures"], info
+x = torch.ones(4, 24)
+y = iw.functional.dropout(x, 0.5, samples=3, seed=7)
+iw.set_backend("reference")
+assert torch.equal(y, iw.functional.dropout(x, 0.5, samples=3, seed=7)), "the CPU's kernels beside them"
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=package, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(package)})
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_cuda_file_is_looked_at():
+    """Each .cu has its operators in OPS, so that the test above asks for their registration."""
+    assert {path.name for path in SOURCES} == set(OPS)
