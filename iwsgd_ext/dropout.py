@@ -2,7 +2,8 @@
 
 from torch import Tensor, nn
 
-from .noise import DTYPES, Unit
+from .checks import check_dtype, check_probability
+from .noise import Unit
 from .sampling import draw
 
 
@@ -13,18 +14,14 @@ class _Dropout(nn.modules.dropout._DropoutNd):
     dims: tuple[int, ...] | None = None  # of an input without and with rows' dimension, where that matters
 
     def __init__(self, p: float = 0.5, *, batch_dim: int | None = None):
-        if not isinstance(p, int | float) or isinstance(p, bool):
-            raise TypeError(f"p: expected a number in [0, 1], got {type(p).__name__}")
-        if not 0.0 <= p <= 1.0:
-            raise ValueError(f"p: expected a probability in [0, 1], got {p}")
+        check_probability(p)
         super().__init__(p)
         self.batch_dim = batch_dim
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        if x.dtype not in DTYPES:
-            raise TypeError(f"input of {type(self).__name__}: expected float32, float64, bfloat16 or float16, got {x.dtype}")
+        check_dtype(f"input of {type(self).__name__}", x)
         if x.dim() == 0:
             raise ValueError(f"input of {type(self).__name__}: expected at least one dimension, which holds the rows, got a scalar")
         if self.dims is not None and x.dim() not in self.dims:

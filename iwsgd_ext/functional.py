@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .noise import DTYPES, Rows, Unit, check_integer, check_sample_ids, make_origin, noise, threshold_of
+from .checks import check_dtype, check_integer, check_probability, check_sample_ids, check_samples
+from .noise import Rows, Unit, make_origin, noise, threshold_of
 
 _ARGS = """
     Args:
@@ -68,19 +69,11 @@ drop_path = _form("drop_path", "row", "Stochastic depth: whole rows are dropped,
 
 
 def _noise(x, p, unit, shape, dims, samples, seed, stream, sample_ids, first_example, expand, batch_dim, out) -> Tensor:
-    if not isinstance(x, Tensor) or x.dtype not in DTYPES:
-        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"x: expected a tensor of float32, float64, bfloat16 or float16, got {got}")
+    check_dtype("x", x)
     if x.dim() == 0 or (dims is not None and x.dim() not in dims):
         raise ValueError(f"x: expected {shape}, got {x.dim()}-D {tuple(x.shape)}")
-    if not isinstance(p, int | float) or isinstance(p, bool):
-        raise TypeError(f"p: expected a number in [0, 1], got {type(p).__name__}")
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"p: expected a probability in [0, 1], got {p}")
-    if not isinstance(samples, int | torch.SymInt) or isinstance(samples, bool):
-        raise TypeError(f"samples: expected an int, got {type(samples).__name__}")
-    if samples < 1:
-        raise ValueError(f"samples: expected an integer >= 1, got {samples}")
+    check_probability(p)
+    check_samples(samples)
     if not -x.dim() <= batch_dim < x.dim():
         raise ValueError(f"batch_dim: expected a dimension of x in [{-x.dim()}, {x.dim()}), got {batch_dim}")
     for name, value in (("seed", seed), ("stream", stream), ("first_example", first_example)):

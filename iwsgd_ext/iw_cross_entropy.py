@@ -1,13 +1,13 @@
 """The loss op: softmax cross-entropy, log-mean-exp over noise samples, importance weights and gradient in one pass."""
 
 import math
-from numbers import Real
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import backend, reference
+from .checks import check, check_alpha, check_dtype, check_number, check_rows, check_samples
 
 Reduction = Literal["none", "mean", "sum"]
 Level = Literal["example", "position"]
@@ -203,10 +203,10 @@ def iw_cross_entropy(
         normalizer: N of the mean, instead of the sum of d: for gradient accumulation and data parallelism. A number or a tensor of one
             element.
         inplace: the gradient is written over ``logits``, which then must not be used again. Saves their size in memory.
-        process_group: a torch.distributed group whose ranks hold ``samples`` noise samples each of the same examples (give each rank
-            its own ``sample_ids``). Loss and bound are those of all samples, on every rank; the gradient is that of the rank's own
-            samples, so gradients of parameters must be summed over the ranks, not averaged. ``return_stats`` gives the rank's own
-            samples' log-likelihoods and weights.
+        process_group: a torch.distributed group whose ranks hold ``samples`` noise samples each of the same examples (give
+            ``iw.sampling`` one seed on all ranks, each rank its own ``sample_ids``, and ``first_example=0``). Loss and bound are those of
+            all samples, on every rank; the gradient is that of the rank's own samples, so gradients of parameters must be summed over
+            the ranks, not averaged. ``return_stats`` gives the rank's own samples' log-likelihoods and weights.
         return_stats: return (loss, :class:`IWStats`).
 
     Returns:
@@ -227,14 +227,7 @@ def iw_cross_entropy(
     _check_logits(logits, target, samples)
     acc = torch.promote_types(logits.dtype, torch.float32)
     batch, classes, spatial = logits.shape[0] // samples, logits.shape[1], logits.shape[2:]
-    _check(reduction in _REDUCTIONS, "reduction", "'none', 'mean' or 'sum'", repr(reduction))
-    _check(level in ("example", "position"), "level", "'example' or 'position'", repr(level))
-    numbers = (("label_smoothing", label_smoothing, Real), ("alpha", alpha, Real), ("ignore_index", ignore_index, int | torch.SymInt))
-    for name, value, kind in numbers:
-        if not isinstance(value, kind):
-            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    _check(0.0 <= label_smoothing <= 1.0, "label_smoothing", "a number in [0, 1]", label_smoothing)
-    _check(alpha >= 0.0, "alpha", "a number >= 0 or inf", alpha)
+    _check_options(ignore_index, reduction, label_smoothing, alpha, level)
     positions = math.prod(spatial)
     target = target.reshape(batch, positions) if target.dtype == torch.int64 else target.reshape(batch, classes, positions).to(acc)
     weight = _option("weight", weight, logits, acc, [(classes,)])
@@ -242,20 +235,20 @@ def iw_cross_entropy(
     position_weight = None
     if example_weight is not None and example_weight.dim() > 1:
         example_weight, position_weight = None, example_weight.reshape(batch, positions)
-    _check(normalizer is None or reduction == "mean", "normalizer", "None unless reduction is 'mean'", f"one with {reduction!r}")
+    check(normalizer is None or reduction == "mean", "normalizer", "None unless reduction is 'mean'", f"one with {reduction!r}")
     if normalizer is not None and not isinstance(normalizer, Tensor):
         normalizer = torch.full((), normalizer, dtype=acc, device=logits.device)
     if normalizer is not None:
-        _check(normalizer.numel() == 1, "normalizer", "a number or a tensor of one element", f"shape {tuple(normalizer.shape)}")
+        check(normalizer.numel() == 1, "normalizer", "a number or a tensor of one element", f"shape {tuple(normalizer.shape)}")
         normalizer = normalizer.detach().to(device=logits.device, dtype=acc).reshape(())
     if inplace:
-        _check(not (logits.is_leaf and logits.requires_grad), "inplace", "logits that a model computed", "a leaf that requires grad")
+        check(not (logits.is_leaf and logits.requires_grad), "inplace", "logits that a model computed", "a leaf that requires grad")
         expanded = any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True))
-        _check(not expanded, "inplace", "logits with memory for each element", f"an expanded tensor, strides {logits.stride()}")
+        check(not expanded, "inplace", "logits with memory for each element", f"an expanded tensor, strides {logits.stride()}")
         mergeable = logits.dim() <= 3 or all(
             logits.stride(d) == logits.stride(d + 1) * logits.shape[d + 1] for d in range(2, logits.dim() - 1)
         )
-        _check(mergeable, "inplace", "logits whose position dimensions are adjacent in memory", f"strides {logits.stride()}")
+        check(mergeable, "inplace", "logits whose position dimensions are adjacent in memory", f"strides {logits.stride()}")
     # NOTE [float16 gradients]
     # dlogits is made in forward, before the upstream gradient is known. Over a large denominator float16 would lose it (below 6e-8),
     # and a loss scale in the upstream gradient could not bring it back: so the denominator is left to backward too.
@@ -294,15 +287,14 @@ def _denominator(target, weight, example_weight, position_weight, ignore_index: 
     return (d if example_weight is None else d * example_weight[:, None]).sum()
 
 
-def _check(condition: bool, name: str, expected: str, got) -> None:
-    if not condition:
-        raise ValueError(f"{name}: expected {expected}, got {got}")
-
-
-def _check_samples(samples: int) -> None:
-    if isinstance(samples, bool) or not isinstance(samples, int | torch.SymInt):
-        raise TypeError(f"samples: expected an int, got {type(samples).__name__}")
-    _check(samples >= 1, "samples", "an integer >= 1", samples)
+def _check_options(ignore_index: int, reduction: str, label_smoothing: float, alpha: float, level: str) -> None:
+    if not isinstance(ignore_index, int | torch.SymInt):
+        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
+    check(reduction in _REDUCTIONS, "reduction", "'none', 'mean' or 'sum'", repr(reduction))
+    check(level in ("example", "position"), "level", "'example' or 'position'", repr(level))
+    check_number("label_smoothing", label_smoothing)
+    check(0.0 <= label_smoothing <= 1.0, "label_smoothing", "a number in [0, 1]", label_smoothing)
+    check_alpha(alpha)
 
 
 def _option(name: str, value: Tensor | None, logits: Tensor, acc: torch.dtype, shapes: list[tuple[int, ...]]) -> Tensor | None:
@@ -310,51 +302,32 @@ def _option(name: str, value: Tensor | None, logits: Tensor, acc: torch.dtype, s
         return None
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-    _check(value.device == logits.device, name, f"a tensor on the logits' device {logits.device}", value.device)
-    _check(tuple(value.shape) in shapes, name, f"shape {' or '.join(map(str, dict.fromkeys(shapes)))}", tuple(value.shape))
-    _check(not value.requires_grad, name, "a tensor that does not require grad", "one that does")
+    check(value.device == logits.device, name, f"a tensor on the logits' device {logits.device}", value.device)
+    check(tuple(value.shape) in shapes, name, f"shape {' or '.join(map(str, dict.fromkeys(shapes)))}", tuple(value.shape))
+    check(not value.requires_grad, name, "a tensor that does not require grad", "one that does")
     return value.to(acc).contiguous()
 
 
 def _check_logits(logits: Tensor, target: Tensor, samples: int) -> None:
-    for name, value in (("logits", logits), ("target", target)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-    if logits.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        raise TypeError(f"logits: expected float32, float64, bfloat16 or float16, got {logits.dtype}")
+    check_dtype("logits", logits)
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target: expected a tensor, got {type(target).__name__}")
     if target.dtype != torch.int64 and not target.is_floating_point():
         raise TypeError(f"target: expected class indices of int64 or floating-point class probabilities, got {target.dtype}")
-    _check_samples(samples)
-    _check(logits.dim() >= 2, "logits", "[samples * batch, classes, ...]", f"shape {tuple(logits.shape)}")
-    _check(logits.device == target.device, "target", f"a tensor on the logits' device {logits.device}", target.device)
-    _check(not target.requires_grad, "target", "a tensor that does not require grad", "one that does")
-    _check(logits.shape[1] >= 1, "logits", "at least one class", f"shape {tuple(logits.shape)}")
+    check_samples(samples)
+    check(logits.dim() >= 2, "logits", "[samples * batch, classes, ...]", f"shape {tuple(logits.shape)}")
+    check(logits.device == target.device, "target", f"a tensor on the logits' device {logits.device}", target.device)
+    check(not target.requires_grad, "target", "a tensor that does not require grad", "one that does")
+    check(logits.shape[1] >= 1, "logits", "at least one class", f"shape {tuple(logits.shape)}")
     rows, spatial = logits.shape[0], tuple(logits.shape[2:])
     per_example = (logits.shape[1], *spatial) if target.is_floating_point() else spatial
-    _check(
+    check(
         target.dim() >= 1 and tuple(target.shape[1:]) == per_example,
         "target",
         f"shape (batch, {', '.join(map(str, per_example))})" if per_example else "shape (batch,)",
         f"{tuple(target.shape)} for logits {tuple(logits.shape)}",
     )
-    batch = target.shape[0]
-    if rows != samples * batch:
-        raise ValueError(
-            f"logits: expected {samples} samples * {batch} targets = {samples * batch} rows, got {rows}. {_diagnosis(rows, samples, batch)}"
-        )
-
-
-def _diagnosis(rows: int, samples: int, batch: int) -> str:
-    if rows == batch:
-        return (
-            "There is one row for each target: the model is in eval mode, has no noise layer, or ran outside iw.sampling; use samples=1 "
-            "there (IWCrossEntropyLoss.eval() does). Or the targets were repeated over the samples, which they must not be."
-        )
-    if batch and samples > 1 and rows == samples * samples * batch:
-        return "There are samples^2 rows for each target: a second layer expanded rows that were expanded already."
-    if batch and rows % batch == 0:
-        return f"The model drew {rows // batch} samples, the loss was told {samples}."
-    return "The rows are no multiple of the targets: targets must not be repeated over samples, and batches must match."
+    check_rows(rows, samples, target.shape[0])
 
 
 class IWCrossEntropyLoss(nn.Module):
@@ -390,7 +363,8 @@ class IWCrossEntropyLoss(nn.Module):
         return_stats: bool = False,
     ):
         super().__init__()
-        _check_samples(samples)
+        check_samples(samples)
+        _check_options(ignore_index, reduction, label_smoothing, alpha, level)
         self.samples = samples
         self.register_buffer("weight", weight)
         self.options = {

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
+from .checks import check_alpha, check_samples
 
 
 def iw_logmeanexp(log_p: Tensor, samples: int, alpha: float = 1.0) -> Tensor:
@@ -30,10 +31,8 @@ def iw_logmeanexp(log_p: Tensor, samples: int, alpha: float = 1.0) -> Tensor:
     """
     if not log_p.is_floating_point():
         raise TypeError(f"log_p: expected floating-point log-likelihoods, got {log_p.dtype}")
-    if samples < 1:
-        raise ValueError(f"samples: expected an integer >= 1, got {samples}")
-    if not alpha >= 0:
-        raise ValueError(f"alpha: expected a number >= 0 or inf, got {alpha}")
+    check_samples(samples)
+    check_alpha(alpha)
     if log_p.dim() == 2 and log_p.shape[0] != samples:
         raise ValueError(f"log_p: expected [{samples}, B] for samples={samples}, got {tuple(log_p.shape)}")
     if log_p.dim() not in (1, 2) or log_p.shape[0] % samples != 0:
@@ -66,10 +65,8 @@ class IWLoss(nn.Module):
 
     def __init__(self, criterion, samples: int, alpha: float = 1.0):
         super().__init__()
-        if samples < 1:
-            raise ValueError(f"samples: expected an integer >= 1, got {samples}")
-        if not alpha >= 0:
-            raise ValueError(f"alpha: expected a number >= 0 or inf, got {alpha}")
+        check_samples(samples)
+        check_alpha(alpha)
         if getattr(criterion, "reduction", "none") != "none":
             raise ValueError(f"criterion: expected reduction='none', got {criterion.reduction!r}: the likelihood of each example is needed")
         self.criterion = criterion

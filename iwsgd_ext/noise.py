@@ -12,7 +12,6 @@ from torch import Tensor
 
 from . import backend, reference
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Unit = Literal["element", "channel", "row"]  # what shares one draw: nothing, a channel, or a whole example
 
 _ADDRESS = (
@@ -73,28 +72,6 @@ def make_origin(seed: int | Tensor, stream: int | Tensor, first_example: int | T
     return torch.stack(list(parts))
 
 
-def check_integer(name: str, value: int | Tensor) -> None:
-    """One part of an address, as a user gives it."""
-    got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-    of_tensor = isinstance(value, Tensor) and value.dtype == torch.int64 and value.numel() == 1
-    if not of_tensor and (isinstance(value, bool) or not isinstance(value, int | torch.SymInt)):
-        raise TypeError(f"{name}: expected an int or an int64 tensor of one element, got {got}")
-
-
-def check_sample_ids(sample_ids: Tensor | Sequence[int], samples: int) -> Tensor:
-    """The ids of ``samples`` noise samples, int64 [K] or [K, B] and contiguous, as the kernels read them."""
-    if not isinstance(sample_ids, Tensor):
-        ids = list(sample_ids) if isinstance(sample_ids, Sequence) else [None]
-        if not all(isinstance(v, int) for v in ids):
-            raise TypeError(f"sample_ids: expected an int64 tensor or a sequence of ints, got {sample_ids!r}")
-        sample_ids = torch.tensor(ids, dtype=torch.int64)
-    if sample_ids.dtype != torch.int64:
-        raise TypeError(f"sample_ids: expected int64, got {sample_ids.dtype}")
-    if sample_ids.dim() not in (1, 2) or sample_ids.shape[0] != samples:
-        raise ValueError(f"sample_ids: expected [{samples}] or [{samples}, batch] as samples={samples}, got {tuple(sample_ids.shape)}")
-    return sample_ids.contiguous()
-
-
 def threshold_of(p: float) -> int:
     """The 16-bit threshold of a dropout probability: floor(p * 65536 + 0.5), so that the effective p is off by 2^-17 at most."""
     return int(p * reference.FIELD_RANGE + 0.5)
@@ -108,9 +85,10 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, batch_dim: int) -> "Rows":
-        memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-        channels_last = memory_format is not None and x.is_contiguous(memory_format=memory_format) and not x.is_contiguous()
-        return cls(batch_dim, channels_last)
+        # By strides where torch does not say at once: torch 2.11 takes no tensor of dynamic sizes for channels_last.
+        if x.dim() not in (4, 5) or x.is_contiguous() or _is_dense(x, range(x.dim())):
+            return cls(batch_dim, False)
+        return cls(batch_dim, _is_dense(x, (0, *range(2, x.dim()), 1)))
 
     def order(self, dim: int) -> list[int]:
         """The dimensions of a tensor from outermost to innermost in memory."""
@@ -141,6 +119,17 @@ class Rows(NamedTuple):
             return 1, max(numel, 1)
         channel = 1 if self.batch_dim == 0 else 0
         return shape[channel], max(_product(shape[d] for d in inside[inside.index(channel) + 1 :]), 1)
+
+
+def _is_dense(x: Tensor, order: Sequence[int]) -> bool:
+    """Whether memory holds x without gaps, its dimensions from outermost to innermost in the given order."""
+    stride = 1
+    for d in reversed(order):
+        if x.shape[d] != 1:
+            if x.stride(d) != stride:
+                return False
+            stride = stride * x.shape[d]
+    return True
 
 
 def _product(sizes) -> int:

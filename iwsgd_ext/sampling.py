@@ -7,7 +7,8 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from .noise import Unit, check_integer, check_sample_ids, draw_origin, make_origin, noise, threshold_of
+from .checks import check_integer, check_sample_ids, check_samples
+from .noise import Unit, draw_origin, make_origin, noise, threshold_of
 
 RESERVED_STREAM = 2**32 - 1  # for draws that are not a layer's own
 
@@ -67,10 +68,7 @@ class sampling:
         expand: str = "first",
         batch_dim: int = 0,
     ):
-        if not isinstance(samples, int) or isinstance(samples, bool):
-            raise TypeError(f"samples: expected an int, got {type(samples).__name__}")
-        if samples < 1:
-            raise ValueError(f"samples: expected an integer >= 1, got {samples}")
+        check_samples(samples)
         for name, value in (("seed", seed), ("first_example", first_example)):
             if value is not None:
                 check_integer(name, value)

@@ -1,6 +1,8 @@
 """The CUDA kernels without a GPU: they compile, spill nothing, and come along in a library that loads on any torch."""
 
+import functools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,24 +25,24 @@ pytestmark = [
 ]
 
 
+compile_kernels = functools.cache(ptxas_report.compile_kernels)
+
+
 @pytest.mark.parametrize("arch", ptxas_report.ARCHITECTURES)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_kernels_compile_without_warnings_and_spill_nothing(source, arch):
-    kernels = ptxas_report.compile_kernels(source, arch)
+    kernels = compile_kernels(source, arch)
     assert {k.arch for k in kernels} == {arch}
     assert any("_fwd_kernel" in k.name for k in kernels), [k.name for k in kernels]
     assert {k.name: (k.spill_bytes, k.stack_bytes) for k in kernels if k.spill_bytes or k.stack_bytes} == {}
-    # a kernel of 256 threads and more than 128 registers leaves less than a quarter of a multiprocessor's warps
-    assert {k.name: k.registers for k in kernels if k.registers > 128} == {}
     assert all(k.shared_bytes <= 48 * 1024 for k in kernels)
 
 
 def test_noise_kernels_leave_room_for_warps():
-    """16-byte accesses are what a GPU spends its time in: at most 64 registers, half a multiprocessor's warps, in 16-bit types."""
-    kernels = {k.name: k for k in ptxas_report.compile_kernels(ROOT / "csrc" / "cuda" / "noise.cu", "90")}
-    for dtype in ("bf16", "fp16"):
-        for name in (f"noise_fwd_kernel<{dtype}, 8, true, true>", f"noise_fwd_kernel<{dtype}, 8, true, false>", f"noise_bwd_kernel<{dtype}, 8, true>"):
-            assert kernels[name].registers <= 64, kernels[name]
+    """What a multiprocessor's 65536 registers allow: half its warps where accesses are wide in 16-bit types, a quarter elsewhere."""
+    for kernel in compile_kernels(ROOT / "csrc" / "cuda" / "noise.cu", "90"):
+        fast = re.search(r"<(bf16|fp16), 8, true", kernel.name)
+        assert kernel.registers <= (64 if fast else 128), kernel
 
 
 def test_report_is_read_right():
@@ -93,7 +95,8 @@ y = iw.functional.dropout(x, 0.5, samples=3, seed=7)
 iw.set_backend("reference")
 assert torch.equal(y, iw.functional.dropout(x, 0.5, samples=3, seed=7)), "the CPU's kernels beside them"
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=package, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(package)})
+    environment = {**os.environ, "PYTHONPATH": str(package)}
+    done = subprocess.run([sys.executable, "-c", program], cwd=package, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
 
 

@@ -1,0 +1,83 @@
+"""Checks of what users give, each written once: a ValueError or TypeError that names the argument, what was expected and what came."""
+
+from collections.abc import Sequence
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check(condition: bool, name: str, expected: str, got) -> None:
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def check_samples(samples: int) -> None:
+    if isinstance(samples, bool) or not isinstance(samples, int | torch.SymInt):
+        raise TypeError(f"samples: expected an int, got {type(samples).__name__}")
+    check(samples >= 1, "samples", "an integer >= 1", samples)
+
+
+def check_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+
+
+def check_alpha(alpha: float) -> None:
+    check_number("alpha", alpha)
+    check(alpha >= 0.0, "alpha", "a number >= 0 or inf", alpha)  # false for NaN
+
+
+def check_probability(p: float) -> None:
+    if isinstance(p, bool) or not isinstance(p, int | float):
+        raise TypeError(f"p: expected a number in [0, 1], got {type(p).__name__}")
+    check(0.0 <= p <= 1.0, "p", "a probability in [0, 1]", p)
+
+
+def check_dtype(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {x.dtype}")
+
+
+def check_integer(name: str, value: int | Tensor) -> None:
+    """One part of an address, as a user gives it."""
+    got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    of_tensor = isinstance(value, Tensor) and value.dtype == torch.int64 and value.numel() == 1
+    if not of_tensor and (isinstance(value, bool) or not isinstance(value, int | torch.SymInt)):
+        raise TypeError(f"{name}: expected an int or an int64 tensor of one element, got {got}")
+
+
+def check_sample_ids(sample_ids: Tensor | Sequence[int], samples: int) -> Tensor:
+    """The ids of ``samples`` noise samples, int64 [K] or [K, B] and contiguous, as the kernels read them."""
+    if not isinstance(sample_ids, Tensor):
+        ids = list(sample_ids) if isinstance(sample_ids, Sequence) else [None]
+        if not all(isinstance(v, int) for v in ids):
+            raise TypeError(f"sample_ids: expected an int64 tensor or a sequence of ints, got {sample_ids!r}")
+        sample_ids = torch.tensor(ids, dtype=torch.int64)
+    if sample_ids.dtype != torch.int64:
+        raise TypeError(f"sample_ids: expected int64, got {sample_ids.dtype}")
+    if sample_ids.dim() not in (1, 2) or sample_ids.shape[0] != samples:
+        raise ValueError(f"sample_ids: expected [{samples}] or [{samples}, batch] as samples={samples}, got {tuple(sample_ids.shape)}")
+    return sample_ids.contiguous()
+
+
+def check_rows(rows: int, samples: int, batch: int) -> None:
+    """The rows of the logits against the targets, with what probably went wrong."""
+    if rows == samples * batch:
+        return
+    if rows == batch:
+        diagnosis = (
+            "There is one row for each target: the model is in eval mode, has no noise layer, or ran outside iw.sampling; use samples=1 "
+            "there (IWCrossEntropyLoss.eval() does). Or the targets were repeated over the samples, which they must not be."
+        )
+    elif batch and samples > 1 and rows == samples * samples * batch:
+        diagnosis = "There are samples^2 rows for each target: a second layer expanded rows that were expanded already."
+    elif batch and rows % batch == 0:
+        diagnosis = f"The model drew {rows // batch} samples, the loss was told {samples}."
+    else:
+        diagnosis = "The rows are no multiple of the targets: targets must not be repeated over samples, and batches must match."
+    raise ValueError(f"logits: expected {samples} samples * {batch} targets = {samples * batch} rows, got {rows}. {diagnosis}")
