@@ -241,6 +241,8 @@ def main() -> None:
     print_table(console, results, times, args.seeds)
     seen = "; ".join(compare(results, "IWSGD S=8", other) for other in ("nn.Dropout", "mean S=8"))
     console.print(f"Seen (paired t-test over seeds, 5% level each): {seen if args.seeds > 2 else 'too few seeds to say'}.")
+    if args.epochs < 30:
+        console.print(f"{args.epochs} epochs end far from convergence: methods compare otherwise there than in a full run.")
     save_figure(args.out, results, curves)
     console.print(f"Figure: {args.out}. {time.perf_counter() - start:.0f} s on {args.threads} thread{'s' * (args.threads > 1)}.")
 

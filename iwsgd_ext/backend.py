@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 NAMES = ("reference", "cpu", "cuda")
+OPS = ("noise", "noise_sum", "noise_out", "iw_cross_entropy", "iw_cross_entropy_")  # a backend has them all
 HOW_TO_BUILD = {
     "cpu": "it is built from source where a C++ compiler is found: pip install --no-build-isolation --force-reinstall --no-deps .",
     "cuda": "it is built from source where torch has CUDA and nvcc is found, or with IWSGD_CUDA=1: "
@@ -31,7 +32,7 @@ def load() -> None:
         except OSError as error:
             _load_error = f"{found[0].name} could not be loaded: {error}"
     for name, key in (("cpu", "CPU"), ("cuda", "CUDA")):
-        _built[name] = torch._C._dispatch_has_kernel_for_dispatch_key("iwsgd_ext::noise", key)
+        _built[name] = all(torch._C._dispatch_has_kernel_for_dispatch_key(f"iwsgd_ext::{op}", key) for op in OPS)
     if os.environ.get("IWSGD_ISA") and _built["cpu"]:
         backend_info()  # raises if this machine has none of that name; an error inside a kernel would lose its text
     if os.environ.get("IWSGD_BACKEND"):

