@@ -65,8 +65,8 @@ test: $(VENV)/.built  ## all tests, in Python and in C++
 	  echo 'C++ tests left out: there is no C++ compiler ($(COMPILERS))'; \
 	else $(MAKE) --no-print-directory ctest; fi
 
-test-fast: $(VENV)/.built  ## the Python tests without the slow ones
-	$(PY) -m pytest -m 'not slow' $(ARGS)
+test-fast: $(VENV)/.built  ## the Python tests without the slow ones, and without the reference backend where kernels are built
+	$(PY) -m pytest -m 'not slow' $(if $(wildcard iwsgd_ext/_ops*),-k 'not cpu-reference') $(ARGS)
 
 ctest: $(VENV)/.ready  ## the C++ tests, built with CMake
 	@mkdir -p build

@@ -8,7 +8,7 @@
 //   L = (1/alpha) (logsumexp_s(alpha l) - log S),  w = softmax_s(alpha l),  loss = -sum outer L / sum d
 //   dloss / dlogits[s] = w[s] / (sum d) * (c softmax(logits[s]) - q v)
 #pragma once
-#include <cstdint>
+#include "philox.h"  // IWSGD_HD
 
 namespace iwsgd {
 
@@ -42,27 +42,27 @@ struct LossArguments {
   A* bound;  // [units]
   A* outer;  // [units], the outer weight over the denominator: loss = -sum outer L
 
-  int64_t positions() const { return B * positions_each; }
-  int64_t units() const { return per_position ? B * positions_each : B; }
-  bool shares_weights() const { return !per_position && positions_each > 1; }  // several positions in a unit
-  const T* row(int64_t s, int64_t position) const {
+  IWSGD_HD int64_t positions() const { return B * positions_each; }
+  IWSGD_HD int64_t units() const { return per_position ? B * positions_each : B; }
+  IWSGD_HD bool shares_weights() const { return !per_position && positions_each > 1; }  // several positions in a unit
+  IWSGD_HD const T* row(int64_t s, int64_t position) const {
     return positions_each == 1 ? logits + (s * B + position) * row_stride
                                : logits + (s * B + position / positions_each) * row_stride + position % positions_each * position_stride;
   }
-  T* drow(int64_t s, int64_t position) const {
+  IWSGD_HD T* drow(int64_t s, int64_t position) const {
     return positions_each == 1 ? dlogits + (s * B + position) * drow_stride
                                : dlogits + (s * B + position / positions_each) * drow_stride + position % positions_each * dposition_stride;
   }
   // From one position to the next: of an example, or of the next example where each has one.
-  int64_t lane_stride() const { return positions_each == 1 ? row_stride : position_stride; }
-  int64_t dlane_stride() const { return positions_each == 1 ? drow_stride : dposition_stride; }
-  A weight(int64_t s, int64_t position) const {
+  IWSGD_HD int64_t lane_stride() const { return positions_each == 1 ? row_stride : position_stride; }
+  IWSGD_HD int64_t dlane_stride() const { return positions_each == 1 ? drow_stride : dposition_stride; }
+  IWSGD_HD A weight(int64_t s, int64_t position) const {
     return weights[s * units() + (shares_weights() ? position / positions_each : position)];
   }
-  A example_weight_of(int64_t position) const {
+  IWSGD_HD A example_weight_of(int64_t position) const {
     return example_weight == nullptr ? A(1) : example_weight[positions_each == 1 ? position : position / positions_each];
   }
-  bool ignored(int64_t position) const { return labels != nullptr && labels[position] == ignore_index; }
+  IWSGD_HD bool ignored(int64_t position) const { return labels != nullptr && labels[position] == ignore_index; }
 };
 
 // What is kept of every row between the steps. max and sum, for softmax = exp(z - max) / sum: [S, positions of a block], the

@@ -88,6 +88,7 @@ def test_info_of_the_build():
         assert info["build"].startswith("no native build: ")
 
 
+@pytest.mark.slow
 class TestEnvironment:
     def test_backend(self):
         run = python("import iwsgd_ext as iw; print(iw.backend_info()['forced'])", IWSGD_BACKEND="reference")
@@ -128,6 +129,7 @@ else:
 """
 
 
+@pytest.mark.slow
 def test_installation_without_the_native_library(tmp_path):
     """Everything runs on the reference, with the same noise, and it says why."""
     shutil.copytree(PACKAGE, tmp_path / "iwsgd_ext", ignore=shutil.ignore_patterns("*.so", "*.dll", "__pycache__"))
@@ -136,6 +138,7 @@ def test_installation_without_the_native_library(tmp_path):
     assert run.stdout.strip() == str(iw.functional.dropout(torch.arange(1.0, 64.0)[None], 0.5, samples=2, seed=3).tolist())
 
 
+@pytest.mark.slow
 def test_library_that_cannot_be_loaded(tmp_path):
     """A broken file (another platform's, a half-copied one) is named, and the reference runs."""
     shutil.copytree(PACKAGE, tmp_path / "iwsgd_ext", ignore=shutil.ignore_patterns("*.so", "*.dll", "__pycache__"))

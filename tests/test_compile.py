@@ -55,6 +55,7 @@ def check(model: nn.Module, backend, seeds=(None, 0, 1, 2**63 - 1), batches=(5, 
     assert current() is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("expand", ["input", "1", "0"])
 def test_converted_model_is_eager(device, expand):
     check(iw.convert(network(device), S, expand=expand), "aot_eager")

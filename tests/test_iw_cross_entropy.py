@@ -158,6 +158,7 @@ def test_target_layouts(backend, device, kind, target_layout):
 PATHS = {"few-examples": (2, 1, 5, (2003,)), "many-examples": (2, 37, 11, (61,)), "few-rows-of-classes": (2, 3, 129, (101,))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", PATHS.values(), ids=PATHS.keys())
 def test_many_positions(backend, device, size):
     for dtype in (torch.float32, torch.bfloat16):

@@ -155,6 +155,7 @@ def test_one_sample_is_dropout_training(device, backend):
         torch.testing.assert_close(step(model, x, target, 1, alpha)[0], want.detach())
 
 
+@pytest.mark.slow
 def test_training_learns(device, backend):
     """Two hundred steps on separable data: the loss falls below a third, and the eval model is right."""
     torch.manual_seed(0)

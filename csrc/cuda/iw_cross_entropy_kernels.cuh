@@ -1,0 +1,359 @@
+// The loss kernels as functions of a block, for the device and, in tests, for the host. Every thread of a block goes through the
+// same barriers and exchanges, whether it has a row or not.
+#pragma once
+#include "iw_cross_entropy_launch.h"
+#include "iw_cross_entropy_rows.cuh"
+
+namespace iwsgd {
+
+// ---- reductions, always in the same order ----
+
+// The sum over the block, in its first thread. scratch: a value for each warp.
+template <class Block>
+IWSGD_HD double block_sum(const Block& block, double x, double* scratch) {
+  for (int bits = 1; bits < 32; bits *= 2) x += block.swap(x, bits);
+  block.sync();  // whoever still reads scratch
+  if (block.thread() % 32 == 0) scratch[block.thread() / 32] = x;
+  block.sync();
+  if (block.thread() == 0)
+    for (int warp = 1; warp < block.threads() / 32; ++warp) x += scratch[warp];
+  return x;
+}
+
+// The whole row, in the first of each `lanes` threads. scratch: four values for each warp.
+template <bool kSoft, class A, class Block>
+IWSGD_HD RowSum<A> team_merge(const Block& block, RowSum<A> row, int lanes, A* scratch) {
+  for (int bits = 1; bits < 32 && bits < lanes; bits *= 2) {
+    RowSum<A> other;
+    other.max = block.swap(row.max, bits);
+    other.sum = block.swap(row.sum, bits);
+    if (kSoft) other.weighted = block.swap(row.weighted, bits), other.alone = block.swap(row.alone, bits);
+    row.template merge<kSoft>(other);
+  }
+  if (lanes > 32) {
+    const int warp = block.thread() / 32;
+    if (block.thread() % 32 == 0) {
+      A* mine = scratch + 4 * warp;
+      mine[0] = row.max, mine[1] = row.sum, mine[2] = row.weighted, mine[3] = row.alone;
+    }
+    block.sync();
+    if (block.thread() % lanes == 0)
+      for (int other = 1; other < lanes / 32; ++other) {
+        const A* its = scratch + 4 * (warp + other);
+        RowSum<A> part;
+        part.max = its[0], part.sum = its[1], part.weighted = its[2], part.alone = its[3];
+        row.template merge<kSoft>(part);
+      }
+    block.sync();
+  }
+  return row;
+}
+
+// 1 / (what the loss is divided by), in *scale after the next barrier.
+template <class T, class A, class Block>
+IWSGD_HD void find_scale(const Block& block, const LossArguments<T, A>& a, const LossWork<A>& work, double* scale) {
+  if (block.thread() >= 32) return;
+  double denominator = 1;
+  if (a.normalizer != nullptr) {
+    denominator = static_cast<double>(*a.normalizer);
+  } else if (a.reduction == Reduction::mean) {
+    denominator = block.thread() < work.denominator_blocks ? work.denominators[block.thread()] : 0.0;
+    for (int bits = 1; bits < 32; bits *= 2) denominator += block.swap(denominator, bits);
+  }
+  if (block.thread() == 0) *scale = denominator == 0 ? 0.0 : 1.0 / denominator;
+}
+
+// ---- weights ----
+
+// One unit's weights from its log-likelihoods l(s), given to put(s, w); the bound. log1p and expm1 keep it exact as alpha goes to
+// 0, where it is the mean.
+template <class A, class Block, class Likelihood, class Put>
+IWSGD_HD A weigh_unit(const Block& block, A alpha, int S, int lane, int lanes, bool there, const Likelihood& l, const Put& put) {
+  A most = -infinity<A>(), total = A(0);
+  int best = S;
+  if (there)
+    for (int s = lane; s < S; s += lanes) {
+      const A x = l(s);
+      if (x > most) most = x, best = s;
+      total += x;
+    }
+  for (int bits = 1; bits < lanes; bits *= 2) {
+    const A other = block.swap(most, bits);
+    const int its = block.swap(best, bits);
+    if (other > most || (other == most && its < best)) most = other, best = its;
+    total += block.swap(total, bits);
+  }
+  const A samples = static_cast<A>(S), mean = total / samples;
+  const bool nan = total != total, dead = nan || most == -infinity<A>() || alpha == A(0), single = alpha == infinity<A>();
+  A excess = A(0);  // sum of exp(alpha (l - most)) - 1
+  if (there && !dead && !single)
+    for (int s = lane; s < S; s += lanes) excess += expm1(alpha * (l(s) - most));
+  for (int bits = 1; bits < lanes; bits *= 2) excess += block.swap(excess, bits);
+  if (there)
+    for (int s = lane; s < S; s += lanes) {
+      // One sample has all the weight, whatever its likelihood: its gradient is then torch's.
+      if (dead) put(s, nan && alpha != A(0) && S > 1 ? mean : A(1) / samples);
+      else if (single) put(s, s == best ? A(1) : A(0));
+      else put(s, exp(alpha * (l(s) - most)) / (samples + excess));
+    }
+  if (dead) return mean;
+  return single ? most : most + log1p(excess / samples) / alpha;
+}
+
+// Writes what one unit is to the loss, and returns it. outer: its weight, before example weight and denominator.
+template <class T, class A>
+IWSGD_HD double finish_unit(const LossArguments<T, A>& a, int64_t unit, A bound, A outer, double scale) {
+  if (a.example_weight != nullptr) outer *= a.example_weight[a.per_position && a.positions_each != 1 ? unit / a.positions_each : unit];
+  const A weight = static_cast<A>(outer * scale);
+  const A loss = weight == A(0) && bound == bound ? A(0) : -weight * bound;  // not 0 * infinity
+  a.bound[unit] = bound;
+  a.outer[unit] = weight;
+  if (a.reduction == Reduction::none) a.loss[unit] = loss;
+  return loss;
+}
+
+// ---- the denominator, and the total ----
+
+template <class T, class A, class Block>
+IWSGD_HD void loss_denominator(const Block& block, const LossArguments<T, A>& a, const LossWork<A>& work) {
+  double sum = 0;
+  for (int64_t p = block.index() * block.threads() + block.thread(); p < a.positions(); p += block.blocks() * block.threads()) {
+    const RowTarget<A> target = row_target<true>(a, p);
+    if (target.ignored) continue;
+    const A v = a.labels != nullptr && a.class_weight != nullptr ? a.class_weight[target.label] : A(1);
+    sum += static_cast<double>(v * target.weight) * a.example_weight_of(p);
+  }
+  sum = block_sum(block, sum, reinterpret_cast<double*>(block.shared()));
+  if (block.thread() == 0) work.denominators[block.index()] = sum;
+}
+
+template <class T, class A, class Block>
+IWSGD_HD void loss_total(const Block& block, const LossArguments<T, A>& a, const LossWork<A>& work) {
+  double sum = 0;
+  for (int64_t i = block.thread(); i < work.loss_blocks; i += block.threads()) sum += work.losses[i];
+  sum = block_sum(block, sum, reinterpret_cast<double*>(block.shared()));
+  if (block.thread() == 0) *a.loss = static_cast<A>(sum);
+}
+
+// 16-byte accesses of a thread in flight: to hide shared memory's latency, and memory's.
+constexpr int kTileLoads = 2, kSliceLoads = 4;
+
+// ---- units in shared memory ----
+
+// n elements between memory and shared memory, which are aligned alike as far as 16-byte accesses are taken.
+template <class T, class Block>
+IWSGD_HD void copy_in(const Block& block, T* to, const T* from, int n, int lane, int lanes) {
+  const Pieces<T> pieces(from, to, n);
+  for (int i = lane; i < pieces.chunks; i += lanes) block.copy16(to + pieces.chunk(i), from + pieces.chunk(i));
+  for (int i = lane; i < pieces.edges; i += lanes) to[pieces.edge(i)] = from[pieces.edge(i)];
+}
+template <class T>
+IWSGD_HD void copy_out(T* to, const T* from, int n, int lane, int lanes) {
+  constexpr int V = kVector<T>;
+  const Pieces<T> pieces(from, to, n);
+  for (int i = lane; i < pieces.chunks; i += lanes) store<T, V>(to + pieces.chunk(i), load<T, V>(from + pieces.chunk(i)));
+  for (int i = lane; i < pieces.edges; i += lanes) to[pieces.edge(i)] = from[pieces.edge(i)];
+}
+
+// n units at a time, from logits to gradient. A unit is one position here.
+template <bool kSoft, class T, class A, class Block>
+IWSGD_HD void loss_tile(const Block& block, const LossArguments<T, A>& a, const LossWork<A>& work, const TilePlan& plan) {
+  const int S = static_cast<int>(a.S), C = static_cast<int>(a.C), n = plan.n, rows = S * n;
+  const int lane = block.thread() % plan.lanes, team = block.thread() / plan.lanes, teams = block.threads() / plan.lanes;
+  double* scratch = reinterpret_cast<double*>(block.shared());
+  double* scale = scratch + kScratchBytes / 8 - 1;
+  A* max = reinterpret_cast<A*>(block.shared() + kScratchBytes);  // [S, n]
+  A* sum = max + rows;
+  A* l = sum + rows;  // then the weights
+  A* c = l + rows;    // [n]
+  char* held = block.shared() + plan.rows_at;
+  const int64_t units = a.units();
+  const int64_t pitch = a.lane_stride(), dpitch = a.dlane_stride();
+  double loss = 0;
+  find_scale(block, a, work, scale);
+
+  for (int64_t tile = block.index(); tile < plan.tiles; tile += block.blocks()) {
+    const int64_t first = tile * n;
+    const int count = static_cast<int>(units - first < n ? units - first : n);
+    const auto row_in_memory = [&](int s, int j) { return a.logits + (s * a.B * a.row_stride + (first + j) * pitch); };
+    const auto gradient_in_memory = [&](int s, int j) { return a.dlogits + (s * a.B * a.drow_stride + (first + j) * dpitch); };
+    const auto row_in_shared = [&](int s, int j) {
+      const auto shift = reinterpret_cast<uintptr_t>(row_in_memory(s, plan.segments ? 0 : j)) % 16;
+      return reinterpret_cast<T*>(held + s * plan.segment_bytes + j * plan.row_bytes + shift);
+    };
+    if (plan.segments) {
+      for (int s = 0; s < S; ++s) copy_in(block, row_in_shared(s, 0), row_in_memory(s, 0), count * C, block.thread(), block.threads());
+    } else {
+      for (int r = team; r < rows; r += teams)
+        if (const int s = r / n, j = r % n; j < count) copy_in(block, row_in_shared(s, j), row_in_memory(s, j), C, lane, plan.lanes);
+    }
+    block.finish_copies();
+    block.sync();
+
+    for (int at = 0; at < rows; at += teams) {
+      const int r = at + team, s = r / n, j = r % n;
+      const bool there = r < rows && j < count;
+      RowTarget<A> target{};
+      if (there) target = row_target<true>(a, first + j);
+      RowSum<A> row;
+      const T* z = row_in_shared(there ? s : 0, there ? j : 0);
+      if (there && !target.ignored) row = row_sum<kSoft, kTileLoads, T, A>(target, z, 1, C, lane, plan.lanes);
+      row = team_merge<kSoft>(block, row, plan.lanes, reinterpret_cast<A*>(scratch));
+      if (there && lane == 0) {
+        A u = A(0), its_c = A(0);
+        if (!target.ignored) row_likelihood<kSoft>(target, row, z, 1, u, its_c);
+        max[r] = row.max, sum[r] = row.sum, l[r] = unit_log_likelihood(u, its_c);
+        if (s == 0) c[j] = its_c;
+      }
+    }
+    block.sync();
+
+    const int weigh_lane = block.thread() % plan.weigh_lanes, weigh_teams = block.threads() / plan.weigh_lanes;
+    for (int at = 0; at < n; at += weigh_teams) {
+      const int j = at + block.thread() / plan.weigh_lanes;
+      const int64_t unit = first + j;
+      const auto likelihood = [&](int s) { return l[s * n + j]; };
+      const auto put = [&](int s, A w) {
+        a.log_p[s * units + unit] = l[s * n + j];
+        a.weights[s * units + unit] = w;
+        l[s * n + j] = w;
+      };
+      const A bound = weigh_unit(block, static_cast<A>(a.alpha), S, weigh_lane, plan.weigh_lanes, j < count, likelihood, put);
+      if (j < count && weigh_lane == 0) loss += finish_unit(a, unit, bound, c[j], *scale);
+    }
+    block.sync();
+
+    if (a.dlogits != nullptr) {
+      for (int r = team; r < rows; r += teams) {
+        const int s = r / n, j = r % n;
+        if (j >= count) continue;
+        const RowTarget<A> target = row_target<false>(a, first + j);
+        const A w = l[r], outside = w * static_cast<A>(*scale) * a.example_weight_of(first + j);
+        T* z = row_in_shared(s, j);
+        row_gradient<kSoft, kTileLoads>(target, z, 1, plan.flat ? z : gradient_in_memory(s, j), 1, C, max[r],
+                            outside * c[j] / sum[r], outside * target.weight, !target.ignored && w != A(0), lane, plan.lanes);
+      }
+      if (plan.flat) {
+        block.sync();
+        for (int s = 0; s < S; ++s) copy_out(gradient_in_memory(s, 0), row_in_shared(s, 0), count * C, block.thread(), block.threads());
+      }
+    }
+    block.sync();
+  }
+  if (work.losses == nullptr) return;
+  loss = block_sum(block, loss, scratch);
+  if (block.thread() == 0) work.losses[block.index()] = loss;
+}
+
+// ---- units by slices: statistics, weights, gradient ----
+
+template <class T, class A>
+struct Slice {
+  int64_t each, first, positions, rows;  // positions of a unit; the slice's first position; its positions and rows
+  IWSGD_HD Slice(const LossArguments<T, A>& a, const LossWork<A>& work)
+      : each(a.per_position ? 1 : a.positions_each), first(work.first_unit * each), positions(work.units * each), rows(a.S * positions) {}
+};
+
+template <bool kSoft, class T, class A, class Block>
+IWSGD_HD void loss_statistics(const Block& block, const LossArguments<T, A>& a, const LossWork<A>& work, int lanes) {
+  const Slice<T, A> slice(a, work);
+  const int C = static_cast<int>(a.C), lane = block.thread() % lanes, teams = block.threads() / lanes;
+  for (int64_t at = block.index() * teams; at < slice.rows; at += block.blocks() * teams) {
+    const int64_t r = at + block.thread() / lanes, s = r / slice.positions, i = r - s * slice.positions, p = slice.first + i;
+    const bool there = r < slice.rows;
+    RowTarget<A> target{};
+    RowSum<A> row;
+    const T* z = nullptr;
+    if (there) {
+      target = row_target<true>(a, p);
+      z = a.row(s, p);
+      if (!target.ignored) row = row_sum<kSoft, kSliceLoads, T, A>(target, z, a.class_stride, C, lane, lanes);
+    }
+    row = team_merge<kSoft>(block, row, lanes, reinterpret_cast<A*>(block.shared()));
+    if (there && lane == 0) {
+      A u = A(0), c = A(0);
+      if (!target.ignored) row_likelihood<kSoft>(target, row, z, a.class_stride, u, c);
+      work.max[r] = row.max, work.sum[r] = row.sum;
+      if (slice.each == 1) a.log_p[s * a.units() + p] = unit_log_likelihood(u, c);
+      else work.u[r] = u;
+      if (s == 0) work.c[i] = c;
+    }
+  }
+}
+
+// The weights of units of one position.
+template <class T, class A, class Block>
+IWSGD_HD void loss_weights(const Block& block, const LossArguments<T, A>& a, const LossWork<A>& work, int lanes) {
+  double* scratch = reinterpret_cast<double*>(block.shared());
+  double* scale = scratch + kScratchBytes / 8 - 1;
+  find_scale(block, a, work, scale);
+  block.sync();
+  const int lane = block.thread() % lanes, teams = block.threads() / lanes;
+  const int64_t units = a.units();
+  double loss = 0;
+  for (int64_t at = block.index() * teams; at < work.units; at += block.blocks() * teams) {
+    const int64_t i = at + block.thread() / lanes, unit = work.first_unit + i;
+    const bool there = i < work.units;
+    const A bound = weigh_unit(block, static_cast<A>(a.alpha), static_cast<int>(a.S), lane, lanes, there,
+                               [&](int s) { return a.log_p[s * units + unit]; }, [&](int s, A w) { a.weights[s * units + unit] = w; });
+    if (there && lane == 0) loss += finish_unit(a, unit, bound, work.c[i], *scale);
+  }
+  if (work.losses == nullptr) return;
+  loss = block_sum(block, loss, scratch);
+  if (block.thread() == 0) work.losses[block.index()] = loss;
+}
+
+// The weights of examples whose positions share them; a block adds up one example after the other.
+template <class T, class A, class Block>
+IWSGD_HD void loss_join(const Block& block, const LossArguments<T, A>& a, const LossWork<A>& work) {
+  const Slice<T, A> slice(a, work);
+  double* scratch = reinterpret_cast<double*>(block.shared());
+  double* scale = scratch + kScratchBytes / 8 - 1;
+  double* shared_outer = scale - 1;
+  find_scale(block, a, work, scale);
+  double loss = 0;
+  for (int64_t i = block.index(); i < work.units; i += block.blocks()) {
+    const int64_t unit = work.first_unit + i, from = i * slice.each;
+    double c = 0, counted = 0;
+    for (int64_t t = block.thread(); t < slice.each; t += block.threads()) {
+      c += work.c[from + t];
+      counted += a.ignored(slice.first + from + t) ? 0 : 1;
+    }
+    c = block_sum(block, c, scratch);
+    counted = block_sum(block, counted, scratch);
+    if (block.thread() == 0) *shared_outer = counted > 0 ? c / counted : 0.0;
+    for (int64_t s = 0; s < a.S; ++s) {
+      const A* u = work.u + s * slice.positions + from;
+      double l = 0;
+      IWSGD_UNROLL_BY(8)
+      for (int64_t t = block.thread(); t < slice.each; t += block.threads()) l += u[t];
+      l = block_sum(block, l, scratch);
+      if (block.thread() == 0) a.log_p[s * a.B + unit] = static_cast<A>(*shared_outer > 0 ? l / *shared_outer : l);
+    }
+    block.sync();
+    if (block.thread() < 32) {
+      const A bound = weigh_unit(block, static_cast<A>(a.alpha), static_cast<int>(a.S), block.thread(), 32, true,
+                                 [&](int s) { return a.log_p[s * a.B + unit]; }, [&](int s, A w) { a.weights[s * a.B + unit] = w; });
+      if (block.thread() == 0) loss += finish_unit(a, unit, bound, static_cast<A>(*shared_outer), *scale);
+    }
+  }
+  if (work.losses != nullptr && block.thread() == 0) work.losses[block.index()] = loss;
+}
+
+template <bool kSoft, class T, class A, class Block>
+IWSGD_HD void loss_gradient(const Block& block, const LossArguments<T, A>& a, const LossWork<A>& work, int lanes) {
+  const Slice<T, A> slice(a, work);
+  double* scale = reinterpret_cast<double*>(block.shared());
+  find_scale(block, a, work, scale);
+  block.sync();
+  const int lane = block.thread() % lanes, teams = block.threads() / lanes;
+  for (int64_t r = block.index() * teams + block.thread() / lanes; r < slice.rows; r += block.blocks() * teams) {
+    const int64_t s = r / slice.positions, i = r - s * slice.positions, p = slice.first + i;
+    const RowTarget<A> target = row_target<false>(a, p);
+    const A w = a.weight(s, p), outside = w * static_cast<A>(*scale) * a.example_weight_of(p);
+    row_gradient<kSoft, kSliceLoads>(target, a.row(s, p), a.class_stride, a.drow(s, p), a.dclass_stride, static_cast<int>(a.C), work.max[r],
+                        outside * work.c[i] / work.sum[r], outside * target.weight, !target.ignored && w != A(0), lane, lanes);
+  }
+}
+
+}  // namespace iwsgd
