@@ -17,7 +17,7 @@ using Arguments = LossArguments<T, acc_t<T>>;
 template <class T>
 using Work = LossWork<acc_t<T>>;
 
-extern __shared__ double shared_memory[];
+extern __shared__ __align__(16) double shared_memory[];
 __device__ DeviceBlock this_block() { return {reinterpret_cast<char*>(shared_memory)}; }
 
 // A second number of launch bounds, blocks on a multiprocessor, keeps ptxas from spilling to reach a round number of registers.

@@ -229,9 +229,13 @@ IWSGD_HD void loss_tile(const Block& block, const LossArguments<T, A>& a, const 
         if (j >= count) continue;
         const RowTarget<A> target = row_target<false>(a, first + j);
         const A w = l[r], outside = w * static_cast<A>(*scale) * a.example_weight_of(first + j);
-        T* z = row_in_shared(s, j);
-        row_gradient<kSoft, kTileLoads>(target, z, 1, plan.flat ? z : gradient_in_memory(s, j), 1, C, max[r],
-                            outside * c[j] / sum[r], outside * target.weight, !target.ignored && w != A(0), lane, plan.lanes);
+        T* const z = row_in_shared(s, j);
+        T* const dz = plan.flat ? z : gradient_in_memory(s, j);
+        if (target.ignored || w == A(0)) {  // zeros, whatever the logits are; NaN would have made the weight NaN
+          zero_row(dz, 1, C, lane, plan.lanes);
+          continue;
+        }
+        row_gradient<kSoft, kTileLoads>(target, z, 1, dz, 1, C, max[r], outside * c[j] / sum[r], outside * target.weight, lane, plan.lanes);
       }
       if (plan.flat) {
         block.sync();
@@ -351,8 +355,12 @@ IWSGD_HD void loss_gradient(const Block& block, const LossArguments<T, A>& a, co
     const int64_t s = r / slice.positions, i = r - s * slice.positions, p = slice.first + i;
     const RowTarget<A> target = row_target<false>(a, p);
     const A w = a.weight(s, p), outside = w * static_cast<A>(*scale) * a.example_weight_of(p);
-    row_gradient<kSoft, kSliceLoads>(target, a.row(s, p), a.class_stride, a.drow(s, p), a.dclass_stride, static_cast<int>(a.C), work.max[r],
-                        outside * work.c[i] / work.sum[r], outside * target.weight, !target.ignored && w != A(0), lane, lanes);
+    if (target.ignored || w == A(0)) {
+      zero_row(a.drow(s, p), a.dclass_stride, static_cast<int>(a.C), lane, lanes);
+      continue;
+    }
+    row_gradient<kSoft, kSliceLoads>(target, a.row(s, p), a.class_stride, a.drow(s, p), a.dclass_stride, static_cast<int>(a.C),
+                                     work.max[r], outside * work.c[i] / work.sum[r], outside * target.weight, lane, lanes);
   }
 }
 

@@ -204,10 +204,22 @@ IWSGD_HD A unit_log_likelihood(A u, A outer) {
 
 // ---- gradient ----
 
-// dz = factor * exp(z - max) - k * (q v); dz may be z. A row that does not count gets zeros, whatever its logits are.
+template <class T>
+IWSGD_HD void zero_row(T* dz, int64_t dstride, int C, int lane, int lanes) {
+  constexpr int V = kVector<T>;
+  if (dstride != 1) {
+    for (int i = lane; i < C; i += lanes) dz[i * dstride] = T{};
+    return;
+  }
+  const Pieces<T> pieces(dz, dz, C);
+  for (int i = lane; i < pieces.chunks; i += lanes) store<T, V>(dz + pieces.chunk(i), Elements<T, V>{});
+  for (int i = lane; i < pieces.edges; i += lanes) dz[pieces.edge(i)] = T{};
+}
+
+// dz = factor * exp(z - max) - k * (q v); dz may be z.
 template <bool kSoft, int kLoads, class T, class A>
 IWSGD_HD void row_gradient(const RowTarget<A>& target, const T* z, int64_t stride, T* dz, int64_t dstride, int C, A max, A factor, A k,
-                           bool counts, int lane, int lanes) {
+                           int lane, int lanes) {
   const A hot = k * target.hot;
   const auto number = [&](int i, A x) {
     A g = factor * exponential(x - max);
@@ -215,11 +227,8 @@ IWSGD_HD void row_gradient(const RowTarget<A>& target, const T* z, int64_t strid
     return g;
   };
   const auto write_one = [&](int i) {
-    A g = A(0);
-    if (counts) {
-      g = number(i, widen(z[i * stride]));
-      if (i == target.label) g -= hot;
-    }
+    A g = number(i, widen(z[i * stride]));
+    if (i == target.label) g -= hot;
     dz[i * dstride] = narrow<T>(g);
   };
   if (stride != 1 || dstride != 1) {
@@ -231,19 +240,17 @@ IWSGD_HD void row_gradient(const RowTarget<A>& target, const T* z, int64_t strid
   const Pieces<T> pieces(z, dz, C);
   for (int i = lane; i < pieces.chunks; i += kLoads * lanes) {
     Elements<T, V> x[kLoads];
-    if (counts) {
-      IWSGD_UNROLL
-      for (int n = 0; n < kLoads; ++n)
-        if (i + n * lanes < pieces.chunks) x[n] = load<T, V>(z + pieces.chunk(i + n * lanes));
-    }
+    IWSGD_UNROLL
+    for (int n = 0; n < kLoads; ++n)
+      if (i + n * lanes < pieces.chunks) x[n] = load<T, V>(z + pieces.chunk(i + n * lanes));
     IWSGD_UNROLL
     for (int n = 0; n < kLoads; ++n) {
       if (i + n * lanes >= pieces.chunks) break;
       const int first = pieces.chunk(i + n * lanes);
       A g[V];
       IWSGD_UNROLL
-      for (int j = 0; j < V; ++j) g[j] = counts ? number(first + j, element(x[n], j)) : A(0);
-      if (counts && static_cast<unsigned>(target.label - first) < static_cast<unsigned>(V)) {
+      for (int j = 0; j < V; ++j) g[j] = number(first + j, element(x[n], j));
+      if (static_cast<unsigned>(target.label - first) < static_cast<unsigned>(V)) {
         IWSGD_UNROLL
         for (int j = 0; j < V; ++j)
           if (first + j == target.label) g[j] -= hot;
