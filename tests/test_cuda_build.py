@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,15 @@ pytestmark = [
 ]
 
 
-compile_kernels = functools.cache(ptxas_report.compile_kernels)
+@functools.cache
+def started() -> dict:
+    """Every compilation, side by side on the machine's cores."""
+    pool = ThreadPoolExecutor(os.cpu_count())
+    return {(s, a): pool.submit(ptxas_report.compile_kernels, s, a) for s in SOURCES for a in ptxas_report.ARCHITECTURES}
+
+
+def compile_kernels(source: Path, arch: str) -> list[ptxas_report.Kernel]:
+    return started()[source, arch].result()
 
 
 @pytest.mark.parametrize("arch", ptxas_report.ARCHITECTURES)
