@@ -11,7 +11,7 @@
 #define ISA_KERNELS "noise_kernels.h"
 #include "for_each_isa.h"
 
-#include "../stable_torch.h"
+#include "../noise_op.h"
 
 namespace iwsgd {
 namespace {
@@ -64,54 +64,22 @@ void noise_bwd_cpu(const Draw& draw, const T* dy, T* dx) {
   });
 }
 
-CallAddress call_address(const Tensor& origin, const std::optional<Tensor>& sample_ids, int64_t stream, int64_t first_example) {
-  return {origin.const_data_ptr<int64_t>(), sample_ids ? sample_ids->const_data_ptr<int64_t>() : nullptr,
-          sample_ids && sample_ids->dim() == 2, stream, first_example};
-}
-
-void noise_out(Tensor x, Tensor origin, std::optional<Tensor> sample_ids, int64_t samples, int64_t stream, int64_t first_example,
-               int64_t threshold, int64_t positions, int64_t share, bool expand, Tensor out) {
-  x = torch::stable::contiguous(x);
-  const Draw draw{{x.size(0), expand ? x.size(1) : x.size(1) / samples, x.size(2), positions, share},
-                  call_address(origin, sample_ids, stream, first_example),
-                  samples,
-                  static_cast<uint32_t>(threshold),
-                  expand};
-  dispatch_floating(x, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    noise_fwd_cpu(draw, data<T>(x), mutable_data<T>(out));
-  });
-}
-
-Tensor noise(Tensor x, Tensor origin, std::optional<Tensor> sample_ids, int64_t samples, int64_t stream, int64_t first_example,
-             int64_t threshold, int64_t positions, int64_t share, bool expand) {
-  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1) * (expand ? samples : 1), x.size(2)});
-  noise_out(x, origin, sample_ids, samples, stream, first_example, threshold, positions, share, expand, out);
-  return out;
-}
-
-Tensor noise_sum(Tensor dy, Tensor origin, std::optional<Tensor> sample_ids, int64_t samples, int64_t stream, int64_t first_example,
-                 int64_t threshold, int64_t positions, int64_t share) {
-  dy = torch::stable::contiguous(dy);
-  const int64_t examples = dy.size(1) / samples;
-  Tensor dx = torch::stable::new_empty(dy, {dy.size(0), examples, dy.size(2)});
-  const Draw draw{{dy.size(0), examples, dy.size(2), positions, share},
-                  call_address(origin, sample_ids, stream, first_example),
-                  samples,
-                  static_cast<uint32_t>(threshold),
-                  true};
-  dispatch_floating(dy, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    noise_bwd_cpu(draw, data<T>(dy), mutable_data<T>(dx));
-  });
-  return dx;
-}
+struct Cpu {
+  template <class T>
+  static void forward(const Draw& draw, const T* x, T* y, const Tensor&) {
+    noise_fwd_cpu(draw, x, y);
+  }
+  template <class T>
+  static void backward(const Draw& draw, const T* dy, T* dx, const Tensor&) {
+    noise_bwd_cpu(draw, dy, dx);
+  }
+};
 
 }  // namespace
 }  // namespace iwsgd
 
 STABLE_TORCH_LIBRARY_IMPL(iwsgd_ext, CPU, m) {
-  m.impl("noise", TORCH_BOX(&iwsgd::noise));
-  m.impl("noise_out", TORCH_BOX(&iwsgd::noise_out));
-  m.impl("noise_sum", TORCH_BOX(&iwsgd::noise_sum));
+  m.impl("noise", TORCH_BOX(&iwsgd::NoiseOp<iwsgd::Cpu>::noise));
+  m.impl("noise_out", TORCH_BOX(&iwsgd::NoiseOp<iwsgd::Cpu>::noise_out));
+  m.impl("noise_sum", TORCH_BOX(&iwsgd::NoiseOp<iwsgd::Cpu>::noise_sum));
 }
