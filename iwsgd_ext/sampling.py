@@ -10,8 +10,6 @@ from torch import Tensor
 from .checks import check_integer, check_sample_ids, check_samples
 from .noise import Unit, draw_origin, make_origin, noise, threshold_of
 
-RESERVED_STREAM = 2**32 - 1  # for draws that are not a layer's own
-
 # The compiler takes integers that it reaches from globals for constants: it would compile a block anew for each stream. This names
 # the contexts' counters as dynamic, so that one graph serves all streams.
 _DYNAMIC = r".*_stack\.contexts\[.*\]\.stream"

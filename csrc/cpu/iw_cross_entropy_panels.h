@@ -61,7 +61,7 @@ struct Panel {
     }
   }
 
-  // Lane by lane: the panel's part of a row [positions], and back.
+  // the panel's part of a row of numbers, one for each position
   vec<A> lanes_of(const A* row) const { return load_some(row, n, A(1)); }
 };
 

@@ -192,7 +192,7 @@ inline void apply_64(Bits bits, const T* x, T* y, acc_t<T> scale) {
   for (int i = 0; i < 64; i += lanes<acc_t<T>>) store(y + i, keep_lanes(load(x + i) * k, bits.from(i)));
 }
 
-// sum[i] += bit i ? g[i] : 0; n <= 64, or any n for bits that are all ones
+// sum[i] += bit i ? g[i] : 0, for n <= 64
 template <class T>
 inline void accumulate(uint64_t bits, const T* g, acc_t<T>* sum, int64_t n) {
   sweep<lanes<acc_t<T>>>(
@@ -366,7 +366,7 @@ void noise_sum_chunk(const Draw& draw, int64_t o, int64_t b, int64_t begin, int6
           draw.layout, draw.address.row(s, b, draw.layout.examples), draw.threshold, o, begin, end,
           [&](uint64_t bits, int64_t offset, int64_t n) { accumulate(bits, from + offset, sum + offset, n); },
           [&](uint32_t bit, int64_t offset, int64_t n) {
-            if (bit) accumulate(~uint64_t(0), from + offset, sum + offset, n);
+            for (int64_t i = 0; bit && i < n; i += 64) accumulate(~uint64_t(0), from + offset + i, sum + offset + i, std::min<int64_t>(n - i, 64));
           });
     }
   }
