@@ -1,6 +1,7 @@
 """Importance weighted SGD for PyTorch: S noise samples per training example, through fused kernels."""
 
 from . import backend, functional
+from .attention import IWMultiheadAttention, scaled_dot_product_attention
 from .backend import backend_info, set_backend
 from .convert import convert, revert
 from .dropout import IWDropout, IWDropout1d, IWDropout2d, IWDropout3d, IWDropPath
@@ -20,6 +21,7 @@ __all__ = [
     "IWDropout2d",
     "IWDropout3d",
     "IWLoss",
+    "IWMultiheadAttention",
     "IWStats",
     "backend_info",
     "convert",
@@ -28,5 +30,6 @@ __all__ = [
     "iw_logmeanexp",
     "revert",
     "sampling",
+    "scaled_dot_product_attention",
     "set_backend",
 ]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .attention import attend, check_attention
 from .checks import check_dtype, check_integer, check_probability, check_sample_ids, check_samples
 from .noise import Rows, Unit, make_origin, noise, threshold_of
 
@@ -115,3 +116,55 @@ def _noise(x, p, unit, shape, dims, samples, seed, stream, sample_ids, first_exa
         batch_dim=batch_dim,
         out=out,
     )
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    samples: int = 1,
+    seed: int | Tensor,
+    stream: int | Tensor = 0,
+    sample_ids: Tensor | Sequence[int] | None = None,
+    first_example: int | Tensor = 0,
+    expand: bool = True,
+) -> Tensor:
+    """:func:`iwsgd_ext.scaled_dot_product_attention` with the noise of a given address on the probabilities.
+
+    Args:
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa: as there.
+        samples, seed, stream, sample_ids, first_example: as in :func:`dropout`.
+        expand: query, key and value all have B rows; else the one with most has samples * B, and the others that or B.
+
+    Returns:
+        [samples * B, ..., T, V], also where dropout_p is 0.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above.
+
+    Example:
+        >>> import torch
+        >>> from iwsgd_ext.functional import scaled_dot_product_attention
+        >>> q = k = v = torch.ones(2, 4, 5, 8)
+        >>> scaled_dot_product_attention(q, k, v, dropout_p=0.1, samples=3, seed=0).shape
+        torch.Size([6, 4, 5, 8])
+    """
+    check_attention(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    check_samples(samples)
+    rows = max(x.shape[0] for x in (query, key, value))
+    if not expand and rows % samples != 0:
+        raise ValueError(f"query, key, value: expected rows divisible by samples={samples} where expand=False, got {rows} rows")
+    batch = rows if expand else rows // samples
+
+    def noise(probabilities: Tensor) -> Tensor:
+        address = {"samples": samples, "seed": seed, "stream": stream, "sample_ids": sample_ids, "first_example": first_example}
+        return dropout(probabilities, dropout_p, expand=probabilities.shape[0] == batch, **address)
+
+    masks = [] if attn_mask is None else [attn_mask]
+    return attend(query, key, value, masks, is_causal, scale, samples, batch, noise)[0]

@@ -126,6 +126,10 @@ class sampling:
             batch_dim=batch_dim,
         )
 
+    def examples(self, rows: int) -> int:
+        """B, where a noise layer's input holds ``rows`` rows; for layers of several inputs, of which some may be expanded."""
+        return self._expansion(rows)[1]
+
     def _expansion(self, rows: int) -> tuple[bool, int]:
         """(whether to expand, number of examples) for a tensor of ``rows`` rows."""
         samples = self.samples
@@ -184,12 +188,15 @@ def _has_ended(frame: FrameType) -> bool:
     return True
 
 
-def draw(x: Tensor, p: float, unit: Unit, batch_dim: int | None) -> Tensor:
-    """A layer's noise: as the context says, or, outside of any, one fresh noise sample (what the layer's torch namesake does)."""
+def ambient() -> sampling:
+    """The innermost context, or, outside of any, a new one of one fresh noise sample: what a layer's torch namesake draws."""
     context = current()
-    if context is None:
-        context = sampling(1)
-    return context.draw(x, p, unit, batch_dim)
+    return sampling(1) if context is None else context
+
+
+def draw(x: Tensor, p: float, unit: Unit, batch_dim: int | None) -> Tensor:
+    """A layer's noise: as the context says, or, outside of any, one fresh noise sample."""
+    return ambient().draw(x, p, unit, batch_dim)
 
 
 def _rank() -> int:
