@@ -7,6 +7,7 @@ from .convert import convert, revert
 from .dropout import IWDropout, IWDropout1d, IWDropout2d, IWDropout3d, IWDropPath
 from .iw_cross_entropy import IWCrossEntropyLoss, IWStats, iw_cross_entropy
 from .likelihood import IWLoss, iw_logmeanexp
+from .recurrent import IWGRU, IWLSTM, IWRNN
 from .sampling import sampling
 
 __version__ = "0.1.0"
@@ -14,6 +15,9 @@ __version__ = "0.1.0"
 backend.load()
 
 __all__ = [
+    "IWGRU",
+    "IWLSTM",
+    "IWRNN",
     "IWCrossEntropyLoss",
     "IWDropPath",
     "IWDropout",
