@@ -4,6 +4,7 @@ from . import backend, functional
 from .attention import IWMultiheadAttention, scaled_dot_product_attention
 from .backend import backend_info, set_backend
 from .convert import convert, revert
+from .drop_connect import IWDropConnect
 from .dropout import IWDropout, IWDropout1d, IWDropout2d, IWDropout3d, IWDropPath
 from .iw_cross_entropy import IWCrossEntropyLoss, IWStats, iw_cross_entropy
 from .likelihood import IWLoss, iw_logmeanexp
@@ -19,6 +20,7 @@ __all__ = [
     "IWLSTM",
     "IWRNN",
     "IWCrossEntropyLoss",
+    "IWDropConnect",
     "IWDropPath",
     "IWDropout",
     "IWDropout1d",

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .attention import attend, check_attention
 from .checks import check_dtype, check_integer, check_probability, check_sample_ids, check_samples
+from .drop_connect import check_linear, product
 from .noise import Rows, Unit, make_origin, noise, threshold_of
 
 _ARGS = """
@@ -168,3 +169,57 @@ def scaled_dot_product_attention(
 
     masks = [] if attn_mask is None else [attn_mask]
     return attend(query, key, value, masks, is_causal, scale, samples, batch, noise)[0]
+
+
+def drop_connect(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    p: float = 0.5,
+    *,
+    drop_bias: bool = False,
+    samples: int = 1,
+    seed: int | Tensor,
+    stream: int | Tensor = 0,
+    sample_ids: Tensor | Sequence[int] | None = None,
+    expand: bool = True,
+    batch_dim: int = 0,
+) -> Tensor:
+    """:func:`torch.nn.functional.linear` under K noises of the weights (eq 1, g the layer): all examples of a sample share one mask.
+
+        y[s, b] = (keep[s] / (1 - p) * weight) x[b] + bias        keep[s] ~ Bernoulli(1 - p) of the weight's shape
+
+    Args:
+        x: [B, ..., in] where ``expand``, else with samples * B rows, sample-major.
+        weight: [out, in], of x's dtype. Its flat index is the noise's position; the example is 0 for all rows.
+        bias: [out], without noise unless ``drop_bias``.
+        p: probability of a weight to be dropped.
+        drop_bias: draws a mask for the bias too, of the next stream.
+        samples, seed, stream: as in :func:`dropout`.
+        sample_ids: ids of the K samples, [K].
+        expand: whether x has B rows or K*B.
+        batch_dim: the dimension that holds the rows, not the last.
+
+    Returns:
+        [K*B, ..., out]. K copies of the weight are made.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above.
+
+    Example:
+        >>> import torch
+        >>> from iwsgd_ext.functional import drop_connect
+        >>> drop_connect(torch.ones(2, 6), torch.ones(5, 6), samples=4, seed=7).shape
+        torch.Size([8, 5])
+    """
+    check_samples(samples)
+    batch_dim = check_linear(x, weight, bias, batch_dim)
+    if not expand and x.shape[batch_dim] % samples != 0:
+        raise ValueError(f"x: expected a number of rows divisible by samples={samples} where expand=False, got {x.shape[batch_dim]} rows")
+    if isinstance(sample_ids, Tensor) and sample_ids.dim() != 1:
+        raise ValueError(f"sample_ids: expected [{samples}], as all examples of a sample share weights, got {tuple(sample_ids.shape)}")
+    address = {"samples": samples, "seed": seed, "sample_ids": sample_ids}
+    weights = dropout(weight.reshape(1, -1), p, stream=stream, **address).view(samples, *weight.shape)
+    if bias is not None and drop_bias:
+        bias = dropout(bias[None], p, stream=stream + 1, **address)
+    return product(x, weights, bias, expand, batch_dim)
