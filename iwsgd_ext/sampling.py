@@ -106,9 +106,12 @@ class sampling:
         expand, examples = self._expansion(rows)
         origin = self._origin_on(x.device)
         stream, self.stream = self.stream, self.stream + 1
-        ids = self._sample_ids_on(x.device)
-        if ids is not None and ids.dim() == 2 and ids.shape[1] != examples:
-            raise ValueError(f"sample_ids: expected [{self.samples}, {examples}] for {examples} examples, got {tuple(ids.shape)}")
+        ids = self.sample_ids
+        if ids is not None:
+            if ids.device != x.device:
+                ids = self.sample_ids = ids.to(x.device)
+            if ids.dim() == 2 and ids.shape[1] != examples:
+                raise ValueError(f"sample_ids: expected [{self.samples}, {examples}] for {examples} examples, got {tuple(ids.shape)}")
         first = self.first_example
         return noise(
             x,
@@ -125,7 +128,7 @@ class sampling:
 
     def draw_weight(self, weight: Tensor, p: float) -> Tensor:
         """Weights under one noise for each sample, [S, *shape], and takes the next stream: example 0, positions the flat index."""
-        ids = self._sample_ids_on(weight.device)
+        ids = self.sample_ids if self.sample_ids is None else self.sample_ids.to(weight.device)
         if ids is not None and ids.dim() == 2:
             raise ValueError(
                 f"sample_ids: expected [{self.samples}] where weights are noisy, as all examples share a sample's, got {tuple(ids.shape)}"
@@ -177,11 +180,6 @@ class sampling:
             f"{self.batch} (to be expanded) or {samples * self.batch} (expanded already). Where the rows' dimension is not "
             "the first, give batch_dim; where the model changes its rows between noise layers, use expand='input' (iw.convert)."
         )
-
-    def _sample_ids_on(self, device: torch.device) -> Tensor | None:
-        if self.sample_ids is not None and self.sample_ids.device != device:
-            self.sample_ids = self.sample_ids.to(device)
-        return self.sample_ids
 
     def _origin_on(self, device: torch.device) -> Tensor:
         origin = self._origin
