@@ -1,8 +1,10 @@
 """Importance weighted SGD for PyTorch: S noise samples per training example, through fused kernels."""
 
 from . import backend, functional
+from .attention import IWMultiheadAttention, scaled_dot_product_attention
 from .backend import backend_info, set_backend
 from .convert import convert, revert
+from .drop_connect import IWDropConnect
 from .dropout import (
     IWAdaptiveDropout,
     IWAlphaDropout,
@@ -15,6 +17,7 @@ from .dropout import (
 )
 from .iw_cross_entropy import IWCrossEntropyLoss, IWStats, iw_cross_entropy
 from .likelihood import IWLoss, iw_logmeanexp
+from .recurrent import IWGRU, IWLSTM, IWRNN
 from .sampling import sampling
 from .strategies import backward
 
@@ -23,9 +26,13 @@ __version__ = "0.1.0"
 backend.load()
 
 __all__ = [
+    "IWGRU",
+    "IWLSTM",
+    "IWRNN",
     "IWAdaptiveDropout",
     "IWAlphaDropout",
     "IWCrossEntropyLoss",
+    "IWDropConnect",
     "IWDropPath",
     "IWDropout",
     "IWDropout1d",
@@ -33,6 +40,7 @@ __all__ = [
     "IWDropout3d",
     "IWFeatureAlphaDropout",
     "IWLoss",
+    "IWMultiheadAttention",
     "IWStats",
     "backend_info",
     "backward",
@@ -42,5 +50,6 @@ __all__ = [
     "iw_logmeanexp",
     "revert",
     "sampling",
+    "scaled_dot_product_attention",
     "set_backend",
 ]
