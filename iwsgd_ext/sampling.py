@@ -96,8 +96,8 @@ class sampling:
     def __exit__(self, *_) -> None:
         _stack.contexts.remove(self)
 
-    def draw(self, x: Tensor, p: float, unit: Unit, batch_dim: int | None) -> Tensor:
-        """The noise of one layer's call: expands ``x`` or keeps its rows, and takes the next stream."""
+    def place(self, x: Tensor, batch_dim: int | None) -> dict:
+        """One layer's call, whatever the law of its noise: the address, and whether ``x`` is expanded. Takes the next stream."""
         batch_dim = self.batch_dim if batch_dim is None else batch_dim
         if not -x.dim() <= batch_dim < x.dim():
             raise ValueError(f"batch_dim: expected a dimension of the input in [{-x.dim()}, {x.dim()}), got {batch_dim}")
@@ -113,18 +113,15 @@ class sampling:
             if ids.dim() == 2 and ids.shape[1] != examples:
                 raise ValueError(f"sample_ids: expected [{self.samples}, {examples}] for {examples} examples, got {tuple(ids.shape)}")
         first = self.first_example
-        return noise(
-            x,
-            threshold_of(p),
-            unit,
-            samples=self.samples,
-            origin=origin,
-            sample_ids=ids,
-            stream=stream,
-            first_example=_rank() * examples if first is None else 0 if isinstance(first, Tensor) else first,
-            expand=expand,
-            batch_dim=batch_dim,
-        )
+        return {
+            "samples": self.samples,
+            "origin": origin,
+            "sample_ids": ids,
+            "stream": stream,
+            "first_example": _rank() * examples if first is None else 0 if isinstance(first, Tensor) else first,
+            "expand": expand,
+            "batch_dim": batch_dim,
+        }
 
     def _expansion(self, rows: int) -> tuple[bool, int]:
         """(whether to expand, number of examples) for a tensor of ``rows`` rows."""
@@ -185,11 +182,13 @@ def _has_ended(frame: FrameType) -> bool:
 
 
 def draw(x: Tensor, p: float, unit: Unit, batch_dim: int | None) -> Tensor:
-    """A layer's noise: as the context says, or, outside of any, one fresh noise sample (what the layer's torch namesake does)."""
-    context = current()
-    if context is None:
-        context = sampling(1)
-    return context.draw(x, p, unit, batch_dim)
+    """A layer's dropout noise: as the context says, or, outside of any, one fresh noise sample (what its torch namesake does)."""
+    return noise(x, threshold_of(p), unit, **place(x, batch_dim))
+
+
+def place(x: Tensor, batch_dim: int | None) -> dict:
+    """:meth:`sampling.place` of the current context, or, outside of any, of one fresh noise sample."""
+    return (current() or sampling(1)).place(x, batch_dim)
 
 
 def _rank() -> int:
