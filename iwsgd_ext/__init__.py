@@ -4,8 +4,10 @@ from . import backend, functional
 from .backend import backend_info, set_backend
 from .convert import convert, revert
 from .dropout import IWDropout, IWDropout1d, IWDropout2d, IWDropout3d, IWDropPath
+from .gaussian import IWGaussianDropout, IWGaussianNoise
 from .iw_cross_entropy import IWCrossEntropyLoss, IWStats, iw_cross_entropy
 from .likelihood import IWLoss, iw_logmeanexp
+from .multinomial import IWMultinomialDropout
 from .sampling import sampling
 
 __version__ = "0.1.0"
@@ -19,7 +21,10 @@ __all__ = [
     "IWDropout1d",
     "IWDropout2d",
     "IWDropout3d",
+    "IWGaussianDropout",
+    "IWGaussianNoise",
     "IWLoss",
+    "IWMultinomialDropout",
     "IWStats",
     "backend_info",
     "convert",

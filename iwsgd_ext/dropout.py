@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from .checks import check_dtype, check_probability
+from .checks import check_layer_input, check_probability
 from .noise import Unit
 from .sampling import draw
 
@@ -21,9 +21,7 @@ class _Dropout(nn.modules.dropout._DropoutNd):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        check_dtype(f"input of {type(self).__name__}", x)
-        if x.dim() == 0:
-            raise ValueError(f"input of {type(self).__name__}: expected at least one dimension, which holds the rows, got a scalar")
+        check_layer_input(self, x)
         if self.dims is not None and x.dim() not in self.dims:
             raise ValueError(f"input of {type(self).__name__}: expected {self.expected}, got {x.dim()}-D {tuple(x.shape)}")
         return draw(x, self.p, self.unit, self.batch_dim)
