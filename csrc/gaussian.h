@@ -36,12 +36,12 @@ struct Pair {
 // Polynomials, shared by the scalar form below, which GPUs run, and each vector form (gaussian_kernels.h): least relative error of
 // ln(1 + f) / f over [sqrt(1/2) - 1, sqrt(2) - 1], 1.8e-7; of sin(pi/2 h) / h, 5e-9, and least error of cos(pi/2 h), 4e-8, over
 // [-1/2, 1/2]. What comes out is within 5e-6 of the definition.
-constexpr float kLog0 = 0.99999994f, kLog1 = -0.50000364f, kLog2 = 0.3333506f, kLog3 = -0.24969909f;
-constexpr float kLog4 = 0.19900165f, kLog5 = -0.1725083f, kLog6 = 0.16222583f, kLog7 = -0.10106897f;
-constexpr float kLn2 = 0.693147181f;
+constexpr float kLog0 = -1.9999999f, kLog1 = 1.0000073f, kLog2 = -0.6667012f, kLog3 = 0.49939817f;  // times -2
+constexpr float kLog4 = -0.3980033f, kLog5 = 0.3450166f, kLog6 = -0.32445166f, kLog7 = 0.20213794f;
+constexpr float kLn2 = -1.3862944f;  // times -2
 constexpr float kSin1 = 1.5707964f, kSin3 = -0.6459635f, kSin5 = 0.07968023f, kSin7 = -0.004602177f;
 constexpr float kCos2 = -1.233698f, kCos4 = 0.25360635f, kCos6 = -0.02042625f;
-constexpr int32_t kSqrtHalf = 0x3F3504F3;  // the bits of sqrt(1/2): x has the exponent of x / sqrt(1/2) when it is m 2^e, m in [sqrt(1/2), sqrt(2))
+constexpr int32_t kSqrtHalf = 0x3F3504F3;  // sqrt(1/2) in bits: x = 2^e m with m in [sqrt(1/2), sqrt(2)) for the exponent e of x / sqrt(1/2)
 
 IWSGD_HD float as_float(uint32_t bits) {
   float x;
@@ -56,7 +56,7 @@ IWSGD_HD uint32_t as_bits(float x) {
 IWSGD_HD float square_root(float x) {
 #if defined(__CUDA_ARCH__)
   float root;  // one instruction, within 2^-23 of the root: that of <cmath> is ten, for the last bit
-  asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(x));
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));
   return root;
 #else
   return std::sqrt(x);
@@ -69,15 +69,15 @@ IWSGD_HD Pair<A> normal_pair(uint32_t a, uint32_t b);
 
 template <>
 IWSGD_HD Pair<float> normal_pair<float>(uint32_t a, uint32_t b) {
-  // ln u = e ln 2 + ln(1 + f)
-  const float d = (static_cast<float>(static_cast<int32_t>(a)) + 0.5f) * 0x1p-32f;
+  // -2 ln u = -2 e ln 2 - 2 ln(1 + f)
+  const float d = static_cast<float>(static_cast<int32_t>(a)) * 0x1p-32f + 0x1p-33f;
   const bool upper = d < 0;
   const auto bits = static_cast<int32_t>(as_bits(upper ? d + 1.0f : d));
   const int32_t e = (bits - kSqrtHalf) >> 23;
   float f = as_float(static_cast<uint32_t>(bits - e * (1 << 23))) - 1.0f;
   if (upper && d > -0.25f) f = d;  // there e is 0
   const float log = ((((((kLog7 * f + kLog6) * f + kLog5) * f + kLog4) * f + kLog3) * f + kLog2) * f + kLog1) * f + kLog0;
-  const float r = square_root(-2.0f * (static_cast<float>(e) * kLn2 + log * f));
+  const float r = square_root(static_cast<float>(e) * kLn2 + log * f);
 
   const uint32_t turned = b + 0x20000000u;  // the nearest quarter turn in the upper two bits, the way from it (plus 1/2) in the others
   const float h = as_float((turned >> 7 & 0x7FFFFFu) | 0x3F800000u) - 1.5f, h2 = h * h;

@@ -29,7 +29,7 @@ inline vfloat interleave_high(vfloat a, vfloat b) { return vfloat{a[2], b[2], a[
 // normal_pair<float> of the words in each lane: NOTE [Normals in float32].
 inline Pair<vfloat> normal_pairs(vint a, vint b) {
   const vint upper = a >> 31;
-  const vfloat d = (__builtin_convertvector(a, vfloat) + 0.5f) * 0x1p-32f;
+  const vfloat d = __builtin_convertvector(a, vfloat) * 0x1p-32f + 0x1p-33f;
   const vint bits = (vint)(d + (vfloat)((vint)splat<vfloat>(1.0f) & upper));
   const vint e = (bits - kSqrtHalf) >> 23;
   const vint near_one = (vint)(d > splat<vfloat>(-0.25f)) & upper;
@@ -41,7 +41,7 @@ inline Pair<vfloat> normal_pairs(vint a, vint b) {
   log = log * f + kLog2;
   log = log * f + kLog1;
   log = log * f + kLog0;
-  const vfloat r = vsqrt((__builtin_convertvector(e, vfloat) * kLn2 + log * f) * -2.0f);
+  const vfloat r = vsqrt(__builtin_convertvector(e, vfloat) * kLn2 + log * f);
 
   const vint turned = b + 0x20000000;
   const vfloat h = (vfloat)((turned >> 7 & 0x7FFFFF) | 0x3F800000) - 1.5f, h2 = h * h;
