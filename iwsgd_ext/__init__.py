@@ -15,8 +15,10 @@ from .dropout import (
     IWDropPath,
     IWFeatureAlphaDropout,
 )
+from .gaussian import IWGaussianDropout, IWGaussianNoise
 from .iw_cross_entropy import IWCrossEntropyLoss, IWStats, iw_cross_entropy
 from .likelihood import IWLoss, iw_logmeanexp
+from .multinomial import IWMultinomialDropout
 from .recurrent import IWGRU, IWLSTM, IWRNN
 from .sampling import sampling
 from .strategies import backward
@@ -39,8 +41,11 @@ __all__ = [
     "IWDropout2d",
     "IWDropout3d",
     "IWFeatureAlphaDropout",
+    "IWGaussianDropout",
+    "IWGaussianNoise",
     "IWLoss",
     "IWMultiheadAttention",
+    "IWMultinomialDropout",
     "IWStats",
     "backend_info",
     "backward",

@@ -24,7 +24,7 @@ from .batch_norm import _PerSample
 from .checks import check
 from .iw_cross_entropy import IWCrossEntropyLoss, IWStats, iw_cross_entropy
 from .likelihood import as_arguments
-from .noise import dropout_law
+from .noise import dropout_law, noise
 from .sampling import current, sampling
 
 Strategy = Literal["batched", "streamed", "resampled", "loop"]
@@ -305,7 +305,7 @@ class _Step:
         context = self.context(keep)
         context.stream = STREAM
         ones = torch.ones(weights.shape[1], DIGITS, dtype=torch.float64, device=weights.device)
-        digits = context.draw(ones, dropout_law(0.5), "element", 0).view(keep, -1, DIGITS)  # 0 or 2
+        digits = noise(ones, dropout_law(0.5), "element", **context.place(ones, 0)).view(keep, -1, DIGITS)  # 0 or 2
         place = 0.5 ** torch.arange(2, DIGITS + 2, dtype=torch.float64, device=weights.device)
         uniform = (digits * place).sum(-1) + 0.5 ** (DIGITS + 1)
         cumulative = torch.stack(list(accumulate(weights.double())))  # in this order on every device
