@@ -246,6 +246,20 @@ def test_several_inputs_and_outside_graphs(device, way, form):
 
 
 @EXACT
+def test_trunk_outside(device, way):
+    """A trunk before all noise, called once by the user: its graph is gone through once, after the last pass."""
+    model = Mlp().double().to(device)
+    x, target = batch(model, device)
+    layers, calls = list(model), []
+    trunk, head = nn.Sequential(*layers[:2]), iw.convert(nn.Sequential(*layers[2:]), 2, expand="first")
+    trunk.register_forward_hook(lambda *_: calls.append("forward"))
+    trunk.register_full_backward_hook(lambda *_: calls.append("backward"))
+    loss, _ = run(head, iw.IWCrossEntropyLoss(2), trunk(x.requires_grad_()), target, way)
+    assert calls == ["forward", "backward"]
+    assert_as_naive((loss, gradients(model)), naive_step(model, x, target, S, 1.0))
+
+
+@EXACT
 def test_return_stats(device, way):
     model = iw.convert(ConvNet().double().to(device), 2, expand="first")
     x, target = batch(model, device)
@@ -327,7 +341,7 @@ def test_compiled(device, way):
     model = iw.convert(Mlp().double().to(device), 2, expand="first")
     x, target = batch(model, device)
     want = run(model, iw.IWCrossEntropyLoss(2), x, target, way)
-    model.compile(backend="aot_eager")
+    model.compile(backend="eager")
     assert_as_naive(run(model, iw.IWCrossEntropyLoss(2), x, target, way), want)
 
 
@@ -350,6 +364,7 @@ X, Y = torch.zeros(B, 6), torch.zeros(B, dtype=torch.int64)
         (ValueError, {"strategy": "streamed", "keep": 2}, "keep: expected 1 with strategy='streamed', got 2"),
         (ValueError, {"strategy": "resampled", "keep": 0}, "keep: expected an integer >= 1, got 0"),
         (TypeError, {"strategy": "resampled", "keep": True}, "keep: expected an int, got bool"),
+        (TypeError, {"strategy": "resampled", "keep": None}, "keep: expected an int, got NoneType"),
         (TypeError, {"seed": 1.0}, "seed: expected an int"),
         (TypeError, {"first_example": "0"}, "first_example: expected an int"),
         (TypeError, {"loss_fn": nn.CrossEntropyLoss()}, "loss_fn: expected IWCrossEntropyLoss, .*got CrossEntropyLoss"),
@@ -357,6 +372,8 @@ X, Y = torch.zeros(B, 6), torch.zeros(B, dtype=torch.int64)
         (ValueError, {"loss_fn": iw.IWCrossEntropyLoss(4, process_group="a group")}, "loss_fn: expected process_group=None"),
         (ValueError, {"targets": Y[:3]}, "logits: expected 4 samples"),
         (TypeError, {"targets": (Y, Y)}, "argument"),
+        (TypeError, {"targets": {"target": Y, "alpha": 0.0}}, "alpha"),
+        (TypeError, {"targets": {"target": Y, "alpha": 0.0}, "strategy": "streamed"}, "alpha"),
     ],
     ids=lambda v: "-".join(v) if isinstance(v, dict) else None,
 )
