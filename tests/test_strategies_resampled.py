@@ -109,11 +109,11 @@ def test_unbiased_over_draws(device, keep):
     assert (differences.std(0) > 1e-3).all()
 
 
-@pytest.mark.parametrize("chunk", [None, 1, 3])
-def test_keeps_whole_samples(device, backend, chunk):
+@pytest.mark.parametrize(("expand", "chunk"), [("first", None), ("first", 1), ("input", 3)])
+def test_keeps_whole_samples(device, backend, expand, chunk):
     """The gradient is that of the drawn samples in every layer: [s][b] alone, by the naive noise, whatever the first pass' chunks."""
     samples, keep = 5, 2
-    model = iw.convert(ConvNet().double().to(device), 2, expand="first")
+    model = iw.convert(ConvNet().double().to(device), 2, expand=expand)
     x, target = batch(model, device)
     got = backward(model, x, target, samples, strategy="resampled", keep=keep, chunk=chunk)
     assert_as_naive((got[0], {}), (naive_step(model, x, target, samples, 1.0)[0], {}))
