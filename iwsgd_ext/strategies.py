@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from . import reference
 from .batch_norm import _PerSample
-from .checks import check
+from .checks import check, check_number
 from .functional import dropout
 from .iw_cross_entropy import IWCrossEntropyLoss, IWStats
 from .likelihood import as_arguments
@@ -96,6 +96,10 @@ def backward(
     sampling(samples, seed=seed, first_example=first_example)  # checks them
     _check_counts(strategy, samples, chunk, keep)
     _check_loss(loss_fn)
+    if isinstance(grad_scale, Tensor):
+        check(grad_scale.numel() == 1, "grad_scale", "a tensor of one element", f"shape {tuple(grad_scale.shape)}")
+    elif grad_scale is not None and not isinstance(grad_scale, torch.amp.GradScaler):
+        check_number("grad_scale", grad_scale)
     if current() is not None:
         raise ValueError(
             "iw.backward opens its own sampling context, but one is open here; give samples, seed and first_example to the call"
@@ -222,9 +226,12 @@ class _Step:
         return loss, -outer * weights, IWStats(*(v.unflatten(-1, shape) for v in (log_p, weights, bound)))
 
     def scaled(self, gradient: Tensor) -> Tensor:
-        if isinstance(self.grad_scale, torch.amp.GradScaler):
-            return self.grad_scale.scale(gradient)
-        return gradient if self.grad_scale is None else gradient * self.grad_scale
+        scale = self.grad_scale
+        if isinstance(scale, torch.amp.GradScaler):
+            return scale.scale(gradient)
+        if isinstance(scale, Tensor):
+            scale = scale.detach().reshape(()).to(gradient.dtype)
+        return gradient if scale is None else gradient * scale
 
     # Strategies: (loss, statistics)
 

@@ -164,6 +164,9 @@ def test_grad_scaler_steps(device):
     optimizer, scaler = torch.optim.SGD(model.parameters(), lr=1.0), torch.amp.GradScaler(device.type, init_scale=1024.0)
     before = [p.detach().clone() for p in model.parameters()]
     _, want = run(model, iw.IWCrossEntropyLoss(2), x, target)
+    for loss in LOSSES.values():  # a scale of another type leaves the gradients' type alone
+        _, doubled = run(model, loss(1.0), x, target, grad_scale=torch.tensor([2.0], dtype=torch.float64, device=device))
+        torch.testing.assert_close(doubled, {name: 2 * g for name, g in want.items()})
     run(model, iw.IWCrossEntropyLoss(2), x, target, "streamed", grad_scale=scaler)
     scaler.step(optimizer)
     scaler.update()
@@ -367,6 +370,8 @@ X, Y = torch.zeros(B, 6), torch.zeros(B, dtype=torch.int64)
         (TypeError, {"strategy": "resampled", "keep": None}, "keep: expected an int, got NoneType"),
         (TypeError, {"seed": 1.0}, "seed: expected an int"),
         (TypeError, {"first_example": "0"}, "first_example: expected an int"),
+        (TypeError, {"grad_scale": "2"}, "grad_scale: expected a number, got str"),
+        (ValueError, {"grad_scale": torch.ones(2)}, r"grad_scale: expected a tensor of one element, got shape \(2,\)"),
         (TypeError, {"loss_fn": nn.CrossEntropyLoss()}, "loss_fn: expected IWCrossEntropyLoss, .*got CrossEntropyLoss"),
         (ValueError, {"loss_fn": iw.IWCrossEntropyLoss(4, reduction="none")}, "loss_fn: expected reduction 'mean' or 'sum'"),
         (ValueError, {"loss_fn": iw.IWCrossEntropyLoss(4, process_group="a group")}, "loss_fn: expected process_group=None"),
