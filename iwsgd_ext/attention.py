@@ -95,6 +95,20 @@ def check_attention(query, key, value, attn_mask, dropout_p, is_causal, enable_g
             raise TypeError(f"attn_mask: expected bool or floating-point, got {attn_mask.dtype}")
 
 
+def check_masks(key_padding_mask: Tensor | None, attn_mask: Tensor | None, length: int, positions: int, heads: int) -> None:
+    """The masks of multi-head attention; a mask that broadcasts where torch's would not is refused, as torch's does."""
+    for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+        if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+            raise TypeError(f"{name}: expected bool or floating-point, got {mask.dtype}")
+    if key_padding_mask is not None:
+        fits = key_padding_mask.dim() == 2 and key_padding_mask.shape[1] == positions
+        check(fits, "key_padding_mask", "[rows, U] of key's U positions", tuple(key_padding_mask.shape))
+    if attn_mask is not None:
+        fits = attn_mask.dim() in (2, 3) and attn_mask.shape[-2] == length and attn_mask.shape[-1] == positions
+        fits = fits and (attn_mask.dim() == 2 or attn_mask.shape[0] % heads == 0)
+        check(fits, "attn_mask", "[T, U] or [rows * heads, T, U] of query's T and key's U positions", tuple(attn_mask.shape))
+
+
 def attend(
     query: Tensor,
     key: Tensor,
@@ -209,6 +223,9 @@ class IWMultiheadAttention(nn.MultiheadAttention):
             return out.squeeze(dim), mean.squeeze(0) if need_weights else None
         for name, x in (("query", query), ("key", key), ("value", value)):
             check(x.dim() == 3, name, "[rows, T, E] where batch_first, else [T, rows, E]", tuple(x.shape))
+        length, positions = query.shape[1 - dim], key.shape[1 - dim]
+        check(value.shape[1 - dim] == positions, "value", "key's number of positions", tuple(value.shape))
+        check_masks(key_padding_mask, attn_mask, length, positions, self.num_heads)
 
         context = ambient()
         batch = context.examples(max(x.shape[dim] for x in (query, key, value)))
@@ -216,7 +233,7 @@ class IWMultiheadAttention(nn.MultiheadAttention):
         more = 0
         if self.bias_k is not None or self.add_zero_attn:
             k, v = self._append(k, self.bias_k, dim), self._append(v, self.bias_v, dim)
-            more = k.shape[1 - dim] - key.shape[1 - dim]
+            more = k.shape[1 - dim] - positions
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).movedim(dim, 0).transpose(1, 2) for x in (q, k, v))  # [R, H, T, D]
 
         def noise(probabilities: Tensor) -> Tensor:
@@ -258,13 +275,8 @@ class IWMultiheadAttention(nn.MultiheadAttention):
         """The masks as :func:`attend` takes them: [R, H, T, U] or less, True takes part."""
         masks = []
         if key_padding_mask is not None:
-            check(key_padding_mask.dim() == 2, "key_padding_mask", "[rows, U]", tuple(key_padding_mask.shape))
             masks.append(key_padding_mask[:, None, None])
         if attn_mask is not None:
-            check(attn_mask.dim() in (2, 3), "attn_mask", "[T, U] or [rows * heads, T, U]", tuple(attn_mask.shape))
             masks.append(attn_mask.unflatten(0, (-1, self.num_heads)) if attn_mask.dim() == 3 else attn_mask)
-        for mask in masks:
-            if mask.dtype != torch.bool and not mask.is_floating_point():
-                raise TypeError(f"key_padding_mask, attn_mask: expected bool or floating-point, got {mask.dtype}")
         masks = [F.pad(mask, (0, more)) for mask in masks] if more else masks
         return [~mask if mask.dtype == torch.bool else mask for mask in masks]

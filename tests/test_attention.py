@@ -476,10 +476,16 @@ class TestModule:
         with iw.sampling(2):
             with pytest.raises(ValueError, match=r"key: expected \[rows, T, E\] where batch_first"):
                 layer(x, x[0], x)
-            with pytest.raises(ValueError, match=r"attn_mask: expected \[T, U\] or \[rows \* heads, T, U\]"):
-                layer(x, x, x, attn_mask=torch.ones(T, device=device))
-            with pytest.raises(ValueError, match=r"key_padding_mask: expected \[rows, U\]"):
-                layer(x, x, x, torch.ones(T, device=device) > 0)
+            with pytest.raises(ValueError, match=r"value: expected key's number of positions, got \(2, 2, 8\)"):
+                layer(x, x, x[:, :2])
+            for shape in ((T,), (T, 1), (1, T), (3, T, T), (B, 2, T, T)):
+                with pytest.raises(ValueError, match=r"attn_mask: expected \[T, U\] or \[rows \* heads, T, U\]"):
+                    layer(x, x, x, attn_mask=torch.ones(shape, device=device))
+            with pytest.raises(ValueError, match=r"attn_mask: expected 2 rows, or 2 samples \* 2 = 4, got 3"):
+                layer(x, x, x, attn_mask=torch.ones(6, T, T, device=device))
+            for shape in ((T,), (B, 1), (B, 1, T)):
+                with pytest.raises(ValueError, match=r"key_padding_mask: expected \[rows, U\]"):
+                    layer(x, x, x, torch.ones(shape, device=device) > 0)
             with pytest.raises(TypeError, match=r"expected bool or floating-point, got torch.int64"):
                 layer(x, x, x, torch.ones(B, T, device=device, dtype=torch.int64))
             layer.dropout = 1.5
