@@ -60,20 +60,25 @@ def scaled_dot_product_attention(
         >>> out.shape
         torch.Size([6, 4, 5, 8])
     """
-    check_attention(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
-    rows = [x.shape[0] for x in (query, key, value)]
-    if attn_mask is not None and attn_mask.dim() == query.dim() and attn_mask.shape[0] != 1:
-        rows.append(attn_mask.shape[0])
-    if dropout_p == 0 and (current() is None or all(n == rows[0] for n in rows)):
+    if dropout_p == 0 and (current() is None or not _rows_meet(query, key, value, attn_mask)):
         return F.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
+    check_attention(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     context = ambient()
-    batch = context.examples(max(rows[:3]))
+    batch = context.examples(max(x.shape[0] for x in (query, key, value)))
 
     def noise(probabilities: Tensor) -> Tensor:
         return draw(probabilities, dropout_p, "element", 0) if dropout_p > 0 else probabilities
 
     masks = [] if attn_mask is None else [attn_mask]
     return attend(query, key, value, masks, is_causal, scale, context.samples, batch, noise)[0]
+
+
+def _rows_meet(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> bool:
+    """Whether numbers of rows differ, apart from one row, which torch's function may broadcast."""
+    if query.is_nested:
+        return False
+    rows = [x.shape[0] for x in (query, key, value, attn_mask) if x is not None and x.dim() == query.dim() and x.shape[0] != 1]
+    return any(n != rows[0] for n in rows)
 
 
 def check_attention(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa) -> None:
@@ -130,14 +135,13 @@ def attend(
     # Heads that share a key are more of its positions: no key is repeated.
     groups = q.shape[-3] // k.shape[-3] if q.dim() > 4 else 1
     scores = _unfold(_fold(q * (q.shape[-1] ** -0.5 if scale is None else scale), groups) @ k.transpose(-2, -1), groups)
-    if is_causal:
-        masks = [*masks, torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()]
-    for mask in masks:
+    causal = [torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()] if is_causal else []
+    for mask in (*masks, *causal):
         if mask.dim() == query.dim() and mask.shape[0] != 1:
             mask = _by_samples("attn_mask", mask, samples, batch)
         scores = scores.masked_fill(~mask, -float("inf")) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
     if masks:
-        # A position that may look nowhere gets zeros, as from torch's function, and not NaN.
+        # A position that may look nowhere (under a causal mask there is none) gets zeros, as from torch's function, and not NaN.
         nowhere = scores.detach().amax(-1, keepdim=True) == -float("inf") if scores.shape[-1] else scores.new_ones((), dtype=torch.bool)
         probabilities = torch.softmax(scores.masked_fill(nowhere, 0.0), -1).masked_fill(nowhere, 0.0)
     else:

@@ -153,6 +153,11 @@ class TestFunction:
             assert torch.equal(iw.scaled_dot_product_attention(*x), F.scaled_dot_product_attention(*x))
             assert context.stream == 0
         assert torch.equal(iw.scaled_dot_product_attention(*x), F.scaled_dot_product_attention(*x))
+        q = torch.randn(T, E, device=device)  # what torch takes and has no rows, or one for all
+        one = [v.detach()[:1] for v in x]
+        with iw.sampling(S):
+            assert torch.equal(iw.scaled_dot_product_attention(q, q, q), F.scaled_dot_product_attention(q, q, q))
+            assert torch.equal(iw.scaled_dot_product_attention(x[0], one[1], one[2]), F.scaled_dot_product_attention(x[0], one[1], one[2]))
         for rows in ROWS[2:]:
             x = tensors(device, *rows)
             with after_noise() as context:
@@ -260,11 +265,11 @@ def test_bad_arguments(message, change):
 def test_bad_types():
     x = torch.ones(B, H, T, E)
     with pytest.raises(TypeError, match=r"query: expected float32, .*, got torch.int64"):
-        iw.scaled_dot_product_attention(x.long(), x, x)
+        iw.scaled_dot_product_attention(x.long(), x, x, dropout_p=0.3)
     with pytest.raises(TypeError, match="value: expected a tensor, got NoneType"):
-        iw.scaled_dot_product_attention(x, x, None)
+        iw.scaled_dot_product_attention(x, x, None, dropout_p=0.3)
     with pytest.raises(TypeError, match=r"attn_mask: expected bool or floating-point, got torch.int64"):
-        iw.scaled_dot_product_attention(x, x, x, torch.ones(T, T, dtype=torch.int64))
+        iw.scaled_dot_product_attention(x, x, x, torch.ones(T, T, dtype=torch.int64), dropout_p=0.3)
 
 
 D = 8  # embedding, of two heads
