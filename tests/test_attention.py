@@ -218,6 +218,25 @@ class TestFunction:
         got = iw.functional.scaled_dot_product_attention(*x, samples=S, **ADDRESS)
         torch.testing.assert_close(got, torch.cat([F.scaled_dot_product_attention(*x)] * S))
 
+    def test_what_is_kept_for_backward(self, device, backend):
+        """Rows that are not expanded are soft-maxed once: kept are their probabilities and the S noisy ones, else S of each."""
+        kept = {}
+        n, inputs = 64, 3 * 64 * 8
+        for rows in (1, S):
+            x = [torch.randn(rows, 1, n, 8, device=device).requires_grad_() for _ in range(3)]
+            storages = {}
+
+            def pack(t, storages=storages):
+                storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes() // t.element_size()
+                return t  # alive as long as the graph, so that no two share an address
+
+            with iw.sampling(S, expand="none" if rows == S else "first"), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                y = iw.scaled_dot_product_attention(*x, dropout_p=0.3)
+            kept[rows] = sum(storages.values())
+            assert y.requires_grad
+        assert (1 + S) * n * n <= kept[1] <= (1 + S) * n * n + (1 + S) * inputs
+        assert 2 * S * n * n <= kept[S] <= 2 * S * n * n + 2 * S * inputs
+
     def test_second_derivative(self, device):
         x = tensors(device)
         assert torch.autograd.gradgradcheck(
@@ -549,6 +568,7 @@ class TestTransformer:
         with after_noise():
             torch.testing.assert_close(got, layer(y, torch.cat([memory] * S)))
 
+    @pytest.mark.filterwarnings("ignore::UserWarning:torch.nn")  # its own nested tensors
     def test_eval_is_torchs(self, device):
         """Bit for bit, with and without the fast path of inference."""
         model = nn.TransformerEncoder(nn.TransformerEncoderLayer(D, 2, 16, batch_first=True, device=device), 2).eval()
@@ -563,3 +583,12 @@ class TestTransformer:
                     results.append(model(x, src_key_padding_mask=padding))
         assert torch.equal(results[0], results[2])
         assert torch.equal(results[1], results[3])
+        both = nn.Transformer(D, 2, 1, 1, 16, device=device).eval()
+        results = []
+        for swapped in (False, True):
+            if swapped:
+                swap(both)
+            with iw.sampling(S) as context:
+                results.append(both(x, x, tgt_mask=nn.Transformer.generate_square_subsequent_mask(B, device=device)))
+                assert context.stream == 0
+        assert torch.equal(*results)

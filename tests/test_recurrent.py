@@ -91,6 +91,7 @@ class TestEachLayer:
     def test_packed_sequences(self, device, kind, options, locked, x_rows, state_rows, lengths):
         check(layer_of(kind, device, locked=locked, batch_first=False, **options), device, x_rows, state_rows, lengths)
 
+    @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
     def test_eval_is_torchs(self, device, kind, options):
         """Bit for bit, also in a context, where it draws no stream; so is training without dropout, and with one layer."""
         layer = layer_of(kind, device, torch.float32, **options)
