@@ -220,7 +220,7 @@ def multinomial(
     """
     words = draw_words(origin, sample_ids, samples, stream, first_example, examples, draws)  # [K, B, draws]
     features = bounds.shape[-1]
-    drawn = torch.searchsorted(bounds.expand(samples, features).contiguous(), words.flatten(1), right=True).view(words.shape)
+    drawn = torch.searchsorted(bounds.expand(samples, features).contiguous(), words.flatten(1).contiguous(), right=True).view(words.shape)
     counts = torch.zeros(samples, examples, features, dtype=torch.int32, device=bounds.device)
     return counts.scatter_add_(2, drawn, torch.ones_like(drawn, dtype=torch.int32))
 
