@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_integer, check_sample_ids, check_samples
-from .noise import Unit, draw_origin, make_origin, noise, threshold_of
+from .noise import Law, Unit, draw_origin, make_origin, noise
 
 # The compiler takes integers that it reaches from globals for constants: it would compile a block anew for each stream. This names
 # the contexts' counters as dynamic, so that one graph serves all streams.
@@ -181,9 +181,9 @@ def _has_ended(frame: FrameType) -> bool:
     return True
 
 
-def draw(x: Tensor, p: float, unit: Unit, batch_dim: int | None) -> Tensor:
-    """A layer's dropout noise: as the context says, or, outside of any, one fresh noise sample (what its torch namesake does)."""
-    return noise(x, threshold_of(p), unit, **place(x, batch_dim))
+def draw(x: Tensor, law: Law | Tensor, unit: Unit, batch_dim: int | None) -> Tensor:
+    """A layer's Bernoulli noise: as the context says, or, outside of any, one fresh noise sample (what its torch namesake does)."""
+    return noise(x, law, unit, **place(x, batch_dim))
 
 
 def place(x: Tensor, batch_dim: int | None) -> dict:
