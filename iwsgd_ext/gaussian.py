@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .checks import check_layer_input, check_rate, check_std
 from .noise import Rows, Unit, _op
-from .sampling import place
+from .sampling import ambient
 
 _ADDRESS = "Tensor origin, Tensor? sample_ids, SymInt samples, SymInt stream, SymInt first_example, SymInt positions, SymInt share"
 # Exact strides: the kernels take memory order as given, so a compiler must not change it behind them.
@@ -142,7 +142,7 @@ class IWGaussianDropout(nn.modules.dropout._DropoutNd):
         if not self.training:
             return x
         check_layer_input(self, x)
-        return gaussian(x, gaussian_std(self.p), True, **place(x, self.batch_dim))
+        return gaussian(x, gaussian_std(self.p), True, **ambient().place(x, self.batch_dim))
 
     def extra_repr(self) -> str:
         return f"p={self.p}" + (f", batch_dim={self.batch_dim}" if self.batch_dim is not None else "")
@@ -186,7 +186,7 @@ class IWGaussianNoise(nn.Module):
         if not self.training:
             return x
         check_layer_input(self, x)
-        return gaussian(x, self.std, False, **place(x, self.batch_dim))
+        return gaussian(x, self.std, False, **ambient().place(x, self.batch_dim))
 
     def extra_repr(self) -> str:
         return f"std={self.std}" + (f", batch_dim={self.batch_dim}" if self.batch_dim is not None else "")

@@ -96,6 +96,10 @@ class sampling:
     def __exit__(self, *_) -> None:
         _stack.contexts.remove(self)
 
+    def draw(self, x: Tensor, law: Law | Tensor, unit: Unit, batch_dim: int | None) -> Tensor:
+        """The Bernoulli noise of one layer's call: expands ``x`` or keeps its rows, and takes the next stream."""
+        return noise(x, law, unit, **self.place(x, batch_dim))
+
     def place(self, x: Tensor, batch_dim: int | None) -> dict:
         """One layer's call, whatever the law of its noise: the address, and whether ``x`` is expanded. Takes the next stream."""
         batch_dim = self.batch_dim if batch_dim is None else batch_dim
@@ -181,14 +185,15 @@ def _has_ended(frame: FrameType) -> bool:
     return True
 
 
+def ambient() -> sampling:
+    """The innermost context, or, outside of any, a new one of one fresh noise sample: what a layer's torch namesake draws."""
+    context = current()
+    return sampling(1) if context is None else context
+
+
 def draw(x: Tensor, law: Law | Tensor, unit: Unit, batch_dim: int | None) -> Tensor:
-    """A layer's Bernoulli noise: as the context says, or, outside of any, one fresh noise sample (what its torch namesake does)."""
-    return noise(x, law, unit, **place(x, batch_dim))
-
-
-def place(x: Tensor, batch_dim: int | None) -> dict:
-    """:meth:`sampling.place` of the current context, or, outside of any, of one fresh noise sample."""
-    return (current() or sampling(1)).place(x, batch_dim)
+    """A layer's noise: as the context says, or, outside of any, one fresh noise sample."""
+    return ambient().draw(x, law, unit, batch_dim)
 
 
 def _rank() -> int:

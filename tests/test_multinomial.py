@@ -216,6 +216,17 @@ def test_gradients(device, backend, expand):
     assert torch.autograd.gradgradcheck(lambda v: form(v).pow(3), x)
 
 
+def test_gradient_is_rounded_once(device, backend):
+    """16-bit types: the sum over samples in float32."""
+    x = torch.randn(4, 63, device=device).bfloat16().requires_grad_()
+    y = F.multinomial_dropout(x, None, 100, samples=8, seed=2)
+    dy = torch.randn_like(y)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    terms = dy.cpu().double() * naive_multinomial(torch.ones(4, 63), None, 100, samples=8, seed=2)
+    want, size = (t.unflatten(0, (8, 4)).sum(0) for t in (terms, terms.abs()))
+    assert bool(((dx.cpu().double() - want).abs() <= 2**-8 * want.abs() + 1e-5 * size).all())
+
+
 def test_kept_for_backward_is_the_address(device, backend):
     """Neither counts nor x: bounds of 8 bytes a feature, and the address."""
     saved = []
@@ -223,6 +234,17 @@ def test_kept_for_backward_is_the_address(device, backend):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         F.multinomial_dropout(x, None, 25, samples=4, seed=0)
     assert sum(t.untyped_storage().nbytes() for t in saved) == 50 * 8 + 24
+
+
+@pytest.mark.parametrize("expand", [True, False])
+def test_written_in_place_by_the_next_layer(device, backend, expand):
+    x = torch.randn(4, 9, device=device, requires_grad=True)
+    results = []
+    for in_place in (False, True):
+        y = torch.nn.functional.relu(F.multinomial_dropout(x, None, 5, samples=2, seed=1, expand=expand), inplace=in_place)
+        results.append([y, *torch.autograd.grad(y.square().sum(), x)])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_opcheck(device, backend):
