@@ -53,6 +53,15 @@ IWSGD_HD uint32_t as_bits(float x) {
   memcpy(&bits, &x, sizeof bits);
   return bits;
 }
+// a * b + c, on GPUs rounded once: of two products in one sum the compiler would choose which to round, in each kernel anew, and numbers
+// must not depend on the kernel.
+IWSGD_HD float multiply_add(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
 IWSGD_HD float square_root(float x) {
 #if defined(__CUDA_ARCH__)
   float root;  // one instruction, within 2^-23 of the root: that of <cmath> is ten, for the last bit
@@ -77,7 +86,7 @@ IWSGD_HD Pair<float> normal_pair<float>(uint32_t a, uint32_t b) {
   float f = as_float(static_cast<uint32_t>(bits - e * (1 << 23))) - 1.0f;
   if (upper && d > -0.25f) f = d;  // there e is 0
   const float log = ((((((kLog7 * f + kLog6) * f + kLog5) * f + kLog4) * f + kLog3) * f + kLog2) * f + kLog1) * f + kLog0;
-  const float r = square_root(static_cast<float>(e) * kLn2 + log * f);
+  const float r = square_root(multiply_add(log, f, static_cast<float>(e) * kLn2));
 
   const uint32_t turned = b + 0x20000000u;  // the nearest quarter turn in the upper two bits, the way from it (plus 1/2) in the others
   const float h = as_float((turned >> 7 & 0x7FFFFFu) | 0x3F800000u) - 1.5f, h2 = h * h;
