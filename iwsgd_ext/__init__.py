@@ -1,6 +1,7 @@
 """Importance weighted SGD for PyTorch: S noise samples per training example, through fused kernels."""
 
 from . import backend, functional
+from .audit import Audit, audit
 from .backend import backend_info, set_backend
 from .convert import convert, revert
 from .dropout import IWDropout, IWDropout1d, IWDropout2d, IWDropout3d, IWDropPath
@@ -13,6 +14,7 @@ __version__ = "0.1.0"
 backend.load()
 
 __all__ = [
+    "Audit",
     "IWCrossEntropyLoss",
     "IWDropPath",
     "IWDropout",
@@ -21,6 +23,7 @@ __all__ = [
     "IWDropout3d",
     "IWLoss",
     "IWStats",
+    "audit",
     "backend_info",
     "convert",
     "functional",
