@@ -4,7 +4,7 @@ from . import backend, functional
 from .audit import Audit, audit
 from .backend import backend_info, set_backend
 from .convert import convert, revert
-from .dropout import IWDropout, IWDropout1d, IWDropout2d, IWDropout3d, IWDropPath
+from .dropout import (
 from .iw_cross_entropy import IWCrossEntropyLoss, IWStats, iw_cross_entropy
 from .likelihood import IWLoss, iw_logmeanexp
 from .sampling import sampling
@@ -15,12 +15,15 @@ backend.load()
 
 __all__ = [
     "Audit",
+    "IWAdaptiveDropout",
+    "IWAlphaDropout",
     "IWCrossEntropyLoss",
     "IWDropPath",
     "IWDropout",
     "IWDropout1d",
     "IWDropout2d",
     "IWDropout3d",
+    "IWFeatureAlphaDropout",
     "IWLoss",
     "IWStats",
     "audit",
