@@ -1,12 +1,24 @@
 """Importance weighted SGD for PyTorch: S noise samples per training example, through fused kernels."""
 
 from . import backend, functional
+from .attention import IWMultiheadAttention, scaled_dot_product_attention
 from .audit import Audit, audit
 from .backend import backend_info, set_backend
 from .convert import convert, revert
+from .drop_connect import IWDropConnect
 from .dropout import (
+    IWAdaptiveDropout,
+    IWAlphaDropout,
+    IWDropout,
+    IWDropout1d,
+    IWDropout2d,
+    IWDropout3d,
+    IWDropPath,
+    IWFeatureAlphaDropout,
+)
 from .iw_cross_entropy import IWCrossEntropyLoss, IWStats, iw_cross_entropy
 from .likelihood import IWLoss, iw_logmeanexp
+from .recurrent import IWGRU, IWLSTM, IWRNN
 from .sampling import sampling
 
 __version__ = "0.1.0"
@@ -14,10 +26,14 @@ __version__ = "0.1.0"
 backend.load()
 
 __all__ = [
+    "IWGRU",
+    "IWLSTM",
+    "IWRNN",
     "Audit",
     "IWAdaptiveDropout",
     "IWAlphaDropout",
     "IWCrossEntropyLoss",
+    "IWDropConnect",
     "IWDropPath",
     "IWDropout",
     "IWDropout1d",
@@ -25,6 +41,7 @@ __all__ = [
     "IWDropout3d",
     "IWFeatureAlphaDropout",
     "IWLoss",
+    "IWMultiheadAttention",
     "IWStats",
     "audit",
     "backend_info",
@@ -34,5 +51,6 @@ __all__ = [
     "iw_logmeanexp",
     "revert",
     "sampling",
+    "scaled_dot_product_attention",
     "set_backend",
 ]

@@ -8,7 +8,7 @@ from torch import nn
 from .convert import check_convertible, conversion_of, install, revert
 from .dry_run import dry_run
 from .functional_dropout import Call
-from .swaps import NOISE, original_class
+from .swaps import draws, original_class
 
 
 @dataclass(frozen=True)
@@ -94,14 +94,14 @@ def audit(model: nn.Module, *example_inputs: Any, **example_keywords: Any) -> Au
     if not isinstance(model, nn.Module) or conversion_of(model) is None:
         check_convertible(model, "auto")
         inputs = example_keywords if example_keywords and not example_inputs else example_inputs or None
-        install(model, 2, "auto", inputs, None, "joint", False)
+        install(model, 2, "auto", inputs, None, "joint", None, False)
         try:
             return _report(model, False)
         finally:
             revert(model)
     if example_inputs or example_keywords:
         conversion = conversion_of(model)
-        run = dry_run(model, conversion.samples, example_inputs, example_keywords)
+        run = dry_run(model, conversion.samples, conversion.batch_dim, example_inputs, example_keywords)
         if run.error is None or conversion.unverified:
             conversion.learn(run.calls, run.error)
     return _report(model, True)
@@ -112,7 +112,7 @@ def _report(model: nn.Module, converted: bool) -> Audit:
     layers = []
     for name, module in model.named_modules():
         was = original_class(module)
-        if was is not None or isinstance(module, NOISE):
+        if was is not None or draws(module):
             layers.append(Layer(name, was.__name__ if was else type(module).__name__, type(module).__name__))
     suspected = [call for call in conversion.suspected if not any(_is_it(call, seen) for seen in conversion.calls)]
     unchecked = []

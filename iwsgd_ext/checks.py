@@ -30,10 +30,10 @@ def check_alpha(alpha: float) -> None:
     check(alpha >= 0.0, "alpha", "a number >= 0 or inf", alpha)  # false for NaN
 
 
-def check_probability(p: float) -> None:
+def check_probability(p: float, name: str = "p") -> None:
     if isinstance(p, bool) or not isinstance(p, int | float):
-        raise TypeError(f"p: expected a number in [0, 1], got {type(p).__name__}")
-    check(0.0 <= p <= 1.0, "p", "a probability in [0, 1]", p)
+        raise TypeError(f"{name}: expected a number in [0, 1], got {type(p).__name__}")
+    check(0.0 <= p <= 1.0, name, "a probability in [0, 1]", p)
 
 
 def check_dtype(name: str, x: Tensor) -> None:

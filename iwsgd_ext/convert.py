@@ -13,7 +13,7 @@ from .dry_run import DryRun, as_arguments, dry_run
 from .functional_dropout import Call, FunctionalDropout, Watch
 from .sampling import current, sampling
 from .scan import scan
-from .swaps import NOISE, SWAPS, swap, unreached_modules, unswap
+from .swaps import SWAPS, draws, swap, unreached_modules, unswap
 
 _CONVERSION = "_iw_conversion"  # on a converted model
 
@@ -26,6 +26,7 @@ def convert(
     example_inputs: Tensor | Sequence[Any] | Mapping[str, Any] | None = None,
     expand_args: Sequence[int | str] | None = None,
     batch_norm: str = "joint",
+    batch_dim: int | None = None,
     strict: bool = False,
 ) -> nn.Module:
     """Swaps every noise layer of a model for its IW form, in place, catches its functional dropout, and lets the model open its own
@@ -55,6 +56,8 @@ def convert(
             "per_sample": the B rows of each sample, and running statistics as S successive updates, also where the trunk is shared: what
             a loop over samples does.
             "frozen": the running statistics, and none are written.
+        batch_dim: the dimension that holds the rows: 1 for time-major models (nn.Transformer's and nn.LSTM's default). None takes that of a
+            context around the model, or 0.
         strict: raise where noise is not reached, instead of warning.
 
     Returns:
@@ -77,10 +80,10 @@ def convert(
         (torch.Size([10, 3]), torch.Size([2, 3]))
     """
     check_convertible(model, expand)
-    sampling(samples)  # checks it
-    conversion = install(model, samples, expand, example_inputs, expand_args, batch_norm, strict)
+    sampling(samples, batch_dim=batch_dim or 0)  # checks them
+    conversion = install(model, samples, expand, example_inputs, expand_args, batch_norm, batch_dim, strict)
     try:
-        noisy = any(isinstance(m, NOISE) for m in model.modules())
+        noisy = any(draws(module) for module in model.modules())
         if not noisy and not any(call.kind == "replaced" for call in (*conversion.calls, *conversion.suspected)):
             raise ValueError(
                 "model: expected noise, at least one of "
@@ -136,10 +139,10 @@ def check_convertible(model: nn.Module, expand: str) -> None:
         raise ValueError(f"expand: expected 'auto', 'first', 'input' or a submodule's name, got {expand!r}")
 
 
-def install(model, samples, expand, example_inputs, expand_args, batch_norm, strict) -> "Conversion":
+def install(model, samples, expand, example_inputs, expand_args, batch_norm, batch_dim, strict) -> "Conversion":
     """Swaps, hooks, and the dry runs: a converted model, whatever was found. Nothing has changed where it raises."""
     swap(model, batch_norm)
-    conversion = Conversion(samples, expand, tuple(expand_args) if expand_args is not None else None, batch_norm, strict)
+    conversion = Conversion(samples, expand, tuple(expand_args) if expand_args is not None else None, batch_norm, batch_dim, strict)
     setattr(model, _CONVERSION, conversion)
     conversion.suspected = scan(model)
     if example_inputs is not None:
@@ -179,7 +182,7 @@ def _try(model: nn.Module, conversion: "Conversion", expand: str, args: tuple, k
     conversion.expand = expand
     _hook(model, conversion)
     try:
-        return dry_run(model, conversion.samples, args, kwargs)
+        return dry_run(model, conversion.samples, conversion.batch_dim, args, kwargs)
     finally:
         _remove_hooks(model)
 
@@ -188,11 +191,20 @@ class Conversion:
     """What a converted model knows: number of samples, place of expansion, and what is known of its functional dropout. Its methods are
     the model's hooks."""
 
-    def __init__(self, samples: int, expand: str, expand_args: tuple[int | str, ...] | None, batch_norm: str, strict: bool):
+    def __init__(
+        self,
+        samples: int,
+        expand: str,
+        expand_args: tuple[int | str, ...] | None,
+        batch_norm: str,
+        batch_dim: int | None,
+        strict: bool,
+    ):
         self.samples = samples
         self.expand = expand
         self.expand_args = expand_args
         self.batch_norm = batch_norm
+        self.batch_dim = batch_dim
         self.strict = strict
         self.reason = "asked for"
         self.suspected: list[Call] = []  # by reading code
@@ -231,11 +243,13 @@ class Conversion:
             if not torch.compiler.is_compiling():
                 context.frame = sys._getframe(1)
             context.__enter__()
-        context.converted.append((self, context.expand, context.batch, mode))
+        context.converted.append((self, context.expand, context.batch, context.batch_dim, mode))
         if mode is not None:
             mode.context = context
             mode.__enter__()
         context.batch = None
+        if self.batch_dim is not None:
+            context.batch_dim = self.batch_dim
         context.expand = {"first": "first", "input": "none"}.get(self.expand, "later")
         return self.expand_inputs(model, args, kwargs) if self.expand == "input" else None
 
@@ -243,8 +257,10 @@ class Conversion:
         """After the forward, also one that raised."""
         context = current()
         if context is None or not context.converted or context.converted[-1][0] is not self:
+            if not torch.compiler.is_compiling():
+                FunctionalDropout.end_interrupted()  # an exception has ended the context already
             return
-        _, context.expand, context.batch, mode = context.converted.pop()
+        _, context.expand, context.batch, context.batch_dim, mode = context.converted.pop()
         if mode is not None:
             mode.__exit__(None, None, None)
         if context.own and not context.converted:

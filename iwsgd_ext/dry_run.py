@@ -65,29 +65,30 @@ def as_arguments(example_inputs: Any) -> tuple[tuple, dict]:
     return (example_inputs,), {}
 
 
-def dry_run(model: nn.Module, samples: int, args: tuple, kwargs: dict) -> DryRun:
+def dry_run(model: nn.Module, samples: int, batch_dim: int | None, args: tuple, kwargs: dict) -> DryRun:
     """Runs a converted model in training mode, with at least two samples and two rows; it is as before afterwards."""
     watch = Watch.of(model)
     run = DryRun([])
+    dim = batch_dim or 0
     samples = max(samples, 2)  # one sample would fit everywhere
     with _untouched(model), FakeTensorMode(allow_non_fake_inputs=True) as fake:
         model.train()
         context = _Recorded(samples, watch)
         try:
-            rows = next((v.shape[0] for v in tree_flatten((args, kwargs))[0] if isinstance(v, Tensor) and v.dim() > 0), None)
+            rows = next((v.shape[dim] for v in tree_flatten((args, kwargs))[0] if isinstance(v, Tensor) and v.dim() > dim), None)
 
             def to_fake(v: Any) -> Any:
                 if not isinstance(v, Tensor):
                     return v
-                if rows == 1 and v.dim() > 0 and v.shape[0] == 1:
-                    v = v.expand(3, *v.shape[1:])  # one row would broadcast where it does not fit
+                if rows == 1 and v.dim() > dim and v.shape[dim] == 1:
+                    v = v.expand(*v.shape[:dim], 3, *v.shape[dim + 1 :])  # one row would broadcast where it does not fit
                 return fake.from_tensor(v)
 
             state = {k: fake.from_tensor(v) for k, v in (*model.named_parameters(), *model.named_buffers())}
             args, kwargs = tree_map(to_fake, (args, kwargs))
             with context, _Randomness(watch):
                 output = torch.func.functional_call(model, state, args, kwargs)
-            sizes = [v.shape[0] for v in tree_flatten(output)[0] if isinstance(v, Tensor) and v.dim() > 0]
+            sizes = [v.shape[dim] for v in tree_flatten(output)[0] if isinstance(v, Tensor) and v.dim() > dim]
             batch = 3 if rows == 1 else rows
             wrong = [n for n in sizes if n != samples * batch] if batch is not None else []
             if wrong:

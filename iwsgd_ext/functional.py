@@ -5,7 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .attention import attend, check_attention
 from .checks import check_dtype, check_integer, check_probability, check_sample_ids, check_samples
+from .drop_connect import check_linear, product
 from .noise import Law, Rows, Unit, alpha_law, dropout_law, make_origin, noise
 
 _ARGS = """
@@ -133,3 +135,109 @@ def _noise(x, law, unit, shape, dims, samples, seed, stream, sample_ids, first_e
         batch_dim=batch_dim,
         out=out,
     )
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    samples: int = 1,
+    seed: int | Tensor,
+    stream: int | Tensor = 0,
+    sample_ids: Tensor | Sequence[int] | None = None,
+    first_example: int | Tensor = 0,
+    expand: bool = True,
+) -> Tensor:
+    """:func:`iwsgd_ext.scaled_dot_product_attention` with the noise of a given address on the probabilities.
+
+    Args:
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa: as there.
+        samples, seed, stream, sample_ids, first_example: as in :func:`dropout`.
+        expand: query, key and value all have B rows; else the one with most has samples * B, and the others that or B.
+
+    Returns:
+        [samples * B, ..., T, V], also where dropout_p is 0.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above.
+
+    Example:
+        >>> import torch
+        >>> from iwsgd_ext.functional import scaled_dot_product_attention
+        >>> q = k = v = torch.ones(2, 4, 5, 8)
+        >>> scaled_dot_product_attention(q, k, v, dropout_p=0.1, samples=3, seed=0).shape
+        torch.Size([6, 4, 5, 8])
+    """
+    check_attention(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    check_samples(samples)
+    rows = max(x.shape[0] for x in (query, key, value))
+    if not expand and rows % samples != 0:
+        raise ValueError(f"query, key, value: expected rows divisible by samples={samples} where expand=False, got {rows} rows")
+    batch = rows if expand else rows // samples
+
+    def noise(probabilities: Tensor) -> Tensor:
+        address = {"samples": samples, "seed": seed, "stream": stream, "sample_ids": sample_ids, "first_example": first_example}
+        return dropout(probabilities, dropout_p, expand=probabilities.shape[0] == batch, **address)
+
+    masks = [] if attn_mask is None else [attn_mask]
+    return attend(query, key, value, masks, is_causal, scale, samples, batch, noise)[0]
+
+
+def drop_connect(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    p: float = 0.5,
+    *,
+    drop_bias: bool = False,
+    samples: int = 1,
+    seed: int | Tensor,
+    stream: int | Tensor = 0,
+    sample_ids: Tensor | Sequence[int] | None = None,
+    expand: bool = True,
+    batch_dim: int = 0,
+) -> Tensor:
+    """:func:`torch.nn.functional.linear` under K noises of the weights (eq 1, g the layer): all examples of a sample share one mask.
+
+        y[s, b] = (keep[s] / (1 - p) * weight) x[b] + bias        keep[s] ~ Bernoulli(1 - p) of the weight's shape
+
+    Args:
+        x: [B, ..., in] where ``expand``, else with samples * B rows, sample-major.
+        weight: [out, in], of x's dtype. Its flat index is the noise's position; the example is 0 for all rows.
+        bias: [out], without noise unless ``drop_bias``.
+        p: probability of a weight to be dropped.
+        drop_bias: draws a mask for the bias too, of the next stream.
+        samples, seed, stream: as in :func:`dropout`.
+        sample_ids: ids of the K samples, [K].
+        expand: whether x has B rows or K*B.
+        batch_dim: the dimension that holds the rows, not the last.
+
+    Returns:
+        [K*B, ..., out]. K copies of the weight are made.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above.
+
+    Example:
+        >>> import torch
+        >>> from iwsgd_ext.functional import drop_connect
+        >>> drop_connect(torch.ones(2, 6), torch.ones(5, 6), samples=4, seed=7).shape
+        torch.Size([8, 5])
+    """
+    check_samples(samples)
+    batch_dim = check_linear(x, weight, bias, batch_dim)
+    if not expand and x.shape[batch_dim] % samples != 0:
+        raise ValueError(f"x: expected a number of rows divisible by samples={samples} where expand=False, got {x.shape[batch_dim]} rows")
+    if isinstance(sample_ids, Tensor) and sample_ids.dim() != 1:
+        raise ValueError(f"sample_ids: expected [{samples}], as all examples of a sample share weights, got {tuple(sample_ids.shape)}")
+    address = {"samples": samples, "seed": seed, "sample_ids": sample_ids}
+    weights = dropout(weight.reshape(1, -1), p, stream=stream, **address).view(samples, *weight.shape)
+    if bias is not None and drop_bias:
+        bias = dropout(bias[None], p, stream=stream + 1, **address)
+    return product(x, weights, bias, expand, batch_dim)

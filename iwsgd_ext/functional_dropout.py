@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, resolve_name
 
-from .dropout import IWDropout, IWDropout1d, IWDropout2d, IWDropout3d
+from .attention import scaled_dot_product_attention
+from .dropout import IWAlphaDropout, IWDropout, IWDropout1d, IWDropout2d, IWDropout3d, IWFeatureAlphaDropout
 from .sampling import _stack, current, sampling
 
 
@@ -49,18 +50,23 @@ LAYERS: dict[Callable, tuple[Callable, bool]] = {
     F.dropout3d: (IWDropout3d, True),
     torch.dropout: (IWDropout, True),
     torch.feature_dropout: (_feature_dropout, True),
+    F.alpha_dropout: (IWAlphaDropout, False),
+    F.feature_alpha_dropout: (IWFeatureAlphaDropout, False),
+    torch.alpha_dropout: (IWAlphaDropout, True),
+    torch.feature_alpha_dropout: (IWFeatureAlphaDropout, True),
 }
-IN_PLACE = {torch.dropout_: torch.dropout, torch.feature_dropout_: torch.feature_dropout}
+IN_PLACE = {
+    torch.dropout_: torch.dropout,
+    torch.feature_dropout_: torch.feature_dropout,
+    torch.alpha_dropout_: torch.alpha_dropout,
+    torch.feature_alpha_dropout_: torch.feature_alpha_dropout,
+}
+ATTENTION = F.scaled_dot_product_attention
 
 # Dropout that is not replaced: where in its arguments the probability stands, and what switches it on.
 # (position and name of p, position and name and default of the switch)
-UNREACHED: dict[Callable, tuple[int, str, int | None, str, bool]] = {
+UNREACHED: dict[Callable, tuple[int, str, int, str, bool]] = {
     F.multi_head_attention_forward: (10, "dropout_p", 13, "training", True),
-    F.scaled_dot_product_attention: (4, "dropout_p", None, "", True),
-    F.alpha_dropout: (1, "p", 2, "training", False),
-    F.feature_alpha_dropout: (1, "p", 2, "training", False),
-    **dict.fromkeys((torch.alpha_dropout, torch.alpha_dropout_), (1, "p", 2, "train", True)),
-    **dict.fromkeys((torch.feature_alpha_dropout, torch.feature_alpha_dropout_), (1, "p", 2, "train", True)),
     torch.native_dropout: (1, "p", 2, "train", True),
 }
 RECURRENT = frozenset([torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu])
@@ -147,6 +153,8 @@ class FunctionalDropout(TorchFunctionMode):
         form = LAYERS.get(IN_PLACE[func] if in_place else func)
         if form is not None:
             return self._draw(func, form, in_place, args, kwargs)
+        if func is ATTENTION:
+            return self._attend(args, kwargs)
         if self.watch is not None and (func in RANDOM or func in UNREACHED or func in RECURRENT):
             return self._look(func, args, kwargs)
         return func(*args, **kwargs)
@@ -164,6 +172,14 @@ class FunctionalDropout(TorchFunctionMode):
         if (in_place or _argument(args, kwargs, 3, "inplace", False)) and y.shape == x.shape:
             return x.copy_(y)  # the caller may look at x; where rows expand there is nothing to look at
         return y
+
+    def _attend(self, args: tuple, kwargs: dict) -> Tensor:
+        p = _argument(args, kwargs, 4, "dropout_p", 0.0)
+        if current() is None or p == 0:
+            return ATTENTION(*args, **kwargs)
+        if self.watch is not None:
+            self.watch.add(resolve_name(ATTENTION), p, "replaced")
+        return scaled_dot_product_attention(*args, **kwargs)
 
     def _look(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         p = probability(func, args, kwargs)
@@ -186,7 +202,7 @@ def probability(func: Callable, args: tuple, kwargs: dict) -> float:
     if func not in UNREACHED:
         return 0.0
     position, name, at, switch, default = UNREACHED[func]
-    return _argument(args, kwargs, position, name, 0.0) if at is None or _argument(args, kwargs, at, switch, default) else 0.0
+    return _argument(args, kwargs, position, name, 0.0) if _argument(args, kwargs, at, switch, default) else 0.0
 
 
 def _argument(args: tuple, kwargs: dict, position: int, name: str, default: Any) -> Any:

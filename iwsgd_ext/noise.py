@@ -12,7 +12,8 @@ from torch import Tensor
 
 from . import backend, reference
 
-Unit = Literal["element", "channel", "row"]  # what shares one draw: nothing, a channel, or a whole example
+# What shares one draw: nothing, a channel, a whole example, or what has the same last index (a feature at all positions).
+Unit = Literal["element", "channel", "row", "feature"]
 
 _ADDRESS = "Tensor origin, Tensor? sample_ids, SymInt samples, SymInt stream, SymInt first_example, SymInt positions, SymInt share"
 _LAW = "int threshold, Tensor? thresholds, float scale"
@@ -118,6 +119,8 @@ class Rows(NamedTuple):
             return numel, 1
         if unit == "row":
             return 1, max(numel, 1)
+        if unit == "feature":  # of row-major memory whose last dimension does not hold the rows
+            return shape[-1], 1
         channel = 1 if self.batch_dim == 0 else 0
         return shape[channel], max(_product(shape[d] for d in inside[inside.index(channel) + 1 :]), 1)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_integer, check_sample_ids, check_samples
-from .noise import Law, Unit, draw_origin, make_origin, noise
+from .noise import Law, Unit, draw_origin, dropout_law, make_origin, noise
 
 # The compiler takes integers that it reaches from globals for constants: it would compile a block anew for each stream. This names
 # the contexts' counters as dynamic, so that one graph serves all streams.
@@ -127,6 +127,35 @@ class sampling:
             batch_dim=batch_dim,
         )
 
+    def draw_weight(self, weight: Tensor, p: float) -> Tensor:
+        """Weights under one noise for each sample, [S, *shape], and takes the next stream: example 0, positions the flat index."""
+        ids = self.sample_ids if self.sample_ids is None else self.sample_ids.to(weight.device)
+        if ids is not None and ids.dim() == 2:
+            raise ValueError(
+                f"sample_ids: expected [{self.samples}] where weights are noisy, as all examples share a sample's, got {tuple(ids.shape)}"
+            )
+        origin = self._origin_on(weight.device)
+        if isinstance(self.first_example, Tensor):
+            origin = torch.cat([origin[:2], origin.new_zeros(1)])
+        stream, self.stream = self.stream, self.stream + 1
+        weights = noise(
+            weight.reshape(1, -1),
+            dropout_law(p),
+            "element",
+            samples=self.samples,
+            origin=origin,
+            sample_ids=ids,
+            stream=stream,
+            first_example=0,
+            expand=True,
+            batch_dim=0,
+        )
+        return weights.view(self.samples, *weight.shape)
+
+    def examples(self, rows: int) -> int:
+        """B, where a noise layer's input holds ``rows`` rows; for layers of several inputs, of which some may be expanded."""
+        return self._expansion(rows)[1]
+
     def _expansion(self, rows: int) -> tuple[bool, int]:
         """(whether to expand, number of examples) for a tensor of ``rows`` rows."""
         samples = self.samples
@@ -185,12 +214,15 @@ def _has_ended(frame: FrameType) -> bool:
     return True
 
 
-def draw(x: Tensor, law: Law | Tensor, unit: Unit, batch_dim: int | None) -> Tensor:
-    """A layer's noise: as the context says, or, outside of any, one fresh noise sample (what the layer's torch namesake does)."""
+def ambient() -> sampling:
+    """The innermost context, or, outside of any, a new one of one fresh noise sample: what a layer's torch namesake draws."""
     context = current()
-    if context is None:
-        context = sampling(1)
-    return context.draw(x, law, unit, batch_dim)
+    return sampling(1) if context is None else context
+
+
+def draw(x: Tensor, law: Law | Tensor, unit: Unit, batch_dim: int | None) -> Tensor:
+    """A layer's noise: as the context says, or, outside of any, one fresh noise sample."""
+    return ambient().draw(x, law, unit, batch_dim)
 
 
 def _rank() -> int:

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.overrides import resolve_name
 
-from .functional_dropout import IN_PLACE, LAYERS, RANDOM, RANDOM_METHODS, RECURRENT, UNREACHED, Call
+from .functional_dropout import ATTENTION, IN_PLACE, LAYERS, RANDOM, RANDOM_METHODS, RECURRENT, UNREACHED, Call
 
 _KINDS = {
-    **dict.fromkeys((*LAYERS, *IN_PLACE), "replaced"),
+    **dict.fromkeys((*LAYERS, *IN_PLACE, ATTENTION), "replaced"),
     **dict.fromkeys((*UNREACHED, *RECURRENT), "dropout"),
     **dict.fromkeys(RANDOM, "random"),
 }

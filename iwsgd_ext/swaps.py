@@ -2,9 +2,21 @@
 
 from torch import nn
 
+from .attention import IWMultiheadAttention
 from .batch_norm import swapped_class
 from .batch_norm import to_swap as batch_norms_to_swap
-from .dropout import IWDropout, IWDropout1d, IWDropout2d, IWDropout3d, IWDropPath, _Dropout
+from .drop_connect import IWDropConnect
+from .dropout import (
+    IWAlphaDropout,
+    IWDropout,
+    IWDropout1d,
+    IWDropout2d,
+    IWDropout3d,
+    IWDropPath,
+    IWFeatureAlphaDropout,
+    _Dropout,
+)
+from .recurrent import IWGRU, IWLSTM, IWRNN
 
 
 class _NamedRate(IWDropPath):
@@ -20,8 +32,13 @@ SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Dropout1d: IWDropout1d,
     nn.Dropout2d: IWDropout2d,
     nn.Dropout3d: IWDropout3d,
+    nn.AlphaDropout: IWAlphaDropout,
+    nn.FeatureAlphaDropout: IWFeatureAlphaDropout,
+    nn.MultiheadAttention: IWMultiheadAttention,
+    nn.LSTM: IWLSTM,
+    nn.GRU: IWGRU,
+    nn.RNN: IWRNN,
 }
-NOISE = (*SWAPS.values(), _Dropout)  # what draws noise of the context, wherever it comes from
 _SWAPPED_FROM = "_iw_swapped_from"  # on a swapped layer: the class to give back
 
 
@@ -44,7 +61,7 @@ def swap(model: nn.Module, batch_norm: str) -> None:
     changes += [(module, swapped_class(batch_norm, type(module))) for module in batch_norms_to_swap(model, batch_norm)]
     for module, to in changes:
         setattr(module, _SWAPPED_FROM, type(module))
-        if issubclass(to, NOISE) and "batch_dim" not in vars(module):
+        if issubclass(to, _Dropout) and "batch_dim" not in vars(module):
             module.batch_dim = None
         module.__class__ = to
 
@@ -63,21 +80,25 @@ def original_class(module: nn.Module) -> type[nn.Module] | None:
     return vars(module).get(_SWAPPED_FROM)
 
 
+def draws(module: nn.Module) -> bool:
+    """Whether a module is a layer that draws noise of the context. (Attention and recurrent layers without dropout are swapped too: they
+    have to do where rows of B and of S*B meet.)"""
+    if isinstance(module, IWMultiheadAttention | IWLSTM | IWGRU | IWRNN):
+        return module.dropout > 0 and getattr(module, "num_layers", 2) > 1
+    return isinstance(module, _Dropout | IWDropConnect)
+
+
 def unreached_modules(model: nn.Module) -> list[tuple[str, str, float | None]]:
     """(name, class, p) of the modules whose dropout is inside, where neither a swap nor a caught call gets."""
     found = []
     for name, module in model.named_modules():
-        kind = type(module).__name__
-        if isinstance(module, NOISE) or original_class(module) is not None or swapped_to(module) is not None:
+        kind, p = type(module).__name__, getattr(module, "p", getattr(module, "drop_prob", getattr(module, "dropout", None)))
+        if draws(module) or original_class(module) is not None or swapped_to(module) is not None:
             continue
-        if isinstance(module, nn.MultiheadAttention) and module.dropout > 0:
-            found.append((name, kind, module.dropout))
-        elif isinstance(module, nn.RNNBase) and module.dropout > 0 and module.num_layers > 1:
-            found.append((name, kind, module.dropout))
-        elif isinstance(module, nn.AlphaDropout | nn.FeatureAlphaDropout):
-            found.append((name, kind, module.p))
+        inside = isinstance(module, nn.MultiheadAttention) or (isinstance(module, nn.RNNBase) and module.num_layers > 1)
+        depth = kind == "StochasticDepth" or (kind.endswith("DropPath") and hasattr(module, "drop_prob"))
+        if (inside or depth) and p:
+            found.append((name, kind, p))
         elif kind == "RecursiveScriptModule" and "dropout" in getattr(module, "original_name", "").lower():
             found.append((name, f"scripted {module.original_name}", None))
-        elif kind == "StochasticDepth" or (kind.endswith("DropPath") and hasattr(module, "drop_prob")):
-            found.append((name, kind, getattr(module, "p", getattr(module, "drop_prob", None))))
     return found
