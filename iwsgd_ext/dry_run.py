@@ -1,6 +1,7 @@
 """A training forward on fake tensors: what shapes come out, where the first noise is drawn, which calls draw noise. Nothing is computed."""
 
 import contextlib
+import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,16 +44,22 @@ class _Recorded(sampling):
         return super()._expansion(rows)
 
 
-class _Randomness(TorchDispatchMode):
-    """Random numbers below Python's functions: of scripted functions, of operators called by torch.ops."""
+class _Below(TorchDispatchMode):
+    """What happens below Python's functions: random numbers (scripted functions, operators called by torch.ops), and a misfit that has
+    no shape: an index made for S*B rows, into B of them (fake tensors have no values that could be out of range)."""
 
-    def __init__(self, watch: Watch):
+    def __init__(self, watch: Watch, batch: int | None, samples: int):
         super().__init__()
-        self.watch = watch
+        self.watch, self.batch, self.rows = watch, batch, (batch or 0) * samples
+        self.misfit: str | None = None
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if torch.Tag.nondeterministic_seeded in func.tags and not self.watch.seen:
             self.watch.add(str(func), None, "random")
+        if func in (torch.ops.aten.index.Tensor, torch.ops.aten._unsafe_index.Tensor):
+            x, indices = args[:2]
+            if any(i is not None and n == self.batch and self.rows in i.shape for n, i in zip(x.shape, indices, strict=False)):
+                self.misfit = f"{self.batch} rows are indexed by {self.rows}"
         return func(*args, **(kwargs or {}))
 
 
@@ -86,17 +93,20 @@ def dry_run(model: nn.Module, samples: int, batch_dim: int | None, args: tuple, 
 
             state = {k: fake.from_tensor(v) for k, v in (*model.named_parameters(), *model.named_buffers())}
             args, kwargs = tree_map(to_fake, (args, kwargs))
-            with context, _Randomness(watch):
+            batch = 3 if rows == 1 else rows
+            with context, _Below(watch, batch, samples) as below:
                 output = torch.func.functional_call(model, state, args, kwargs)
             sizes = [v.shape[dim] for v in tree_flatten(output)[0] if isinstance(v, Tensor) and v.dim() > dim]
-            batch = 3 if rows == 1 else rows
             wrong = [n for n in sizes if n != samples * batch] if batch is not None else []
             if wrong:
                 run.misfit = f"an output has {wrong[0]} rows instead of {samples} * {batch}"
             elif not sizes:
                 run.misfit = "the output holds no tensor that is seen"
+            else:
+                run.misfit = below.misfit
         except Exception as error:  # whatever a model raises where shapes do not fit, or where it asks for values
-            run.error = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            text = str(error).splitlines()[0] if str(error) else ""
+            run.error = f"{type(error).__name__}: {text if len(text) <= 100 else text[:97] + '...'}"
     run.calls, run.first_noise = list(watch.calls), context.first_noise
     return run
 
@@ -106,11 +116,14 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     """Puts back what a forward may leave on modules (flags, buffers, caches, counters) and in generators."""
     tables = ("_parameters", "_buffers", "_modules")
     before = [(m, dict(vars(m)), {name: dict(vars(m)[name]) for name in tables if name in vars(m)}) for m in model.modules()]
-    state = random.getstate()
+    state, logger = random.getstate(), logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # it reports each shape that does not fit
     try:
         with torch.random.fork_rng(devices=[]):
             yield
     finally:
+        logger.setLevel(level)
         random.setstate(state)
         for module, attributes, contents in before:
             vars(module).clear()

@@ -289,7 +289,7 @@ def test_compiled_before_anything_is_known():
     """Where reading suggests noise out of reach, a whole graph asks for proof, and one that may break runs eagerly, which gives it."""
     torch._dynamo.reset()
     model, x = iw.convert(Calls(lambda x: x if x.shape[1] == 4 else x * torch.rand_like(x)), S), torch.ones(B, 4)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="give iw.convert example_inputs"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="give iw\\.convert example_inputs"):
         torch.compile(model, backend="eager", fullgraph=True)(x)
     assert current() is None
     assert torch.compile(model, backend="eager")(x).shape == (S * B, 4)
