@@ -16,10 +16,13 @@ from .dropout import (
     IWDropPath,
     IWFeatureAlphaDropout,
 )
+from .gaussian import IWGaussianDropout, IWGaussianNoise
 from .iw_cross_entropy import IWCrossEntropyLoss, IWStats, iw_cross_entropy
 from .likelihood import IWLoss, iw_logmeanexp
+from .multinomial import IWMultinomialDropout
 from .recurrent import IWGRU, IWLSTM, IWRNN
 from .sampling import sampling
+from .strategies import backward
 
 __version__ = "0.1.0"
 
@@ -40,11 +43,15 @@ __all__ = [
     "IWDropout2d",
     "IWDropout3d",
     "IWFeatureAlphaDropout",
+    "IWGaussianDropout",
+    "IWGaussianNoise",
     "IWLoss",
     "IWMultiheadAttention",
+    "IWMultinomialDropout",
     "IWStats",
     "audit",
     "backend_info",
+    "backward",
     "convert",
     "functional",
     "iw_cross_entropy",

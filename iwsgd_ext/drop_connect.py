@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check, check_dtype, check_probability
+from .noise import dropout_law, noise
 from .sampling import ambient, current
 
 
@@ -87,9 +88,13 @@ class IWDropConnect(nn.Linear):
             batch_dim = check_linear(x, self.weight, self.bias, context.batch_dim if self.batch_dim is None else self.batch_dim)
             rows = x.shape[batch_dim]
             expand = context.examples(rows) == rows
-        weights = context.draw_weight(self.weight, self.p)
-        bias = context.draw_weight(self.bias, self.p) if self.drop_bias and self.bias is not None else self.bias
+        weights, bias = self._noisy(self.weight), self.bias
+        if self.drop_bias and bias is not None:
+            bias = self._noisy(bias)
         return product(x, weights, bias, expand, batch_dim)
+
+    def _noisy(self, weight: Tensor) -> Tensor:
+        return noise(weight[None], dropout_law(self.p), "element", **ambient().place_weight(weight))
 
     def extra_repr(self) -> str:
         return super().extra_repr() + f", p={self.p}" + ", drop_bias=True" * self.drop_bias

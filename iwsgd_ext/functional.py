@@ -6,8 +6,20 @@ import torch
 from torch import Tensor
 
 from .attention import attend, check_attention
-from .checks import check_dtype, check_integer, check_probability, check_sample_ids, check_samples
+from .checks import (
+    check,
+    check_dtype,
+    check_integer,
+    check_probabilities,
+    check_probability,
+    check_rate,
+    check_sample_ids,
+    check_samples,
+    check_std,
+)
 from .drop_connect import check_linear, product
+from .gaussian import gaussian, gaussian_std
+from .multinomial import multinomial_noise, one_example
 from .noise import Law, Rows, Unit, alpha_law, dropout_law, make_origin, noise
 
 _ARGS = """
@@ -93,6 +105,24 @@ def _noise(x, law, unit, shape, dims, samples, seed, stream, sample_ids, first_e
     check_dtype("x", x)
     if x.dim() == 0 or (dims is not None and x.dim() not in dims):
         raise ValueError(f"x: expected {shape}, got {x.dim()}-D {tuple(x.shape)}")
+    address = _place(x, samples, seed, stream, sample_ids, first_example, expand, batch_dim)
+    batch_dim, rows = address["batch_dim"], x.shape[address["batch_dim"]]
+    if out is not None:
+        result = list(x.shape)
+        result[batch_dim] = rows * samples if expand else rows
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise ValueError("out: expected a call that needs no gradient, but x requires grad")
+        if list(out.shape) != result or out.dtype != x.dtype or out.device != x.device:
+            raise ValueError(f"out: expected {result} {x.dtype} on {x.device}, got {list(out.shape)} {out.dtype} on {out.device}")
+        layout = Rows.of(x, batch_dim)
+        if not out.permute(layout.order(x.dim())).is_contiguous():
+            order = "channels_last" if layout.channels_last else "contiguous"
+            raise ValueError(f"out: expected a tensor that is {order}, as the result is, got strides {out.stride()}")
+    return noise(x, law, unit, out=out, **address)
+
+
+def _place(x, samples, seed, stream, sample_ids, first_example, expand, batch_dim) -> dict:
+    """The address of a call, checked: the arguments that the internal form of every law shares."""
     check_samples(samples)
     if not -x.dim() <= batch_dim < x.dim():
         raise ValueError(f"batch_dim: expected a dimension of x in [{-x.dim()}, {x.dim()}), got {batch_dim}")
@@ -108,33 +138,154 @@ def _noise(x, law, unit, shape, dims, samples, seed, stream, sample_ids, first_e
         if sample_ids.dim() == 2 and sample_ids.shape[1] != examples:
             raise ValueError(f"sample_ids: expected [{samples}, {examples}], got {tuple(sample_ids.shape)}")
         sample_ids = sample_ids.to(x.device)
-    if out is not None:
-        result = list(x.shape)
-        result[batch_dim] = rows * samples if expand else rows
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise ValueError("out: expected a call that needs no gradient, but x requires grad")
-        if list(out.shape) != result or out.dtype != x.dtype or out.device != x.device:
-            raise ValueError(f"out: expected {result} {x.dtype} on {x.device}, got {list(out.shape)} {out.dtype} on {out.device}")
-        layout = Rows.of(x, batch_dim)
-        if not out.permute(layout.order(x.dim())).is_contiguous():
-            order = "channels_last" if layout.channels_last else "contiguous"
-            raise ValueError(f"out: expected a tensor that is {order}, as the result is, got strides {out.stride()}")
     # As ints where they are: a tensor made of them would cost a copy to the device at each call.
     stream_int, stream = (0, stream) if isinstance(stream, Tensor) else (stream % 2**32, 0)
     first_int, first_example = (0, first_example) if isinstance(first_example, Tensor) else (first_example % 2**32, 0)
-    return noise(
-        x,
-        law,
-        unit,
-        samples=samples,
-        origin=make_origin(seed, stream, first_example, x.device),
-        sample_ids=sample_ids,
-        stream=stream_int,
-        first_example=first_int,
-        expand=expand,
-        batch_dim=batch_dim,
-        out=out,
-    )
+    return {
+        "samples": samples,
+        "origin": make_origin(seed, stream, first_example, x.device),
+        "sample_ids": sample_ids,
+        "stream": stream_int,
+        "first_example": first_int,
+        "expand": expand,
+        "batch_dim": batch_dim,
+    }
+
+
+def gaussian_dropout(
+    x: Tensor,
+    p: float = 0.5,
+    *,
+    samples: int = 1,
+    seed: int | Tensor,
+    stream: int | Tensor = 0,
+    sample_ids: Tensor | Sequence[int] | None = None,
+    first_example: int | Tensor = 0,
+    expand: bool = True,
+    batch_dim: int = 0,
+) -> Tensor:
+    """Gaussian dropout: x * (1 + sqrt(p / (1 - p)) z) with independent z ~ N(0, 1) (eq 1, g multiplicative), under K noise samples.
+
+    Args:
+        x: [B, ...] where ``expand``, else with samples * B rows, sample-major. float32, float64, bfloat16, float16; any strides.
+        p: rate of the dropout whose noise has the same variance, in [0, 1).
+        samples: K, noise samples for each example.
+        seed, stream, sample_ids, first_example: the noise's address, as in :func:`dropout`.
+        expand: draw K noises for each of B rows, or one for each of K*B rows.
+        batch_dim: the dimension that holds the rows.
+
+    Returns:
+        The noisy x with K*B rows, of x's dtype, computed in float32 (float64) and rounded once; z within 5e-5 on every backend.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above; the message names it, what was expected and what came.
+
+    Example:
+        >>> import torch
+        >>> from iwsgd_ext.functional import gaussian_dropout
+        >>> x = torch.ones(2, 6)
+        >>> a = gaussian_dropout(x, 0.5, samples=4, seed=7)
+        >>> replay = gaussian_dropout(x, 0.5, samples=1, seed=7, sample_ids=[2])
+        >>> bool((a[4:6] == replay).all())
+        True
+    """
+    _check_input(x)
+    check_rate(p)
+    address = _place(x, samples, seed, stream, sample_ids, first_example, expand, batch_dim)
+    return gaussian(x, gaussian_std(p), True, **address)
+
+
+def gaussian_noise(
+    x: Tensor,
+    std: float = 1.0,
+    *,
+    samples: int = 1,
+    seed: int | Tensor,
+    stream: int | Tensor = 0,
+    sample_ids: Tensor | Sequence[int] | None = None,
+    first_example: int | Tensor = 0,
+    expand: bool = True,
+    batch_dim: int = 0,
+) -> Tensor:
+    """Additive Gaussian noise: x + std z with independent z ~ N(0, 1) (eq 1, g additive), under K noise samples.
+
+    Args:
+        x: [B, ...] where ``expand``, else with samples * B rows, sample-major. float32, float64, bfloat16, float16; any strides.
+        std: standard deviation, a finite number >= 0, in units of x.
+        samples: K, noise samples for each example.
+        seed, stream, sample_ids, first_example: the noise's address, as in :func:`dropout`.
+        expand: draw K noises for each of B rows, or one for each of K*B rows.
+        batch_dim: the dimension that holds the rows.
+
+    Returns:
+        The noisy x with K*B rows, of x's dtype, computed in float32 (float64) and rounded once; z within 5e-5 on every backend.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above; the message names it, what was expected and what came.
+
+    Example:
+        >>> import torch
+        >>> from iwsgd_ext.functional import gaussian_noise
+        >>> y = gaussian_noise(torch.zeros(2, 1000), 3.0, samples=4, seed=7)
+        >>> y.shape, round(y.std().item())
+        (torch.Size([8, 1000]), 3)
+    """
+    _check_input(x)
+    check_std(std)
+    address = _place(x, samples, seed, stream, sample_ids, first_example, expand, batch_dim)
+    return gaussian(x, std, False, **address)
+
+
+def multinomial_dropout(
+    x: Tensor,
+    probabilities: Tensor | None,
+    draws: int,
+    *,
+    samples: int = 1,
+    seed: int | Tensor,
+    stream: int | Tensor = 0,
+    sample_ids: Tensor | Sequence[int] | None = None,
+    first_example: int | Tensor = 0,
+    expand: bool = True,
+    batch_dim: int = 0,
+) -> Tensor:
+    """Multinomial dropout (Li, Gong and Yang 2016): x * n / (draws * q) with counts n ~ Mult(draws; q), under K noise samples.
+
+    Args:
+        x: [B, ...] where ``expand``, else with samples * B rows, sample-major. float32, float64, bfloat16, float16; any strides.
+        probabilities: q up to its sum, of the shape of one example, >= 0; below 2^-33 of the sum is 0. None is uniform.
+        draws: features drawn for each row, with replacement, in 1 .. 2^31 - 1. Feature f is its row-major index within the example.
+        samples: K, noise samples for each example.
+        seed, stream, sample_ids, first_example: the noise's address, as in :func:`dropout`.
+        expand: draw K noises for each of B rows, or one for each of K*B rows.
+        batch_dim: the dimension that holds the rows.
+
+    Returns:
+        The noisy x with K*B rows, of x's dtype, computed in float32 (float64) and rounded once. The counts are the same on every backend.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above; the message names it, what was expected and what came.
+
+    Example:
+        >>> import torch
+        >>> from iwsgd_ext.functional import multinomial_dropout
+        >>> multinomial_dropout(torch.ones(2, 4), None, 2, seed=3).sum(1)
+        tensor([4., 4.])
+    """
+    _check_input(x)
+    if isinstance(draws, bool) or not isinstance(draws, int):
+        raise TypeError(f"draws: expected an int, got {type(draws).__name__}")
+    check(1 <= draws < 2**31, "draws", "an integer in 1 .. 2^31 - 1", draws)
+    address = _place(x, samples, seed, stream, sample_ids, first_example, expand, batch_dim)
+    if probabilities is not None:
+        check_probabilities(probabilities, one_example(x, address["batch_dim"]))
+    return multinomial_noise(x, probabilities, draws, **address)
+
+
+def _check_input(x: Tensor) -> None:
+    check_dtype("x", x)
+    if x.dim() == 0:
+        raise ValueError("x: expected [B, ...], got 0-D ()")
 
 
 def scaled_dot_product_attention(

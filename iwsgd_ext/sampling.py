@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_integer, check_sample_ids, check_samples
-from .noise import Law, Unit, draw_origin, dropout_law, make_origin, noise
+from .noise import Law, Unit, draw_origin, make_origin, noise
 
 # The compiler takes integers that it reaches from globals for constants: it would compile a block anew for each stream. This names
 # the contexts' counters as dynamic, so that one graph serves all streams.
@@ -97,8 +97,8 @@ class sampling:
     def __exit__(self, *_) -> None:
         _stack.contexts.remove(self)
 
-    def draw(self, x: Tensor, law: Law | Tensor, unit: Unit, batch_dim: int | None) -> Tensor:
-        """The noise of one layer's call: expands ``x`` or keeps its rows, and takes the next stream."""
+    def place(self, x: Tensor, batch_dim: int | None) -> dict:
+        """One layer's call, whatever the law of its noise: the address, and whether ``x`` is expanded. Takes the next stream."""
         batch_dim = self.batch_dim if batch_dim is None else batch_dim
         if not -x.dim() <= batch_dim < x.dim():
             raise ValueError(f"batch_dim: expected a dimension of the input in [{-x.dim()}, {x.dim()}), got {batch_dim}")
@@ -114,21 +114,18 @@ class sampling:
             if ids.dim() == 2 and ids.shape[1] != examples:
                 raise ValueError(f"sample_ids: expected [{self.samples}, {examples}] for {examples} examples, got {tuple(ids.shape)}")
         first = self.first_example
-        return noise(
-            x,
-            law,
-            unit,
-            samples=self.samples,
-            origin=origin,
-            sample_ids=ids,
-            stream=stream,
-            first_example=_rank() * examples if first is None else 0 if isinstance(first, Tensor) else first,
-            expand=expand,
-            batch_dim=batch_dim,
-        )
+        return {
+            "samples": self.samples,
+            "origin": origin,
+            "sample_ids": ids,
+            "stream": stream,
+            "first_example": _rank() * examples if first is None else 0 if isinstance(first, Tensor) else first,
+            "expand": expand,
+            "batch_dim": batch_dim,
+        }
 
-    def draw_weight(self, weight: Tensor, p: float) -> Tensor:
-        """Weights under one noise for each sample, [S, *shape], and takes the next stream: example 0, positions the flat index."""
+    def place_weight(self, weight: Tensor) -> dict:
+        """The same for one noise of a weight for each sample, with ``weight`` [1, ...] as the only example: its id is 0 on all ranks."""
         ids = self.sample_ids if self.sample_ids is None else self.sample_ids.to(weight.device)
         if ids is not None and ids.dim() == 2:
             raise ValueError(
@@ -138,19 +135,15 @@ class sampling:
         if isinstance(self.first_example, Tensor):
             origin = torch.cat([origin[:2], origin.new_zeros(1)])
         stream, self.stream = self.stream, self.stream + 1
-        weights = noise(
-            weight.reshape(1, -1),
-            dropout_law(p),
-            "element",
-            samples=self.samples,
-            origin=origin,
-            sample_ids=ids,
-            stream=stream,
-            first_example=0,
-            expand=True,
-            batch_dim=0,
-        )
-        return weights.view(self.samples, *weight.shape)
+        return {
+            "samples": self.samples,
+            "origin": origin,
+            "sample_ids": ids,
+            "stream": stream,
+            "first_example": 0,
+            "expand": True,
+            "batch_dim": 0,
+        }
 
     def examples(self, rows: int) -> int:
         """B, where a noise layer's input holds ``rows`` rows; for layers of several inputs, of which some may be expanded."""
@@ -216,13 +209,12 @@ def _has_ended(frame: FrameType) -> bool:
 
 def ambient() -> sampling:
     """The innermost context, or, outside of any, a new one of one fresh noise sample: what a layer's torch namesake draws."""
-    context = current()
-    return sampling(1) if context is None else context
+    return current() or sampling(1)
 
 
 def draw(x: Tensor, law: Law | Tensor, unit: Unit, batch_dim: int | None) -> Tensor:
-    """A layer's noise: as the context says, or, outside of any, one fresh noise sample."""
-    return ambient().draw(x, law, unit, batch_dim)
+    """A layer's dropout noise: as the context says, or, outside of any, one fresh noise sample."""
+    return noise(x, law, unit, **ambient().place(x, batch_dim))
 
 
 def _rank() -> int:

@@ -16,6 +16,8 @@ from .dropout import (
     IWFeatureAlphaDropout,
     _Dropout,
 )
+from .gaussian import IWGaussianDropout, IWGaussianNoise
+from .multinomial import IWMultinomialDropout
 from .recurrent import IWGRU, IWLSTM, IWRNN
 
 
@@ -85,7 +87,7 @@ def draws(module: nn.Module) -> bool:
     have to do where rows of B and of S*B meet.)"""
     if isinstance(module, IWMultiheadAttention | IWLSTM | IWGRU | IWRNN):
         return module.dropout > 0 and getattr(module, "num_layers", 2) > 1
-    return isinstance(module, _Dropout | IWDropConnect)
+    return isinstance(module, _Dropout | IWDropConnect | IWGaussianDropout | IWGaussianNoise | IWMultinomialDropout)
 
 
 def unreached_modules(model: nn.Module) -> list[tuple[str, str, float | None]]:

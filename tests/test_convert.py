@@ -249,6 +249,18 @@ class TestContexts:
         assert torch.equal(model.eval()(x), want)
 
 
+class TestNoiseOfThisPackage:
+    @pytest.mark.parametrize(
+        "layer", [iw.IWGaussianNoise(0.1), iw.IWGaussianDropout(0.1), iw.IWMultinomialDropout(0.5), iw.IWDropPath(0.1)]
+    )
+    def test_layers_that_are_there(self, layer):
+        """A model whose only noise is this package's converts, and reverts with its layers left in place."""
+        model = iw.convert(nn.Sequential(nn.Linear(6, 6), layer), S, example_inputs=torch.ones(B, 6), strict=True)
+        assert model(torch.ones(B, 6)).shape == (S * B, 6)
+        assert iw.revert(model)[1] is layer
+        assert model(torch.ones(B, 6)).shape == (B, 6)
+
+
 class TestModelStaysAModel:
     @pytest.mark.parametrize("expand", ["first", "input", "2"])
     def test_copies(self, expand):

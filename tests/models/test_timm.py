@@ -46,5 +46,5 @@ def test_model(name, expand):
     images = torch.randn(B, 3, size, size, dtype=torch.float64)
     audit = assert_equal_to_loop(model, {"x": images}, expand=expand)
     assert audit.complete, str(audit)
-    inside = {"vgg": "first", "densenet121": "first", "efficientnet_b0": "blocks.1.1", "vit_tiny_patch16_224": "first"}
+    inside = {"vgg": "first", "densenet121": "features.denseblock1", "efficientnet_b0": "blocks.1.1", "vit_tiny_patch16_224": "first"}
     assert audit.expand == ("input" if expand == "input" else inside[name])
