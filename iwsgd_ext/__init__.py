@@ -2,6 +2,7 @@
 
 from . import backend, functional
 from .backend import backend_info, set_backend
+from .checkpoint import checkpoint, checkpoint_contexts
 from .convert import convert, revert
 from .dropout import IWDropout, IWDropout1d, IWDropout2d, IWDropout3d, IWDropPath
 from .iw_cross_entropy import IWCrossEntropyLoss, IWStats, iw_cross_entropy
@@ -22,6 +23,8 @@ __all__ = [
     "IWLoss",
     "IWStats",
     "backend_info",
+    "checkpoint",
+    "checkpoint_contexts",
     "convert",
     "functional",
     "iw_cross_entropy",

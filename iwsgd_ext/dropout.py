@@ -26,7 +26,7 @@ class _Dropout(nn.modules.dropout._DropoutNd):
             raise ValueError(f"input of {type(self).__name__}: expected at least one dimension, which holds the rows, got a scalar")
         if self.dims is not None and x.dim() not in self.dims:
             raise ValueError(f"input of {type(self).__name__}: expected {self.expected}, got {x.dim()}-D {tuple(x.shape)}")
-        return draw(x, self.p, self.unit, self.batch_dim)
+        return draw(x, self.p, self.unit, self.batch_dim, self)
 
     def extra_repr(self) -> str:
         return f"p={self.p}" + (f", batch_dim={self.batch_dim}" if self.batch_dim is not None else "")

@@ -1,11 +1,13 @@
 """The sampling context: which noise the layers inside it draw, and where in the network one example becomes S rows."""
 
+import copy
 import threading
+import weakref
 from collections.abc import Sequence
 from types import FrameType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checks import check_integer, check_sample_ids, check_samples
 from .noise import Unit, draw_origin, make_origin, noise, threshold_of
@@ -17,12 +19,18 @@ if _DYNAMIC not in torch.compiler.config.dynamic_sources:
     torch.compiler.config.dynamic_sources = ",".join(filter(None, (torch.compiler.config.dynamic_sources, _DYNAMIC)))
 
 
+NO_TASK = -1  # where no backward pass is running
+
+
 class _Stack(threading.local):
     def __init__(self):
         self.contexts: list[sampling] = []
+        self.task = NO_TASK  # the backward pass in which a recompute has put these contexts here
+        self.suspended: list[tuple[list[sampling], int]] = []  # what stood here before
 
 
 _stack = _Stack()
+_drawn_in_context: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # layers; see NOTE [Recompute]
 
 
 class sampling:
@@ -85,16 +93,28 @@ class sampling:
         self.frame: FrameType | None = None
         self.converted: list[tuple[object, str, int | None]] = []  # the converted models inside, and what each found, to be put back
         self.batch: int | None = None  # B, once the first noise call has fixed it
+        self.task = NO_TASK  # the backward pass inside which it was entered
         # An int becomes a tensor here, before any compiled region: as an int in a graph it would recompile for each new seed.
         self._seed = make_origin(seed, 0, 0, torch.device("cpu")) if seed is not None else None
         self._origin: Tensor | None = None
+        self._replayed_origin: Tensor | None = None
 
     def __enter__(self) -> "sampling":
+        self.task = graph_task()
         _stack.contexts.append(self)
         return self
 
     def __exit__(self, *_) -> None:
         _stack.contexts.remove(self)
+
+    def again(self, stream: int, expand: str, batch: int | None, drawn: bool) -> "sampling":
+        """A copy that draws this context's noise as from an earlier moment: its stream, expansion, B, and whether the seed was there."""
+        context = copy.copy(self)
+        context.stream, context.expand, context.batch = stream, expand, batch
+        context.own, context.frame, context.converted = False, None, []
+        if not drawn:
+            context._origin, context._replayed_origin = None, self._origin
+        return context
 
     def draw(self, x: Tensor, p: float, unit: Unit, batch_dim: int | None) -> Tensor:
         """The noise of one layer's call: expands ``x`` or keeps its rows, and takes the next stream."""
@@ -159,6 +179,8 @@ class sampling:
                 origin = origin.to(device)  # a model on several devices: one seed
             elif self._seed is None:
                 origin = draw_origin(device)
+                if self._replayed_origin is not None:  # drawn all the same, for those who use the generator after it
+                    origin = self._replayed_origin.to(device)
             else:
                 origin = self._seed.to(device)
             if self._origin is None and isinstance(self.first_example, Tensor):
@@ -184,9 +206,44 @@ def _has_ended(frame: FrameType) -> bool:
     return True
 
 
-def draw(x: Tensor, p: float, unit: Unit, batch_dim: int | None) -> Tensor:
+# NOTE [Recompute]
+# Activation checkpointing calls layers again during backward, where their context has ended, or its stream has gone on, or (CUDA) the
+# thread is another. The running backward pass has a number: a context that was entered inside of it, or put there again by
+# iw.checkpoint, is right; any other is not. A layer that never saw a context draws from torch's generator, whose state
+# torch.utils.checkpoint restores, as nn.Dropout does: that is right too.
+def check_not_recomputed(context: sampling | None, layer: nn.Module | None) -> None:
+    """Raises where a noise layer is called during backward without the context of its forward."""
+    task = graph_task()
+    if task == NO_TASK:
+        if context is not None and layer is not None and not torch.compiler.is_compiling():
+            _drawn_in_context.add(layer)
+        return
+    if task == _stack.task or (context is not None and context.task == task):
+        return
+    if context is None and layer is not None and not torch.compiler.is_compiling() and layer not in _drawn_in_context:
+        return
+    name = "A noise layer" if layer is None else f"{type(layer).__name__}({layer.extra_repr()})"
+    raise RuntimeError(
+        f"{name} is computed again during backward (activation checkpointing) without the sampling context of its forward, and would draw "
+        "other noise. Use iw.checkpoint(function, *args) instead of torch.utils.checkpoint.checkpoint(function, *args), or give "
+        "that use_reentrant=False, context_fn=iw.checkpoint_contexts. A context that is opened inside the function is right, too."
+    )
+
+
+def graph_task() -> int:
+    """The number of the backward pass that runs in this thread, or NO_TASK."""
+    return _traced_graph_task() if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
+@torch.compiler.assume_constant_result
+def _traced_graph_task() -> int:
+    return torch._C._current_graph_task_id()  # at the time of tracing: a recompute outside of a context is another graph than a forward
+
+
+def draw(x: Tensor, p: float, unit: Unit, batch_dim: int | None, layer: nn.Module | None = None) -> Tensor:
     """A layer's noise: as the context says, or, outside of any, one fresh noise sample (what the layer's torch namesake does)."""
     context = current()
+    check_not_recomputed(context, layer)
     if context is None:
         context = sampling(1)
     return context.draw(x, p, unit, batch_dim)
