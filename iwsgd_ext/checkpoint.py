@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from .sampling import _stack, current, graph_task
 
