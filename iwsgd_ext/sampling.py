@@ -212,7 +212,7 @@ def _has_ended(frame: FrameType) -> bool:
 # iw.checkpoint, is right; any other is not. A layer that never saw a context draws from torch's generator, whose state
 # torch.utils.checkpoint restores, as nn.Dropout does: that is right too.
 def check_not_recomputed(context: sampling | None, layer: nn.Module | None) -> None:
-    """Raises where a noise layer is called during backward without the context of its forward."""
+    """Raises where a layer is called during backward without the context of its forward."""
     task = graph_task()
     if task == NO_TASK:
         if context is not None and layer is not None and not torch.compiler.is_compiling():
@@ -224,7 +224,7 @@ def check_not_recomputed(context: sampling | None, layer: nn.Module | None) -> N
         return
     name = "A noise layer" if layer is None else f"{type(layer).__name__}({layer.extra_repr()})"
     raise RuntimeError(
-        f"{name} is computed again during backward (activation checkpointing) without the sampling context of its forward, and would draw "
+        f"{name} is computed again during backward (activation checkpointing) without the sampling context of its forward: it would draw "
         "other noise. Use iw.checkpoint(function, *args) instead of torch.utils.checkpoint.checkpoint(function, *args), or give "
         "that use_reentrant=False, context_fn=iw.checkpoint_contexts. A context that is opened inside the function is right, too."
     )
@@ -240,13 +240,16 @@ def _traced_graph_task() -> int:
     return torch._C._current_graph_task_id()  # at the time of tracing: a recompute outside of a context is another graph than a forward
 
 
-def draw(x: Tensor, p: float, unit: Unit, batch_dim: int | None, layer: nn.Module | None = None) -> Tensor:
-    """A layer's noise: as the context says, or, outside of any, one fresh noise sample (what the layer's torch namesake does)."""
+def ambient(layer: nn.Module | None = None) -> sampling:
+    """The innermost context, or, outside of any, a new one of one fresh noise sample: what a layer's torch namesake draws."""
     context = current()
     check_not_recomputed(context, layer)
-    if context is None:
-        context = sampling(1)
-    return context.draw(x, p, unit, batch_dim)
+    return sampling(1) if context is None else context
+
+
+def draw(x: Tensor, p: float, unit: Unit, batch_dim: int | None, layer: nn.Module | None = None) -> Tensor:
+    """A layer's noise: as the context says, or, outside of any, one fresh noise sample."""
+    return ambient(layer).draw(x, p, unit, batch_dim)
 
 
 def _rank() -> int:

@@ -245,7 +245,7 @@ def test_an_exception_in_a_recompute_restores_the_contexts():
 class TestRefusal:
     """A recompute without the context of its forward: an error that names the layer, never other noise."""
 
-    message = r"IWDropout\(p=0.5\) is computed again during backward .* without the sampling context of its forward, .*iw.checkpoint\("
+    message = r"IWDropout\(p=0.5\) is computed again during backward .* without the sampling context of its forward: .*iw.checkpoint\("
 
     @pytest.mark.parametrize("around", [False, True], ids=["ended", "around-backward"])
     @pytest.mark.parametrize("form", PLAIN)
@@ -302,6 +302,30 @@ class TestRefusal:
                 y = PLAIN[form](nn.Sequential(nn.Tanh(), cls(0.5), nn.Tanh()), x)
             with pytest.raises(RuntimeError, match=cls.__name__ + r"\(p=0.5\)"):
                 y.sum().backward()
+
+    @pytest.mark.parametrize("form", PLAIN)
+    def test_batch_norm_per_sample(self, form):
+        """It has no noise, but needs its context to tell the samples apart."""
+
+        class Normed(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.drop, self.norm = nn.Dropout(0.5), nn.Sequential(nn.Tanh(), nn.BatchNorm1d(F), nn.Tanh())
+
+            def forward(self, x):
+                return self.ck(self.norm, self.drop(x))
+
+        model, x = iw.convert(Normed().double(), S, expand="first", batch_norm="per_sample"), data()
+        model.ck = PLAIN[form]
+        with pytest.raises(RuntimeError, match="IWBatchNorm1d.* computed again during backward"):
+            model(x).sum().backward()
+        results = []
+        for model.ck in (direct, *OURS.values()):
+            with iw.sampling(S, seed=1):
+                y = model(x)
+            results.append(backward(y, x, model))
+        for other in results[1:]:
+            assert_equal(other, results[0])
 
 
 class TestWhatIsRightByItself:
