@@ -4,10 +4,12 @@ from . import backend, functional
 from .backend import backend_info, set_backend
 from .checkpoint import checkpoint, checkpoint_contexts
 from .convert import convert, revert
+from .diagnostics import StatsLogger
 from .dropout import IWDropout, IWDropout1d, IWDropout2d, IWDropout3d, IWDropPath
-from .iw_cross_entropy import IWCrossEntropyLoss, IWStats, iw_cross_entropy
+from .iw_cross_entropy import IWCrossEntropyLoss, iw_cross_entropy
 from .likelihood import IWLoss, iw_logmeanexp
 from .sampling import sampling
+from .stats import IWStats, IWSummary
 
 __version__ = "0.1.0"
 
@@ -22,6 +24,8 @@ __all__ = [
     "IWDropout3d",
     "IWLoss",
     "IWStats",
+    "IWSummary",
+    "StatsLogger",
     "backend_info",
     "checkpoint",
     "checkpoint_contexts",

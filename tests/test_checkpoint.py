@@ -317,7 +317,7 @@ class TestRefusal:
 
         model, x = iw.convert(Normed().double(), S, expand="first", batch_norm="per_sample"), data()
         model.ck = PLAIN[form]
-        with pytest.raises(RuntimeError, match="IWBatchNorm1d.* computed again during backward"):
+        with pytest.raises(RuntimeError, match=r"IWBatchNorm1d.* computed again during backward"):
             model(x).sum().backward()
         results = []
         for model.ck in (direct, *OURS.values()):
