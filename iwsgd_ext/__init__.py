@@ -1,11 +1,12 @@
 """Importance weighted SGD for PyTorch: S noise samples per training example, through fused kernels."""
 
-from . import backend, functional
+from . import backend, functional, plots
 from .backend import backend_info, set_backend
 from .checkpoint import checkpoint, checkpoint_contexts
 from .convert import convert, revert
 from .diagnostics import StatsLogger
 from .dropout import IWDropout, IWDropout1d, IWDropout2d, IWDropout3d, IWDropPath
+from .evaluation import BoundCurve, bound_curve, predict
 from .iw_cross_entropy import IWCrossEntropyLoss, iw_cross_entropy
 from .likelihood import IWLoss, iw_logmeanexp
 from .sampling import sampling
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 backend.load()
 
 __all__ = [
+    "BoundCurve",
     "IWCrossEntropyLoss",
     "IWDropPath",
     "IWDropout",
@@ -27,12 +29,15 @@ __all__ = [
     "IWSummary",
     "StatsLogger",
     "backend_info",
+    "bound_curve",
     "checkpoint",
     "checkpoint_contexts",
     "convert",
     "functional",
     "iw_cross_entropy",
     "iw_logmeanexp",
+    "plots",
+    "predict",
     "revert",
     "sampling",
     "set_backend",

@@ -135,9 +135,9 @@ class Conversion:
 
     def enter(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Before the forward: opens a context, or takes part in the one around it with this model's place of expansion."""
-        if not model.training:
-            return None
         context = current()
+        if not _is_noisy(model, context):
+            return None
         if context is None:
             context = sampling(self.samples)
             context.own = True
@@ -162,7 +162,7 @@ class Conversion:
     def expand_inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Repeats the rows of a module's arguments sample-major."""
         context = current()
-        if not module.training or context is None:
+        if context is None or not _is_noisy(module, context):
             return None
         dim = context.batch_dim
 
@@ -192,6 +192,10 @@ class Conversion:
 def _swap(module: nn.Module, to: type[nn.Module]) -> None:
     setattr(module, _SWAPPED_FROM, type(module))
     module.__class__ = to
+
+
+def _is_noisy(module: nn.Module, context: sampling | None) -> bool:
+    return module.training or (context is not None and context.evaluating)
 
 
 def _install(model: nn.Module, conversion: Conversion) -> None:

@@ -16,8 +16,9 @@ from .stats import IWStats, IWSummary
 class StatsLogger:
     """Writes :class:`IWSummary` of a loss during training, without waiting for the device in between.
 
-    Each training forward of the criterion is one step; in gradient accumulation, each micro-batch. Every ``every`` steps one row is written: means over these steps (the count of
-    non-finite log-likelihoods is a sum). Between, they are added up on the device. Evaluation (``criterion.eval()``) is left out.
+    Each training forward of the criterion is one step; in gradient accumulation, each micro-batch. Every ``every`` steps one row is
+    written: means over these steps (the count of non-finite log-likelihoods is a sum). Between, they are added up on the device.
+    Evaluation (``criterion.eval()``) is left out.
 
     Args:
         criterion: the loss; whether it returns its stats or not does not matter, and what it returns does not change.
@@ -27,9 +28,9 @@ class StatsLogger:
         every: steps of one row.
         prefix: what stands before the names of scalars.
 
-    A plain object: in Lightning, make it where the module is made (or in a callback's on_fit_start), and close it at the end.
-    Under torch.distributed each process has its own part of the batch: log on one, or to a file for each. The criterion must not be
-    inside of torch.compile, where the logger breaks the graph.
+    A plain object: in Lightning, make it where the module is made (or in a callback's on_fit_start), and close it at the end. Under
+    torch.distributed each process has its own part of the batch: log on one, or to a file for each. The criterion must not be inside of
+    torch.compile, where the logger breaks the graph.
 
     Raises:
         TypeError: a criterion that is no IWCrossEntropyLoss, or nothing to write to.
@@ -42,11 +43,8 @@ class StatsLogger:
         >>> with iw.StatsLogger(criterion, file, every=2):
         ...     for step in range(4):
         ...         loss = criterion(torch.zeros(4 * 8, 10), torch.zeros(8, dtype=torch.int64))
-        >>> for line in open(file):
-        ...     print(line[:24])
-        step,bound,mean_log_p,ga
-        2,-2.302585,-2.302585,0.
-        4,-2.302585,-2.302585,0.
+        >>> [line.split(",")[0] for line in open(file)]
+        ['step', '2', '4']
     """
 
     def __init__(self, criterion: IWCrossEntropyLoss, to: str | os.PathLike | Any, every: int = 50, *, prefix: str = "iw/"):

@@ -94,6 +94,7 @@ class sampling:
         self.converted: list[tuple[object, str, int | None]] = []  # the converted models inside, and what each found, to be put back
         self.batch: int | None = None  # B, once the first noise call has fixed it
         self.task = NO_TASK  # the backward pass inside which it was entered
+        self.evaluating = False  # noise is on although models are in eval mode
         # An int becomes a tensor here, before any compiled region: as an int in a graph it would recompile for each new seed.
         self._seed = make_origin(seed, 0, 0, torch.device("cpu")) if seed is not None else None
         self._origin: Tensor | None = None

@@ -55,7 +55,7 @@ def assert_equal(model: nn.Module, got: torch.Tensor, twin: nn.Module, want: tor
     """Outputs, every gradient of a loss that weighs all outputs differently, and every buffer."""
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-11)
     weight = torch.randn_like(want)
-    for m, y in ((model, got), (twin, want)):
+    for y in (got, want):
         (y * weight).sum().backward()
     for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
