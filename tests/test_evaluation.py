@@ -325,7 +325,7 @@ BAD = [
     (ValueError, "chunk: expected .*, got 0", lambda x: iw.predict(Net(), x, 2, chunk=0)),
     (TypeError, "chunk: expected an int, got float", lambda x: iw.predict(Net(), x, 2, chunk=1.0)),
     (TypeError, "seed: expected an int", lambda x: iw.predict(Net(), x, 2, seed=1.5)),
-    (ValueError, r"class_dim: expected a dimension of .* \(10, 4\) that is not the first, got 2", lambda x: iw.predict(Net(), x, 2, class_dim=2)),
+    (ValueError, r"class_dim: expected .* \(10, 4\) that is not the first, got 2", lambda x: iw.predict(Net(), x, 2, class_dim=2)),
     (ValueError, "class_dim: expected .*, got 0", lambda x: iw.predict(Net(), x, 2, class_dim=0)),
     (ValueError, "x: expected at least one tensor", lambda x: iw.predict(Net(), {}, 2)),
     (TypeError, "loss_fn: expected .*, got CrossEntropyLoss", lambda x: iw.bound_curve(Net(), [(x, x)], 2, loss_fn=nn.CrossEntropyLoss())),
