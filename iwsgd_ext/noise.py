@@ -4,6 +4,7 @@
 given tensor. Saved for backward: the address, nothing that grows with the tensor.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -22,7 +23,7 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 torch.library.define("iwsgd_ext::noise", f"(Tensor x, {_ADDRESS}, bool expand) -> Tensor", tags=_TAGS)
 torch.library.define("iwsgd_ext::noise_sum", f"(Tensor dy, {_ADDRESS}) -> Tensor", tags=_TAGS)
 torch.library.define("iwsgd_ext::noise_out", f"(Tensor x, {_ADDRESS}, bool expand, Tensor(a!) out) -> ()", tags=_TAGS)
-torch.library.define("iwsgd_ext::draw_origin", "(Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+torch.library.define("iwsgd_ext::draw_origin", "(int call, *, Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 
 
 @torch.library.register_fake("iwsgd_ext::noise")
@@ -41,11 +42,11 @@ def _(x, origin, sample_ids, samples, stream, first_example, threshold, position
 
 
 @torch.library.register_fake("iwsgd_ext::draw_origin")
-def _(device):
+def _(call, *, device):
     return torch.empty(3, dtype=torch.int64, device=device)
 
 
-def _draw_origin(device: torch.device) -> Tensor:
+def _draw_origin(call: int, *, device: torch.device) -> Tensor:
     origin = torch.zeros(3, dtype=torch.int64, device=device)
     origin[:1].random_(-(2**63), None)
     return origin
@@ -58,9 +59,20 @@ def draw_origin(device: torch.device) -> Tensor:
     """A new origin int64 [3] = (seed, 0, 0), its seed from torch's default generator of the device.
 
     Under torch.compile the draw is one opaque op: a compiler's own random numbers differ from eager ones for the same
-    torch.manual_seed, and masks must not.
+    torch.manual_seed, and masks must not. Its number keeps the compiler from taking two draws for one: it merges equal calls of any op
+    that it does not know to be random.
     """
-    return torch.ops.iwsgd_ext.draw_origin(device) if torch.compiler.is_compiling() else _draw_origin(device)
+    if not torch.compiler.is_compiling():
+        return _draw_origin(0, device=device)
+    return torch.ops.iwsgd_ext.draw_origin(_number_of_call(), device=device)
+
+
+_calls = itertools.count()
+
+
+@torch.compiler.assume_constant_result
+def _number_of_call() -> int:
+    return next(_calls)  # once for each call in a graph, when it is traced
 
 
 def make_origin(seed: int | Tensor, stream: int | Tensor, first_example: int | Tensor, device: torch.device) -> Tensor:

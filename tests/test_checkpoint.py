@@ -464,6 +464,25 @@ class TestCompile:
         with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
             self.assert_same(compiled_and_eager({**PLAIN, **OURS}[form]))
 
+    @pytest.mark.parametrize("form", ["non-reentrant", "checkpoint"])
+    @pytest.mark.parametrize("converted", [False, True])
+    def test_drawn_seeds(self, form, converted):
+        """The seed is drawn inside the graph: layers outside of any context, and a model's own context."""
+        torch.manual_seed(1)
+        model, x = Mlp(), torch.randn(B, F, requires_grad=True)
+        if converted:
+            iw.convert(model, S, expand="input")
+        else:
+            for block in model.blocks:
+                block[2] = iw.IWDropout(0.5)
+        results = []
+        with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=converted or form == "checkpoint"):
+            for run, way in ((model, direct), (torch.compile(model, backend="aot_eager", fullgraph=True), {**PLAIN, **OURS}[form])):
+                model.ck = way
+                torch.manual_seed(6)
+                results.append(backward(run(x), x, model))
+        self.assert_same([results])
+
     @pytest.mark.slow
     @pytest.mark.parametrize("form", ["non-reentrant", "checkpoint"])
     def test_one_graph_inductor(self, form):
