@@ -195,7 +195,7 @@ def _noisy_evaluation(model: nn.Module):
     noisy = [module for module in model.modules() if _is_noise_layer(module)]
     if not noisy:
         raise ValueError("model: expected one with noise layers of this package (iw.convert puts them in), got none")
-    before = [(module, vars(module)["training"]) for module in model.modules()]
+    before = [(module, vars(module).get("training", module.training)) for module in model.modules()]
     try:
         model.eval()
         for module in noisy:

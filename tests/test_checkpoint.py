@@ -1,6 +1,7 @@
 """Activation checkpointing: a recompute draws the noise of its forward, in both of torch's forms, or raises."""
 
 import copy
+import functools
 import threading
 
 import naive
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import iwsgd_ext as iw
 from iwsgd_ext.sampling import current
@@ -219,6 +221,18 @@ def test_arguments_pass_through():
     assert torch.equal(iw.checkpoint(function, a, 2, k=5), 10 * a)
     with pytest.raises(ValueError, match="nonsense"):
         iw.checkpoint(function, a, 2, k=5, use_reentrant=True, nonsense=1)
+
+
+def test_selective_checkpoint():
+    """``context_fn`` is free: some operators' results are kept, the noise is drawn again."""
+    saved = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+    block, x = nn.Sequential(nn.Linear(F, F, bias=False), nn.Tanh(), iw.IWDropout(0.5), nn.Linear(F, F, bias=False)).double(), data()
+    results = []
+    for run in (direct, lambda f, x: iw.checkpoint(f, x, context_fn=saved)):
+        with iw.sampling(S, seed=9):
+            y = run(block, x)
+        results.append(backward(y, x, block))
+    assert_equal(*results)
 
 
 def test_an_exception_in_a_recompute_restores_the_contexts():

@@ -120,6 +120,16 @@ class TestPredict:
         torch.testing.assert_close(first, iw.predict(net, x, 4, seed=seed))
         torch.testing.assert_close(first, iw.predict(net, x, 4, seed=torch.tensor(seed), chunk=2))
 
+    def test_compiled_model(self):
+        torch._dynamo.reset()
+        model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Dropout(0.5), nn.Linear(9, C)).double()
+        iw.convert(model, 3, expand="input")
+        x = data()
+        want = iw.predict(model, x, 6, seed=SEED)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(iw.predict(compiled, x, 6, seed=SEED, chunk=3), want)
+        assert compiled(x).shape == (3 * B, C)
+
     def test_first_example(self):
         """Batches numbered through are one batch."""
         net, x = Net(), data(6)
