@@ -70,9 +70,11 @@ def predict(
             if not isinstance(logits, Tensor) or not logits.is_floating_point():
                 got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
                 raise TypeError(f"model: expected one whose output is a floating-point tensor of logits, got {got}; wrap it in a module")
-            check(-logits.dim() <= class_dim < logits.dim() and class_dim % logits.dim() != 0, "class_dim",
-                  f"a dimension of logits {tuple(logits.shape)} that is not the first", class_dim)  # fmt: skip
-            log_p = torch.log_softmax(logits, class_dim, dtype=torch.promote_types(logits.dtype, torch.float32)).unflatten(0, (k, -1))
+            dims = logits.dim()
+            expected = f"a dimension of logits {tuple(logits.shape)} that is not the first"
+            check(-dims < class_dim < dims and class_dim != 0, "class_dim", expected, class_dim)
+            log_p = torch.log_softmax(logits, class_dim, dtype=torch.promote_types(logits.dtype, torch.float32))
+            log_p = log_p.unflatten(0, (k, len(logits) // k))
             part = log_p.logsumexp(0) if reduce == "arithmetic" else log_p.sum(0)
             total = part if total is None else summed(total, part)
     if reduce == "arithmetic":

@@ -120,6 +120,10 @@ class TestPredict:
         torch.testing.assert_close(first, iw.predict(net, x, 4, seed=seed))
         torch.testing.assert_close(first, iw.predict(net, x, 4, seed=torch.tensor(seed), chunk=2))
 
+    def test_no_examples(self):
+        for reduce in ("arithmetic", "geometric"):
+            assert iw.predict(Net(), data(0), 3, reduce, chunk=2).shape == (0, C)
+
     def test_compiled_model(self):
         torch._dynamo.reset()
         model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Dropout(0.5), nn.Linear(9, C)).double()
@@ -337,6 +341,7 @@ BAD = [
     (TypeError, "seed: expected an int", lambda x: iw.predict(Net(), x, 2, seed=1.5)),
     (ValueError, r"class_dim: expected .* \(10, 4\) that is not the first, got 2", lambda x: iw.predict(Net(), x, 2, class_dim=2)),
     (ValueError, "class_dim: expected .*, got 0", lambda x: iw.predict(Net(), x, 2, class_dim=0)),
+    (ValueError, "class_dim: expected .*, got -2", lambda x: iw.predict(Net(), x, 2, class_dim=-2)),
     (ValueError, "x: expected at least one tensor", lambda x: iw.predict(Net(), {}, 2)),
     (TypeError, "loss_fn: expected .*, got CrossEntropyLoss", lambda x: iw.bound_curve(Net(), [(x, x)], 2, loss_fn=nn.CrossEntropyLoss())),
     (TypeError, "batches: expected pairs .*, got Tensor", lambda x: iw.bound_curve(Net(), [x], 2)),
