@@ -3,7 +3,7 @@
 import copy
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 import torch
@@ -30,7 +30,7 @@ class _Stack(threading.local):
 
 
 _stack = _Stack()
-_drawn_in_context: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # layers; see NOTE [Recompute]
+_drawn_in_context: weakref.WeakSet[nn.Module | Callable] = weakref.WeakSet()  # layers; see NOTE [Recompute]
 
 
 class sampling:
@@ -212,8 +212,8 @@ def _has_ended(frame: FrameType) -> bool:
 # thread is another. The running backward pass has a number: a context that was entered inside of it, or put there again by
 # iw.checkpoint, is right; any other is not. A layer that never saw a context draws from torch's generator, whose state
 # torch.utils.checkpoint restores, as nn.Dropout does: that is right too.
-def check_not_recomputed(context: sampling | None, layer: nn.Module | None) -> None:
-    """Raises where a layer is called during backward without the context of its forward."""
+def check_not_recomputed(context: sampling | None, layer: nn.Module | Callable | None) -> None:
+    """Raises where a layer (a module, or a function that draws noise) is called during backward without the context of its forward."""
     task = graph_task()
     if task == NO_TASK:
         if context is not None and layer is not None and not torch.compiler.is_compiling():
@@ -223,7 +223,7 @@ def check_not_recomputed(context: sampling | None, layer: nn.Module | None) -> N
         return
     if context is None and layer is not None and not torch.compiler.is_compiling() and layer not in _drawn_in_context:
         return
-    name = "A noise layer" if layer is None else f"{type(layer).__name__}({layer.extra_repr()})"
+    name = f"{type(layer).__name__}({layer.extra_repr()})" if isinstance(layer, nn.Module) else getattr(layer, "__name__", "A noise layer")
     raise RuntimeError(
         f"{name} is computed again during backward (activation checkpointing) without the sampling context of its forward: it would draw "
         "other noise. Use iw.checkpoint(function, *args) instead of torch.utils.checkpoint.checkpoint(function, *args), or give "
@@ -241,14 +241,14 @@ def _traced_graph_task() -> int:
     return torch._C._current_graph_task_id()  # at the time of tracing: a recompute outside of a context is another graph than a forward
 
 
-def ambient(layer: nn.Module | None = None) -> sampling:
+def ambient(layer: nn.Module | Callable | None = None) -> sampling:
     """The innermost context, or, outside of any, a new one of one fresh noise sample: what a layer's torch namesake draws."""
     context = current()
     check_not_recomputed(context, layer)
     return sampling(1) if context is None else context
 
 
-def draw(x: Tensor, p: float, unit: Unit, batch_dim: int | None, layer: nn.Module | None = None) -> Tensor:
+def draw(x: Tensor, p: float, unit: Unit, batch_dim: int | None, layer: nn.Module | Callable | None = None) -> Tensor:
     """A layer's noise: as the context says, or, outside of any, one fresh noise sample."""
     return ambient(layer).draw(x, p, unit, batch_dim)
 
