@@ -64,11 +64,11 @@ def scaled_dot_product_attention(
     if dropout_p == 0 and (current() is None or not _rows_meet(query, key, value, attn_mask)):
         return F.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
     check_attention(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
-    context = ambient()
+    context = ambient(scaled_dot_product_attention)
     batch = context.examples(max(x.shape[0] for x in (query, key, value)))
 
     def noise(probabilities: Tensor) -> Tensor:
-        return draw(probabilities, dropout_law(dropout_p), "element", 0) if dropout_p > 0 else probabilities
+        return draw(probabilities, dropout_law(dropout_p), "element", 0, scaled_dot_product_attention) if dropout_p > 0 else probabilities
 
     masks = [] if attn_mask is None else [attn_mask]
     return attend(query, key, value, masks, is_causal, scale, context.samples, batch, noise)[0]
@@ -232,7 +232,7 @@ class IWMultiheadAttention(nn.MultiheadAttention):
         check(value.shape[1 - dim] == positions, "value", "key's number of positions", tuple(value.shape))
         check_masks(key_padding_mask, attn_mask, length, positions, self.num_heads)
 
-        context = ambient()
+        context = ambient(self)
         batch = context.examples(max(x.shape[dim] for x in (query, key, value)))
         q, k, v = self._project(query, key, value)
         more = 0
@@ -242,7 +242,7 @@ class IWMultiheadAttention(nn.MultiheadAttention):
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).movedim(dim, 0).transpose(1, 2) for x in (q, k, v))  # [R, H, T, D]
 
         def noise(probabilities: Tensor) -> Tensor:
-            return draw(probabilities, dropout_law(self.dropout), "element", 0) if self.dropout > 0 else probabilities
+            return draw(probabilities, dropout_law(self.dropout), "element", 0, self) if self.dropout > 0 else probabilities
 
         out, noisy = attend(q, k, v, self._masks(more, **masks), False, None, context.samples, batch, noise)
         out = F.linear(out.transpose(1, 2).movedim(0, dim).flatten(-2), self.out_proj.weight, self.out_proj.bias)

@@ -172,7 +172,7 @@ class IWMultinomialDropout(nn.modules.dropout._DropoutNd):
         if not self.training:
             return x
         check_layer_input(self, x)
-        address = ambient().place(x, self.batch_dim)
+        address = ambient(self).place(x, self.batch_dim)
         probabilities = "evolutional" if self.evolutional else self.probabilities
         if isinstance(probabilities, Tensor):
             check_probabilities(probabilities, one_example(x, address["batch_dim"]))
