@@ -1,10 +1,12 @@
 """Importance weighted SGD for PyTorch: S noise samples per training example, through fused kernels."""
 
-from . import backend, functional
+from . import backend, functional, plots
 from .attention import IWMultiheadAttention, scaled_dot_product_attention
 from .audit import Audit, audit
 from .backend import backend_info, set_backend
+from .checkpoint import checkpoint, checkpoint_contexts
 from .convert import convert, revert
+from .diagnostics import StatsLogger
 from .drop_connect import IWDropConnect
 from .dropout import (
     IWAdaptiveDropout,
@@ -16,12 +18,14 @@ from .dropout import (
     IWDropPath,
     IWFeatureAlphaDropout,
 )
+from .evaluation import BoundCurve, bound_curve, predict
 from .gaussian import IWGaussianDropout, IWGaussianNoise
-from .iw_cross_entropy import IWCrossEntropyLoss, IWStats, iw_cross_entropy
+from .iw_cross_entropy import IWCrossEntropyLoss, iw_cross_entropy
 from .likelihood import IWLoss, iw_logmeanexp
 from .multinomial import IWMultinomialDropout
 from .recurrent import IWGRU, IWLSTM, IWRNN
 from .sampling import sampling
+from .stats import IWStats, IWSummary
 from .strategies import backward
 
 __version__ = "0.1.0"
@@ -33,6 +37,7 @@ __all__ = [
     "IWLSTM",
     "IWRNN",
     "Audit",
+    "BoundCurve",
     "IWAdaptiveDropout",
     "IWAlphaDropout",
     "IWCrossEntropyLoss",
@@ -49,13 +54,20 @@ __all__ = [
     "IWMultiheadAttention",
     "IWMultinomialDropout",
     "IWStats",
+    "IWSummary",
+    "StatsLogger",
     "audit",
     "backend_info",
     "backward",
+    "bound_curve",
+    "checkpoint",
+    "checkpoint_contexts",
     "convert",
     "functional",
     "iw_cross_entropy",
     "iw_logmeanexp",
+    "plots",
+    "predict",
     "revert",
     "sampling",
     "scaled_dot_product_attention",

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from .sampling import current, sampling
+from .sampling import check_not_recomputed, current, sampling
 
 
 class _BatchNormMode:
@@ -36,6 +36,8 @@ class _PerSample(_BatchNormMode):
     def forward(self, x: Tensor) -> Tensor:
         context = current() if self.training else None
         forward = super().forward
+        if self.training:
+            check_not_recomputed(context, self)
         if context is None or context.samples == 1:
             return forward(x)
         if _is_expanded(context, x.shape[0], type(self).__name__):

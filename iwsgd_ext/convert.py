@@ -241,10 +241,10 @@ class Conversion:
 
     def enter(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Before the forward: opens a context, or takes part in the one around it with this model's place of expansion."""
-        if not model.training:
+        context = current()
+        if not _is_noisy(model, context):
             return None
         mode = self._catch(model)
-        context = current()
         if context is None:
             context = sampling(self.samples)
             context.own = True
@@ -306,7 +306,7 @@ class Conversion:
     def expand_inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Repeats the rows of a module's arguments sample-major."""
         context = current()
-        if not module.training or context is None:
+        if context is None or not _is_noisy(module, context):
             return None
         dim = context.batch_dim
 
@@ -331,6 +331,10 @@ class Conversion:
             return tree_map(repeat, args), tree_map(repeat, kwargs)
         args = tuple(tree_map(repeat, v) if i in self.expand_args else v for i, v in enumerate(args))
         return args, {k: tree_map(repeat, v) if k in self.expand_args else v for k, v in kwargs.items()}
+
+
+def _is_noisy(module: nn.Module, context: sampling | None) -> bool:
+    return module.training or (context is not None and context.evaluating)
 
 
 def _hook(model: nn.Module, conversion: Conversion) -> None:

@@ -82,7 +82,7 @@ class IWDropConnect(nn.Linear):
         if not self.training:
             return super().forward(x)
         check_probability(self.p)
-        context = ambient()
+        context = ambient(self)
         batch_dim, expand = 0, True
         if current() is not None or x.dim() > 1:
             batch_dim = check_linear(x, self.weight, self.bias, context.batch_dim if self.batch_dim is None else self.batch_dim)
@@ -94,7 +94,7 @@ class IWDropConnect(nn.Linear):
         return product(x, weights, bias, expand, batch_dim)
 
     def _noisy(self, weight: Tensor) -> Tensor:
-        return noise(weight[None], dropout_law(self.p), "element", **ambient().place_weight(weight))
+        return noise(weight[None], dropout_law(self.p), "element", **ambient(self).place_weight(weight))
 
     def extra_repr(self) -> str:
         return super().extra_repr() + f", p={self.p}" + ", drop_bias=True" * self.drop_bias

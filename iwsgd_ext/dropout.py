@@ -22,7 +22,7 @@ class _Dropout(nn.modules.dropout._DropoutNd):
         if not self.training:
             return x
         self._check(x)
-        return draw(x, self.law(), self.unit, self.batch_dim)
+        return draw(x, self.law(), self.unit, self.batch_dim, self)
 
     def law(self) -> Law:
         """What the noise makes of an element."""
@@ -186,7 +186,7 @@ class IWAdaptiveDropout(_Dropout):
         self._check(x)
         if not isinstance(p, Tensor):
             raise TypeError(f"p: expected a tensor of probabilities, got {type(p).__name__}; IWDropout takes a number")
-        return draw(x, p, self.unit, self.batch_dim)
+        return draw(x, p, self.unit, self.batch_dim, self)
 
     def extra_repr(self) -> str:
         return f"batch_dim={self.batch_dim}" if self.batch_dim is not None else ""

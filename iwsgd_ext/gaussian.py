@@ -142,7 +142,7 @@ class IWGaussianDropout(nn.modules.dropout._DropoutNd):
         if not self.training:
             return x
         check_layer_input(self, x)
-        return gaussian(x, gaussian_std(self.p), True, **ambient().place(x, self.batch_dim))
+        return gaussian(x, gaussian_std(self.p), True, **ambient(self).place(x, self.batch_dim))
 
     def extra_repr(self) -> str:
         return f"p={self.p}" + (f", batch_dim={self.batch_dim}" if self.batch_dim is not None else "")
@@ -186,7 +186,7 @@ class IWGaussianNoise(nn.Module):
         if not self.training:
             return x
         check_layer_input(self, x)
-        return gaussian(x, self.std, False, **ambient().place(x, self.batch_dim))
+        return gaussian(x, self.std, False, **ambient(self).place(x, self.batch_dim))
 
     def extra_repr(self) -> str:
         return f"std={self.std}" + (f", batch_dim={self.batch_dim}" if self.batch_dim is not None else "")

@@ -1,7 +1,8 @@
 """The loss op: softmax cross-entropy, log-mean-exp over noise samples, importance weights and gradient in one pass."""
 
 import math
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from . import backend, reference
 from .checks import REDUCTIONS, check, check_inplace, check_logits, check_loss_options, check_option, check_samples
 from .likelihood import as_arguments
+from .stats import IWStats
 
 Reduction = Literal["none", "mean", "sum"]
 Level = Literal["example", "position"]
@@ -45,30 +47,6 @@ def _fake(logits, target, samples, *options):
 def _(logits, *arguments):
     *arguments, need_gradient = arguments
     return *_fake(logits, *arguments), torch.empty_like(logits) if need_gradient else logits.new_empty(0)
-
-
-class IWStats(NamedTuple):
-    """What the loss knew of each example (or position) and noise sample; on the logits' device, detached.
-
-    Attributes:
-        log_p: [S, B] log-likelihoods l[s, b], or [S, B, d1, ...] at level "position".
-        weights: like log_p, the importance weights, which sum to one over s.
-        bound: [B] (or [B, d1, ...]), the bound L before the outer weight.
-    """
-
-    log_p: Tensor
-    weights: Tensor
-    bound: Tensor
-
-    @property
-    def ess(self) -> Tensor:
-        """Effective sample size 1 / sum_s w^2, between 1 and S, of the shape of ``bound``."""
-        return 1 / self.weights.square().sum(0)
-
-    @property
-    def mean_log_p(self) -> Tensor:
-        """Mean log-likelihood over the noise samples, never above ``bound`` (Jensen), of its shape."""
-        return self.log_p.mean(0)
 
 
 class _IWCrossEntropy(torch.autograd.Function):
@@ -310,6 +288,8 @@ class IWCrossEntropyLoss(nn.Module):
         samples: S, the number of noise samples of each example in training.
         **options: as :func:`iw_cross_entropy`.
 
+    ``observers`` is a list of functions that are called with the :class:`IWStats` of each training forward (see :class:`StatsLogger`).
+
     Example:
         >>> import torch, iwsgd_ext as iw
         >>> criterion = iw.IWCrossEntropyLoss(samples=4, label_smoothing=0.1)
@@ -337,6 +317,7 @@ class IWCrossEntropyLoss(nn.Module):
         check_samples(samples)
         check_loss_options(ignore_index, reduction, label_smoothing, alpha, level)
         self.samples = samples
+        self.observers: list[Callable[[IWStats], None]] = []
         self.register_buffer("weight", weight)
         self.options = {
             "ignore_index": ignore_index,
@@ -353,9 +334,14 @@ class IWCrossEntropyLoss(nn.Module):
         self, logits: Tensor, target: Tensor, *, example_weight: Tensor | None = None, normalizer: float | Tensor | None = None
     ) -> Tensor | tuple[Tensor, IWStats]:
         samples, options = (self.samples, self.options) if self.training else (1, {**self.options, "process_group": None})
-        return iw_cross_entropy(
-            logits, target, samples, weight=self.weight, example_weight=example_weight, normalizer=normalizer, **options
-        )
+        observers = self.observers if self.training else ()
+        options = {**options, "weight": self.weight, "example_weight": example_weight, "normalizer": normalizer}
+        if not observers:
+            return iw_cross_entropy(logits, target, samples, **options)
+        loss, stats = iw_cross_entropy(logits, target, samples, **{**options, "return_stats": True})
+        for observe in observers:
+            observe(stats)
+        return (loss, stats) if options["return_stats"] else loss
 
     @property
     def alpha(self) -> float:

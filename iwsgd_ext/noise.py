@@ -4,6 +4,7 @@
 given tensor. Saved for backward: the address, nothing that grows with the tensor.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -24,7 +25,7 @@ torch.library.define("iwsgd_ext::noise_sum", f"(Tensor dy, {_ADDRESS}, {_LAW}) -
 torch.library.define(
     "iwsgd_ext::noise_out", f"(Tensor x, {_ADDRESS}, {_LAW}, float shift, float fill, bool expand, Tensor(a!) out) -> ()", tags=_TAGS
 )
-torch.library.define("iwsgd_ext::draw_origin", "(Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+torch.library.define("iwsgd_ext::draw_origin", "(int call, *, Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 
 
 @torch.library.register_fake("iwsgd_ext::noise")
@@ -43,11 +44,11 @@ def _(*_):
 
 
 @torch.library.register_fake("iwsgd_ext::draw_origin")
-def _(device):
+def _(call, *, device):
     return torch.empty(3, dtype=torch.int64, device=device)
 
 
-def _draw_origin(device: torch.device) -> Tensor:
+def _draw_origin(call: int, *, device: torch.device) -> Tensor:
     origin = torch.zeros(3, dtype=torch.int64, device=device)
     origin[:1].random_(-(2**63), None)
     return origin
@@ -60,9 +61,20 @@ def draw_origin(device: torch.device) -> Tensor:
     """A new origin int64 [3] = (seed, 0, 0), its seed from torch's default generator of the device.
 
     Under torch.compile the draw is one opaque op: a compiler's own random numbers differ from eager ones for the same
-    torch.manual_seed, and masks must not.
+    torch.manual_seed, and masks must not. Its number keeps the compiler from taking two draws for one: it merges equal calls of any op
+    that it does not know to be random.
     """
-    return torch.ops.iwsgd_ext.draw_origin(device) if torch.compiler.is_compiling() else _draw_origin(device)
+    if not torch.compiler.is_compiling():
+        return _draw_origin(0, device=device)
+    return torch.ops.iwsgd_ext.draw_origin(_number_of_call(), device=device)
+
+
+_calls = itertools.count()
+
+
+@torch.compiler.assume_constant_result
+def _number_of_call() -> int:
+    return next(_calls)  # once for each call in a graph, when it is traced
 
 
 def make_origin(seed: int | Tensor, stream: int | Tensor, first_example: int | Tensor, device: torch.device) -> Tensor:

@@ -51,7 +51,7 @@ class _Recurrent(nn.RNNBase):
         """(out [T, S*B, F], final states [layers * directions, S*B, .], lengths [S*B]) of x [T, R, F] and states of R rows, B or S*B."""
         if x.dtype != self.weight_ih_l0.dtype or x.shape[2] != self.input_size:
             self.check_input(x, None)  # torch's own errors, unless autocast sees to the type
-        context = ambient()
+        context = ambient(self)
         samples, batch = context.samples, context.examples(x.shape[1])
         directions = 1 + self.bidirectional
         widths = (self.proj_size or self.hidden_size, self.hidden_size)[: 1 + (self.mode == "LSTM")]
@@ -67,7 +67,7 @@ class _Recurrent(nn.RNNBase):
         finals = []
         for layer in range(self.num_layers):
             if layer > 0 and self.dropout > 0:
-                x = draw(x, dropout_law(self.dropout), "feature" if self.locked else "element", 1)
+                x = draw(x, dropout_law(self.dropout), "feature" if self.locked else "element", 1, self)
             of_layer = slice(layer * directions, (layer + 1) * directions)
             before = [state[of_layer] if x.shape[1] == batch else _expanded(state[of_layer], samples, batch) for state in states]
             if lengths is not None and len(lengths) != x.shape[1]:

@@ -1,11 +1,13 @@
 """The sampling context: which noise the layers inside it draw, and where in the network one example becomes S rows."""
 
+import copy
 import threading
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checks import check_integer, check_sample_ids, check_samples
 from .noise import Law, Unit, draw_origin, make_origin, noise
@@ -17,12 +19,18 @@ if _DYNAMIC not in torch.compiler.config.dynamic_sources:
     torch.compiler.config.dynamic_sources = ",".join(filter(None, (torch.compiler.config.dynamic_sources, _DYNAMIC)))
 
 
+NO_TASK = -1  # where no backward pass is running
+
+
 class _Stack(threading.local):
     def __init__(self):
         self.contexts: list[sampling] = []
+        self.task = NO_TASK  # the backward pass in which a recompute has put these contexts here
+        self.suspended: list[tuple[list[sampling], int]] = []  # what stood here before
 
 
 _stack = _Stack()
+_drawn_in_context: weakref.WeakSet[nn.Module | Callable] = weakref.WeakSet()  # layers; see NOTE [Recompute]
 
 
 class sampling:
@@ -86,16 +94,29 @@ class sampling:
         self.converted: list[tuple] = []  # the converted models inside, and what each found, to be put back
         self.watch = None  # in a dry run: what notes the calls that draw noise
         self.batch: int | None = None  # B, once the first noise call has fixed it
+        self.task = NO_TASK  # the backward pass inside which it was entered
+        self.evaluating = False  # noise is on although models are in eval mode
         # An int becomes a tensor here, before any compiled region: as an int in a graph it would recompile for each new seed.
         self._seed = make_origin(seed, 0, 0, torch.device("cpu")) if seed is not None else None
         self._origin: Tensor | None = None
+        self._replayed_origin: Tensor | None = None
 
     def __enter__(self) -> "sampling":
+        self.task = graph_task()
         _stack.contexts.append(self)
         return self
 
     def __exit__(self, *_) -> None:
         _stack.contexts.remove(self)
+
+    def again(self, stream: int, expand: str, batch: int | None, drawn: bool) -> "sampling":
+        """A copy that draws this context's noise as from an earlier moment: its stream, expansion, B, and whether the seed was there."""
+        context = copy.copy(self)
+        context.stream, context.expand, context.batch = stream, expand, batch
+        context.own, context.frame, context.converted = False, None, []
+        if not drawn:
+            context._origin, context._replayed_origin = None, self._origin
+        return context
 
     def place(self, x: Tensor, batch_dim: int | None) -> dict:
         """One layer's call, whatever the law of its noise: the address, and whether ``x`` is expanded. Takes the next stream."""
@@ -182,6 +203,8 @@ class sampling:
                 origin = origin.to(device)  # a model on several devices: one seed
             elif self._seed is None:
                 origin = draw_origin(device)
+                if self._replayed_origin is not None:  # drawn all the same, for those who use the generator after it
+                    origin = self._replayed_origin.to(device)
             else:
                 origin = self._seed.to(device)
             if self._origin is None and isinstance(self.first_example, Tensor):
@@ -207,14 +230,50 @@ def _has_ended(frame: FrameType) -> bool:
     return True
 
 
-def ambient() -> sampling:
+# NOTE [Recompute]
+# Activation checkpointing calls layers again during backward, where their context has ended, or its stream has gone on, or (CUDA) the
+# thread is another. The running backward pass has a number: a context that was entered inside of it, or put there again by
+# iw.checkpoint, is right; any other is not. A layer that never saw a context draws from torch's generator, whose state
+# torch.utils.checkpoint restores, as nn.Dropout does: that is right too.
+def check_not_recomputed(context: sampling | None, layer: nn.Module | Callable | None) -> None:
+    """Raises where a layer (a module, or a function that draws noise) is called during backward without the context of its forward."""
+    task = graph_task()
+    if task == NO_TASK:
+        if context is not None and layer is not None and not torch.compiler.is_compiling():
+            _drawn_in_context.add(layer)
+        return
+    if task == _stack.task or (context is not None and context.task == task):
+        return
+    if context is None and layer is not None and not torch.compiler.is_compiling() and layer not in _drawn_in_context:
+        return
+    name = f"{type(layer).__name__}({layer.extra_repr()})" if isinstance(layer, nn.Module) else getattr(layer, "__name__", "A noise layer")
+    raise RuntimeError(
+        f"{name} is computed again during backward (activation checkpointing) without the sampling context of its forward: it would draw "
+        "other noise. Use iw.checkpoint(function, *args) instead of torch.utils.checkpoint.checkpoint(function, *args), or give "
+        "that use_reentrant=False, context_fn=iw.checkpoint_contexts. A context that is opened inside the function is right, too."
+    )
+
+
+def graph_task() -> int:
+    """The number of the backward pass that runs in this thread, or NO_TASK."""
+    return _traced_graph_task() if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
+@torch.compiler.assume_constant_result
+def _traced_graph_task() -> int:
+    return torch._C._current_graph_task_id()  # at the time of tracing: a recompute outside of a context is another graph than a forward
+
+
+def ambient(layer: nn.Module | Callable | None = None) -> sampling:
     """The innermost context, or, outside of any, a new one of one fresh noise sample: what a layer's torch namesake draws."""
-    return current() or sampling(1)
+    context = current()
+    check_not_recomputed(context, layer)
+    return sampling(1) if context is None else context
 
 
-def draw(x: Tensor, law: Law | Tensor, unit: Unit, batch_dim: int | None) -> Tensor:
+def draw(x: Tensor, law: Law | Tensor, unit: Unit, batch_dim: int | None, layer: nn.Module | Callable | None = None) -> Tensor:
     """A layer's dropout noise: as the context says, or, outside of any, one fresh noise sample."""
-    return noise(x, law, unit, **ambient().place(x, batch_dim))
+    return noise(x, law, unit, **ambient(layer).place(x, batch_dim))
 
 
 def _rank() -> int:

@@ -159,6 +159,25 @@ def test_context_inside_the_compiled_function(device):
     assert torch.equal(compiled[1], eager[1])
 
 
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_every_draw_of_a_seed_is_one_of_its_own(device, compiler):
+    """Layers outside of any context, and contexts of two models, in one graph with gradients: equal draws are not merged."""
+    layers = [iw.IWDropout(0.5) for _ in range(3)]
+    models = [iw.convert(nn.Sequential(nn.Dropout(0.5)), 1, expand="first") for _ in range(2)]
+
+    def f(x):
+        return [layer(x) for layer in (*layers, *models)]
+
+    x = torch.ones(5, 63, device=device, requires_grad=True)
+    results = []
+    for run in (f, torch.compile(f, backend=compiler, fullgraph=True)):
+        torch.manual_seed(3)
+        results.append([y.detach() for y in run(x)])
+    for i, (eager, compiled) in enumerate(zip(*results, strict=True)):
+        assert torch.equal(eager, compiled)
+        assert not any(torch.equal(compiled, other) for other in results[1][:i])
+
+
 def test_export_of_the_eval_model(device):
     """The converted model in eval mode exports, with a dynamic batch, without a trace of the noise."""
     model = iw.convert(network(device), S, expand="input").eval()

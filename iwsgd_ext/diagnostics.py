@@ -1,0 +1,144 @@
+"""A logger of what noise samples do during training: TensorBoard or CSV, attached to the loss in one line."""
+
+import csv
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import check
+from .iw_cross_entropy import IWCrossEntropyLoss
+from .stats import IWStats, IWSummary
+
+
+class StatsLogger:
+    """Writes :class:`IWSummary` of a loss during training, without waiting for the device in between.
+
+    Each training forward of the criterion is one step; in gradient accumulation, each micro-batch. Every ``every`` steps one row is
+    written: means over these steps (the count of non-finite log-likelihoods is a sum). Between, they are added up on the device.
+    Evaluation (``criterion.eval()``) is left out.
+
+    Args:
+        criterion: the loss; whether it returns its stats or not does not matter, and what it returns does not change.
+        to: path of a CSV file, or anything with ``add_scalar(tag, value, step)``, as torch.utils.tensorboard.SummaryWriter has, or
+            Lightning's ``logger.experiment`` of a TensorBoardLogger. A CSV file that is there is continued, with the steps it has; half a
+            row at its end (from a process that was killed) is cut off.
+        every: steps of one row.
+        prefix: what stands before the names of scalars.
+
+    A plain object: in Lightning, make it where the module is made (or in a callback's on_fit_start), and close it at the end. Under
+    torch.distributed each process has its own part of the batch: log on one, or to a file for each. The criterion must not be inside of
+    torch.compile, where the logger breaks the graph.
+
+    Raises:
+        TypeError: a criterion that is no IWCrossEntropyLoss, or nothing to write to.
+        ValueError: every < 1; a file with other columns.
+
+    Example:
+        >>> import tempfile, torch, iwsgd_ext as iw
+        >>> criterion = iw.IWCrossEntropyLoss(samples=4)
+        >>> file = tempfile.mkdtemp() + "/stats.csv"
+        >>> with iw.StatsLogger(criterion, file, every=2):
+        ...     for step in range(4):
+        ...         loss = criterion(torch.zeros(4 * 8, 10), torch.zeros(8, dtype=torch.int64))
+        >>> [line.split(",")[0] for line in open(file)]
+        ['step', '2', '4']
+    """
+
+    def __init__(self, criterion: IWCrossEntropyLoss, to: str | os.PathLike | Any, every: int = 50, *, prefix: str = "iw/"):
+        if not isinstance(criterion, IWCrossEntropyLoss):
+            raise TypeError(f"criterion: expected an IWCrossEntropyLoss, got {type(criterion).__name__}")
+        if isinstance(every, bool) or not isinstance(every, int):
+            raise TypeError(f"every: expected an int, got {type(every).__name__}")
+        check(every >= 1, "every", "a number of steps >= 1", every)
+        if isinstance(to, str | os.PathLike):
+            self.write = CsvFile(to)
+            self.step = self.write.last_step  # of the last forward; to be set where steps are counted otherwise
+        elif callable(getattr(to, "add_scalar", None)):
+            self.write, self.step = _Scalars(to, prefix), 0
+        else:
+            raise TypeError(f"to: expected the path of a CSV file or an object with add_scalar, got {type(to).__name__}")
+        self.every = every
+        self.total: Tensor | None = None  # sums of the summaries since the last row, on the device
+        self.count = 0
+        self.observers = criterion.observers
+        self.observers.append(self.add)
+
+    @torch.compiler.disable
+    def add(self, stats: IWStats) -> None:
+        """One step. The criterion calls it; call it yourself with what ``iw.backward(..., return_stats=True)`` returns."""
+        values = torch.stack([v.double() for v in stats.summary()])
+        self.total = values if self.total is None else self.total + values
+        self.count += 1
+        self.step += 1
+        if self.count == self.every:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what has been added up since the last row, if anything."""
+        if self.total is None:
+            return
+        values = dict(zip(IWSummary._fields, self.total.tolist(), strict=True))  # waits for the device
+        row = {name: int(v) if name == "nonfinite" else v / self.count for name, v in values.items()}
+        self.total, self.count = None, 0
+        self.write(self.step, row)
+
+    def close(self) -> None:
+        """Writes the rest and lets go of the criterion; a writer stays open."""
+        self.flush()
+        if self.add in self.observers:
+            self.observers.remove(self.add)
+
+    def __enter__(self) -> "StatsLogger":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+class _Scalars:
+    """Rows as scalars of a TensorBoard writer."""
+
+    def __init__(self, writer: Any, prefix: str):
+        self.writer, self.prefix = writer, prefix
+
+    def __call__(self, step: int, row: dict[str, float]) -> None:
+        for name, value in row.items():
+            self.writer.add_scalar(self.prefix + name, value, step)
+
+
+class CsvFile:
+    """Rows at the end of a CSV file, which is open only while one is written: a killed process loses half a row at most."""
+
+    columns = ("step", *IWSummary._fields)
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.last_step = 0
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = self.path.read_bytes() if self.path.exists() else b""
+        whole = text[: text.rfind(b"\n") + 1]
+        if not whole:
+            if text and not self.header.startswith(text):
+                raise ValueError(f"to: expected a CSV file of this logger or none, got {self.path} without a line")
+            self.path.write_bytes(self.header)
+            return
+        lines = whole.splitlines()
+        if lines[0] != self.header.rstrip():
+            raise ValueError(
+                f"to: expected {self.path} to have the columns {','.join(self.columns)}, got {lines[0].decode(errors='replace')}"
+            )
+        if len(whole) < len(text):
+            os.truncate(self.path, len(whole))
+        if len(lines) > 1:
+            self.last_step = int(lines[-1].split(b",")[0])
+
+    @property
+    def header(self) -> bytes:
+        return (",".join(self.columns) + "\n").encode()
+
+    def __call__(self, step: int, row: dict[str, float]) -> None:
+        with self.path.open("a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerow([step, *(v if isinstance(v, int) else f"{v:.7g}" for v in row.values())])

@@ -1,0 +1,264 @@
+"""What noise samples are worth when a model is evaluated: predictions averaged over them, and the bound against their number."""
+
+import math
+from collections.abc import Iterable
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .batch_norm import _BatchNormMode
+from .checks import check, check_alpha, check_integer, check_samples
+from .iw_cross_entropy import IWCrossEntropyLoss
+from .likelihood import as_arguments
+from .sampling import sampling
+from .subsets import subset_means
+
+Reduce = Literal["arithmetic", "geometric"]
+
+
+def predict(
+    model: nn.Module,
+    x: Any,
+    samples: int,
+    reduce: Reduce = "arithmetic",
+    *,
+    class_dim: int = 1,
+    chunk: int | None = None,
+    seed: int | Tensor | None = None,
+    first_example: int | Tensor | None = None,
+) -> Tensor:
+    """Class log-probabilities averaged over S noise samples: the ensemble of dropout networks that one forward pass stands for.
+
+        arithmetic:  log p[b, c] = log (1/S) sum_s softmax(z[s, b])[c]
+        geometric:   log p[b, c] = log_softmax_c( (1/S) sum_s log_softmax(z[s, b])[c] )
+
+    Noise is on although nothing else is in training: noise layers of this package draw it, batch normalisation uses its running
+    statistics, and dropout that is not of this package stays off. No gradient; the model's modes are as before when it is done.
+
+    Args:
+        model: a converted model, or any with noise layers of this package, whose output is logits.
+        x: what the model is called with: a tensor, a tuple or list of arguments, or a dict of them by name.
+        samples: S.
+        reduce: "arithmetic" (a mixture, which a likelihood belongs to) or "geometric" (what scaling by 1 - p approximates).
+        class_dim: dimension of the classes in the logits; -1 for most language models.
+        chunk: samples of one pass, for memory; the result does not depend on it but for rounding. None takes all at once.
+        seed: an int or an int64 tensor of one element repeats its noise; None draws one from torch's default generator of x's device.
+        first_example: id of the first example, as in :class:`iwsgd_ext.sampling`.
+
+    Returns:
+        Log-probabilities of the logits' shape with B rows, float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError, TypeError: an argument is not as above, the model has no noise layer, its output no S*B rows.
+
+    Example:
+        >>> import torch, iwsgd_ext as iw
+        >>> from torch import nn
+        >>> model = iw.convert(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3)), samples=5).eval()
+        >>> log_p = iw.predict(model, torch.ones(2, 4), samples=100, chunk=10)
+        >>> log_p.shape, log_p.exp().sum(1)
+        (torch.Size([2, 3]), tensor([1.0000, 1.0000]))
+    """
+    if reduce not in ("arithmetic", "geometric"):
+        raise ValueError(f"reduce: expected 'arithmetic' or 'geometric', got {reduce!r}")
+    total, summed = None, torch.logaddexp if reduce == "arithmetic" else torch.add
+    with _noisy_evaluation(model):
+        for k, logits in _passes(model, x, samples, chunk, seed, first_example):
+            if not isinstance(logits, Tensor) or not logits.is_floating_point():
+                got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+                raise TypeError(f"model: expected one whose output is a floating-point tensor of logits, got {got}; wrap it in a module")
+            dims = logits.dim()
+            expected = f"a dimension of logits {tuple(logits.shape)} that is not the first"
+            check(-dims < class_dim < dims and class_dim != 0, "class_dim", expected, class_dim)
+            log_p = torch.log_softmax(logits, class_dim, dtype=torch.promote_types(logits.dtype, torch.float32))
+            log_p = log_p.unflatten(0, (k, len(logits) // k))
+            part = log_p.logsumexp(0) if reduce == "arithmetic" else log_p.sum(0)
+            total = part if total is None else summed(total, part)
+    if reduce == "arithmetic":
+        return total - math.log(samples)
+    return torch.log_softmax(total / samples, class_dim)
+
+
+class BoundCurve(NamedTuple):
+    """The bound against the number of noise samples; prints as a table, ``plot()`` draws it.
+
+    Attributes:
+        samples: 1 .. S, int64 [S].
+        bound: mean bound with that many samples, in nats for each unit (an example, or a position), float64 [S].
+        standard_error: of ``bound``, over units, float64 [S]. Bounds of one curve share their examples and samples, so differences
+            between them are known better than this.
+
+    Example:
+        >>> import torch, iwsgd_ext as iw
+        >>> curve = iw.BoundCurve(torch.tensor([1, 2]), torch.tensor([-1.5, -1.25]), torch.tensor([0.1, 0.1]))
+        >>> print(curve)
+         samples        bound   std. error
+               1      -1.5000       0.1000
+               2      -1.2500       0.1000
+    """
+
+    samples: Tensor
+    bound: Tensor
+    standard_error: Tensor
+
+    def __str__(self) -> str:
+        rows = zip(*(column.tolist() for column in self), strict=True)
+        return "\n".join([f"{'samples':>8}{'bound':>13}{'std. error':>13}", *(f"{s:8d}{b:13.4f}{e:13.4f}" for s, b, e in rows)])
+
+    def plot(self, ax=None):
+        """Draws it, see :func:`iwsgd_ext.plots.bound`."""
+        from . import plots  # matplotlib is wanted only here
+
+        return plots.bound(self, ax)
+
+
+def bound_curve(
+    model: nn.Module,
+    batches: Iterable[tuple[Any, Any]],
+    samples: int,
+    *,
+    loss_fn: Any = None,
+    chunk: int | None = None,
+    seed: int | Tensor | None = None,
+    progress: bool = False,
+) -> BoundCurve:
+    """The bound with 1, 2, .. S noise samples (eq 4), all from one draw of S: how many are worth their cost.
+
+        bound[k] = sum_b c[b] mean over subsets A of k samples of L_A[b] / sum_b c[b],    L_A = (1/alpha) log mean_{s in A} exp(alpha l[s])
+
+    The mean over all subsets is exact (a U-statistic), so that the curve never falls (eq 6 in its form for one draw) and is an unbiased
+    estimate for each k. Noise is on, everything else in eval mode, as in :func:`predict`.
+
+    Args:
+        model: a converted model, or any with noise layers of this package.
+        batches: pairs (inputs, targets), what the model and what the loss after the outputs is called with; e.g. a DataLoader. Examples
+            are numbered through, each with noise of its own.
+        samples: S.
+        loss_fn: an object with ``log_likelihood(outputs, targets, samples) -> (log_p [K, units], outer weight [units], denominator)``, as
+            IWCrossEntropyLoss and IWLoss are; its ``alpha``, if it has one, is the bound's. None is IWCrossEntropyLoss.
+        chunk: samples of one pass, for memory.
+        seed: an int or an int64 tensor of one element; None draws one.
+        progress: show a bar over the batches; needs the package rich.
+
+    Returns:
+        :class:`BoundCurve`, on the CPU.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above, no batch, a weight of zero in all.
+
+    Example:
+        >>> import torch, iwsgd_ext as iw
+        >>> from torch import nn
+        >>> model = iw.convert(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3)), samples=5)
+        >>> data = [(torch.randn(16, 4), torch.randint(3, (16,))) for _ in range(4)]
+        >>> curve = iw.bound_curve(model, data, samples=8)
+        >>> bool((curve.bound.diff() >= 0).all())
+        True
+    """
+    check_samples(samples)
+    loss_fn = IWCrossEntropyLoss(samples) if loss_fn is None else loss_fn
+    if not hasattr(loss_fn, "log_likelihood"):
+        raise TypeError(f"loss_fn: expected IWCrossEntropyLoss, IWLoss or an object with log_likelihood, got {type(loss_fn).__name__}")
+    alpha = getattr(loss_fn, "alpha", 1.0)
+    check_alpha(alpha)
+    curves, weights, first = [], [], 0
+    with _noisy_evaluation(model):
+        for batch in _with_bar(batches) if progress else batches:
+            if not isinstance(batch, tuple | list) or len(batch) != 2:
+                raise TypeError(f"batches: expected pairs (inputs, targets), got {type(batch).__name__}")
+            inputs, targets = batch
+            if seed is None:
+                seed = _origin(model, inputs, None)[:1]
+            parts = [loss_fn.log_likelihood(outputs, targets, k) for k, outputs in _passes(model, inputs, samples, chunk, seed, first)]
+            curves.append(subset_means(torch.cat([log_p for log_p, _, _ in parts]), alpha).cpu())
+            weights.append(parts[0][1].double().cpu())
+            first += _examples(inputs)
+    if not curves:
+        raise ValueError("batches: expected at least one, got none")
+    curve, weight = torch.cat(curves, 1), torch.cat(weights)  # [S, units], [units]
+    counted = weight > 0
+    curve, weight = curve[:, counted], weight[counted]
+    if not weight.numel():
+        raise ValueError("batches: expected an example that counts, got none of a weight above 0")
+    mean = ((curve * weight).sum(1) / weight.sum()).cummax(0).values  # but for rounding, it never falls
+    n = weight.numel()
+    spread = ((curve - mean[:, None]) * weight).square().sum(1) * (n / (n - 1) if n > 1 else math.nan)
+    return BoundCurve(torch.arange(1, samples + 1), mean, spread.sqrt() / weight.sum())
+
+
+@contextmanager
+def _noisy_evaluation(model: nn.Module):
+    """Noise layers in training, everything else in eval mode; no gradient."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    noisy = [module for module in model.modules() if _is_noise_layer(module)]
+    if not noisy:
+        raise ValueError("model: expected one with noise layers of this package (iw.convert puts them in), got none")
+    before = [(module, vars(module).get("training", module.training)) for module in model.modules()]
+    try:
+        model.eval()
+        for module in noisy:
+            module.training = True
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def _is_noise_layer(module: nn.Module) -> bool:
+    """Every class of module of this package is one, but for losses and batch normalisation."""
+    ours = any(cls.__module__.partition(".")[0] == __package__ for cls in type(module).__mro__)
+    return ours and not isinstance(module, _BatchNormMode) and not hasattr(module, "log_likelihood")
+
+
+def _passes(model: nn.Module, inputs: Any, samples: int, chunk: int | None, seed, first_example):
+    """(k, output of k*B rows) of each pass over at most ``chunk`` of the samples, all with one seed."""
+    check_samples(samples)
+    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int)):
+        raise TypeError(f"chunk: expected an int, got {type(chunk).__name__}")
+    check(chunk is None or 1 <= chunk <= samples, "chunk", f"a number of samples in 1 .. samples={samples}", chunk)
+    if seed is not None:
+        check_integer("seed", seed)
+    args, named = as_arguments(inputs)
+    batch = _examples(inputs)
+    origin = _origin(model, inputs, seed, first_example)
+    chunk = chunk or samples
+    for first in range(0, samples, chunk):
+        ids = range(first, min(first + chunk, samples))
+        context = sampling(len(ids), sample_ids=ids, first_example=first_example)
+        context.evaluating = True
+        context._origin = origin
+        with context:
+            output = model(*args, **named)
+        for rows in {v.shape[0] for v in tree_leaves(output) if isinstance(v, Tensor) and v.dim() > 0}:
+            if rows % max(len(ids) * batch, 1) != 0:
+                raise ValueError(
+                    f"model: expected an output of {len(ids)} samples * {batch} examples = {len(ids) * batch} rows (or a multiple), got "
+                    f"{rows}; was a noise layer called?"
+                )
+        yield len(ids), output
+
+
+def _examples(inputs: Any) -> int:
+    tensors = [v for v in tree_leaves(as_arguments(inputs)) if isinstance(v, Tensor) and v.dim() > 0]
+    if not tensors:
+        raise ValueError("x: expected at least one tensor with a dimension of examples")
+    return tensors[0].shape[0]
+
+
+def _origin(model: nn.Module, inputs: Any, seed, first_example=None) -> Tensor:
+    """The seed of a whole evaluation, on the device of its data."""
+    on = next((v for v in (*tree_leaves(as_arguments(inputs)), *model.parameters()) if isinstance(v, Tensor)), torch.empty(0))
+    return sampling(1, seed=seed, first_example=first_example)._origin_on(on.device)
+
+
+def _with_bar(batches: Iterable) -> Iterable:
+    try:
+        from rich.progress import track
+    except ImportError as error:
+        raise ImportError("progress=True needs the package rich: pip install rich") from error
+    return track(batches, description="bound")

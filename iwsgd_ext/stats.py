@@ -1,0 +1,102 @@
+"""What the loss knew of its noise samples: log-likelihoods, importance weights, bound, and a summary of them in a few numbers."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class IWSummary(NamedTuple):
+    """A few numbers of one batch, tensors without dimensions on its device; means are over examples (or positions).
+
+    Attributes:
+        bound: mean bound L, in nats.
+        mean_log_p: mean log-likelihood over examples and noise samples, in nats: what dropout training with one sample climbs.
+        gap: bound - mean_log_p, never negative: what the importance weights gain.
+        ess: mean effective sample size, between 1 (one sample has all the weight) and S (equal weights).
+        ess_p05, ess_p50, ess_p95: its quantiles over examples.
+        entropy: mean entropy of the weights, in nats, between 0 and log S.
+        largest_weight: mean over examples of the largest weight, between 1/S and 1.
+        nonfinite: number of log-likelihoods that are infinite or NaN, int64. Where it is not 0, other fields may be NaN.
+
+    Example:
+        >>> import torch, iwsgd_ext as iw
+        >>> _, stats = iw.iw_cross_entropy(torch.randn(4 * 8, 10), torch.zeros(8, dtype=torch.int64), samples=4, return_stats=True)
+        >>> summary = stats.summary()
+        >>> bool(1 <= summary.ess <= 4), bool(summary.gap >= 0)
+        (True, True)
+    """
+
+    bound: Tensor
+    mean_log_p: Tensor
+    gap: Tensor
+    ess: Tensor
+    ess_p05: Tensor
+    ess_p50: Tensor
+    ess_p95: Tensor
+    entropy: Tensor
+    largest_weight: Tensor
+    nonfinite: Tensor
+
+
+class IWStats(NamedTuple):
+    """What the loss knew of each example (or position) and noise sample; on the logits' device, detached.
+
+    Attributes:
+        log_p: [S, B] log-likelihoods l[s, b], or [S, B, d1, ...] at level "position".
+        weights: like log_p, the importance weights, which sum to one over s.
+        bound: [B] (or [B, d1, ...]), the bound L before the outer weight.
+    """
+
+    log_p: Tensor
+    weights: Tensor
+    bound: Tensor
+
+    @property
+    def ess(self) -> Tensor:
+        """Effective sample size 1 / sum_s w^2, between 1 and S, of the shape of ``bound``."""
+        return 1 / self.weights.square().sum(0)
+
+    @property
+    def mean_log_p(self) -> Tensor:
+        """Mean log-likelihood over the noise samples, never above ``bound`` (Jensen), of its shape."""
+        return self.log_p.mean(0)
+
+    def summary(self) -> IWSummary:
+        """The batch in ten numbers, without waiting for the device. An empty batch gives NaN.
+
+        Ignored positions have equal weights; leave them out before where they are many:
+        ``IWStats(*(v[..., target != ignore_index] for v in stats)).summary()`` at level "position".
+
+        Example:
+            >>> import torch, iwsgd_ext as iw
+            >>> logits, target = torch.zeros(4 * 8, 10), torch.zeros(8, dtype=torch.int64)
+            >>> summary = iw.iw_cross_entropy(logits, target, samples=4, return_stats=True)[1].summary()
+            >>> float(summary.ess), float(summary.gap), int(summary.nonfinite)
+            (4.0, 0.0, 0)
+        """
+        ess, mean_log_p = self.ess.flatten(), self.mean_log_p.mean()
+        bound = self.bound.mean()
+        return IWSummary(
+            bound=bound,
+            mean_log_p=mean_log_p,
+            gap=bound - mean_log_p,
+            ess=ess.mean(),
+            **dict(zip(("ess_p05", "ess_p50", "ess_p95"), _quantiles(ess, (0.05, 0.5, 0.95)), strict=True)),
+            entropy=torch.special.entr(self.weights).sum(0).mean(),
+            largest_weight=self.weights.amax(0).mean(),
+            nonfinite=(~self.log_p.isfinite()).sum(),
+        )
+
+
+def _quantiles(values: Tensor, levels: tuple[float, ...]) -> list[Tensor]:
+    """Quantiles of values [n] with linear interpolation, as torch.quantile has them, which takes no more than 2^24 values."""
+    n = values.numel()
+    if n == 0:
+        return [values.new_full((), float("nan"))] * len(levels)
+    ordered, result = values.sort().values, []
+    for level in levels:
+        at = level * (n - 1)
+        low = int(at)
+        result.append(torch.lerp(ordered[low], ordered[min(low + 1, n - 1)], at - low))
+    return result

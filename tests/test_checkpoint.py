@@ -1,0 +1,533 @@
+"""Activation checkpointing: a recompute draws the noise of its forward, in both of torch's forms, or raises."""
+
+import copy
+import functools
+import threading
+
+import naive
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+import iwsgd_ext as iw
+from iwsgd_ext.sampling import current
+
+S, B, F = 3, 5, 63
+
+PLAIN = {
+    "non-reentrant": lambda f, *a: torch_checkpoint(f, *a, use_reentrant=False),
+    "reentrant": lambda f, *a: torch_checkpoint(f, *a, use_reentrant=True),
+}
+OURS = {
+    "context_fn": lambda f, *a: torch_checkpoint(f, *a, use_reentrant=False, context_fn=iw.checkpoint_contexts),
+    "checkpoint": lambda f, *a: iw.checkpoint(f, *a),
+    "checkpoint-reentrant": lambda f, *a: iw.checkpoint(f, *a, use_reentrant=True),
+    "checkpoint-without-rng": lambda f, *a: iw.checkpoint(f, *a, preserve_rng_state=False),
+}
+
+
+def direct(f, *a):
+    return f(*a)
+
+
+class Gate(nn.Module):
+    """w * drop(w * x): two noise-free factors around one noise call, so that gradients are sums that a loop can do."""
+
+    def __init__(self, p=0.5):
+        super().__init__()
+        self.w = nn.Parameter(torch.rand(F, dtype=torch.float64) + 0.5)
+        self.drop = iw.IWDropout(p)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.w * self.drop(self.w * x)
+
+
+class Stack(nn.Module):
+    """A chain of gates, each called through ``ck``; nested: the last two within one more checkpoint."""
+
+    def __init__(self, nested=False):
+        super().__init__()
+        self.gates = nn.ModuleList([Gate(p) for p in (0.5, 0.25, 0.75)])
+        self.nested = nested
+        self.ck = direct
+
+    def tail(self, x):
+        return self.ck(self.gates[2], self.ck(self.gates[1], x))
+
+    def forward(self, x):
+        x = self.ck(self.gates[0], x)
+        return self.ck(self.tail, x) if self.nested else self.tail(x)
+
+
+def naive_stack(model: Stack, x: torch.Tensor, seed: int, first_stream: int = 0) -> list[torch.Tensor]:
+    """Output and gradients of sum(y^2) by masks of the naive generator and autograd, in float64."""
+    weights = [g.w.detach().clone().requires_grad_() for g in model.gates]
+    x = x.detach().clone().requires_grad_()
+    y = torch.cat([x] * S)
+    for i, (w, gate) in enumerate(zip(weights, model.gates, strict=True)):
+        keep = naive.naive_keep(x, gate.drop.p, samples=S, seed=seed, stream=first_stream + i)
+        y = w * (w * y * keep * naive.effective_scale(gate.drop.p))
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *weights])]
+
+
+def backward(y, x, model):
+    model.zero_grad()
+    x.grad = None
+    y.square().sum().backward()  # the reentrant form allows no torch.autograd.grad
+    return [y.detach(), x.grad, *[p.grad for p in model.parameters()]]
+
+
+def assert_equal(got, want):
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def data():
+    return torch.randn(B, F, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["flat", "nested"])
+@pytest.mark.parametrize("form", OURS)
+class TestReplay:
+    def test_backward_after_the_context(self, form, nested):
+        model, x = Stack(nested), data()
+        model.ck = OURS[form]
+        with iw.sampling(S, seed=9):
+            y = model(x)
+        assert_equal(backward(y, x, model), naive_stack(model, x, 9))
+        assert min(g.calls for g in model.gates) >= 2
+
+    def test_streams_go_on_undisturbed(self, form, nested):
+        """Two forwards and their backwards in one context: streams 0 .. 5, whatever is computed again between."""
+        model, x = Stack(nested), data()
+        model.ck = OURS[form]
+        with iw.sampling(S, seed=9) as context:
+            first = backward(model(x), x, model)
+            assert context.stream == 3
+            second = backward(model(x), x, model)
+            assert context.stream == 6
+        assert_equal(first, naive_stack(model, x, 9))
+        assert_equal(second, naive_stack(model, x, 9, first_stream=3))
+
+    def test_under_another_context(self, form, nested):
+        model, x = Stack(nested), data()
+        model.ck = OURS[form]
+        with iw.sampling(S, seed=9):
+            y = model(x)
+        with iw.sampling(2, seed=4) as other:
+            got = backward(y, x, model)
+            assert current() is other
+            assert other.stream == 0
+        assert_equal(got, naive_stack(model, x, 9))
+
+    def test_drawn_seed(self, form, nested):
+        """A seed that is drawn inside the first checkpoint; torch's own noise in the same block is computed again as it was, too."""
+
+        class WithTorchNoise(nn.Module):
+            def __init__(self, gate):
+                super().__init__()
+                self.gate = gate
+
+            def forward(self, x):
+                return nn.functional.dropout(self.gate(nn.functional.dropout(x, 0.3)), 0.3)
+
+        results = []
+        model, x = Stack(nested), data()
+        model.gates[0] = WithTorchNoise(model.gates[0])
+        for ck in (direct, OURS[form]):
+            torch.manual_seed(2)
+            model.ck = ck
+            with iw.sampling(S):
+                y = model(x)
+            results.append(backward(y, x, model))
+        if form == "checkpoint-without-rng":  # torch's noise is then another in the recompute, as asked for; ours is not
+            results = [r[:1] for r in results]
+        assert_equal(*results)
+
+    def test_gradient_accumulation(self, form, nested):
+        """Two micro-batches forward, then both backward, in the other order."""
+        model = Stack(nested)
+        model.ck = OURS[form]
+        parts = [data(), data()]
+        with iw.sampling(S, seed=9):
+            losses = [model(x).square().sum() for x in parts]
+        for loss in reversed(losses):
+            loss.backward()
+        want = [naive_stack(model, x, 9, first_stream=3 * i)[2:] for i, x in enumerate(parts)]
+        assert_equal([p.grad for p in model.parameters()], [a + b for a, b in zip(*want, strict=True)])
+
+    def test_in_a_converted_model(self, form, nested):
+        """The model's own context has ended by the time of backward; rows expanded at the input and at the first layer."""
+        for expand in ("input", "first"):
+            plain = Stack(nested)
+            for gate in plain.gates:
+                gate.drop = nn.Dropout(gate.drop.p)
+            model, x = iw.convert(plain, S, expand=expand), data()
+            results = []
+            for ck in (direct, OURS[form]):
+                torch.manual_seed(2)
+                model.ck = ck
+                results.append(backward(model(x), x, model))
+            assert results[1][0].shape == (S * B, F)
+            assert_equal(*results)
+
+    def test_other_thread(self, form, nested):
+        """Backward in a thread that has no context (CUDA's engine has such threads)."""
+        model, x = Stack(nested), data()
+        model.ck = OURS[form]
+        got = []
+        with iw.sampling(S, seed=9):
+            y = model(x)
+            thread = threading.Thread(target=lambda: got.append(backward(y, x, model)))
+            thread.start()
+            thread.join()
+            assert current().stream == 3
+        assert_equal(got[0], naive_stack(model, x, 9))
+
+
+def test_samples_are_replayed_by_their_ids():
+    """sample_ids, first_example and rows in another dimension belong to what is put back."""
+    gate = Gate()
+    x = torch.randn(7, B, F, dtype=torch.float64, requires_grad=True)
+    settings = {"sample_ids": [5, 2], "first_example": 40}
+    with iw.sampling(2, seed=9, batch_dim=1, **settings):
+        y = iw.checkpoint(gate, x)
+    y.sum().backward()
+    keep = naive.naive_keep(x, 0.5, samples=2, seed=9, batch_dim=1, **settings).double()
+    torch.testing.assert_close(y.detach(), gate.w.detach() ** 2 * torch.cat([x.detach()] * 2, 1) * keep * 2)
+    torch.testing.assert_close(gate.w.grad, (2 * gate.w.detach() * torch.cat([x.detach()] * 2, 1) * keep * 2).sum((0, 1)))
+
+
+def test_backward_twice():
+    """A retained graph is computed again for each backward."""
+    model, x = Stack(), data()
+    model.ck = OURS["checkpoint"]
+    with iw.sampling(S, seed=9):
+        y = model(x)
+    y.square().sum().backward(retain_graph=True)
+    x.grad = None
+    assert_equal(backward(y, x, model), naive_stack(model, x, 9))
+
+
+def test_arguments_pass_through():
+    def function(a, n, *, k):
+        return k * a * n
+
+    a = torch.ones(3, requires_grad=True)
+    assert torch.equal(iw.checkpoint(function, a, 2, k=5), 10 * a)
+    with pytest.raises(ValueError, match="nonsense"):
+        iw.checkpoint(function, a, 2, k=5, use_reentrant=True, nonsense=1)
+
+
+def test_selective_checkpoint():
+    """``context_fn`` is free: some operators' results are kept, the noise is drawn again."""
+    saved = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+    block, x = nn.Sequential(nn.Linear(F, F, bias=False), nn.Tanh(), iw.IWDropout(0.5), nn.Linear(F, F, bias=False)).double(), data()
+    results = []
+    for run in (direct, lambda f, x: iw.checkpoint(f, x, context_fn=saved)):
+        with iw.sampling(S, seed=9):
+            y = run(block, x)
+        results.append(backward(y, x, block))
+    assert_equal(*results)
+
+
+def test_an_exception_in_a_recompute_restores_the_contexts():
+    failing = []
+
+    class Fails(nn.Module):
+        def forward(self, x):
+            if failing:
+                raise KeyError("recompute")
+            return x * 2
+
+    x = data()
+    for form in OURS.values():
+        failing.clear()
+        with iw.sampling(S, seed=1) as context:
+            y = form(nn.Sequential(Gate(), Fails(), nn.Tanh()), x)
+            failing.append(True)
+            with pytest.raises(KeyError):
+                y.sum().backward()
+            assert current() is context
+            assert context.stream == 1
+
+
+class TestRefusal:
+    """A recompute without the context of its forward: an error that names the layer, never other noise."""
+
+    message = r"IWDropout\(p=0.5\) is computed again during backward .* without the sampling context of its forward: .*iw.checkpoint\("
+
+    @pytest.mark.parametrize("around", [False, True], ids=["ended", "around-backward"])
+    @pytest.mark.parametrize("form", PLAIN)
+    def test_plain_checkpoint(self, form, around):
+        gate, x = Gate(), data()
+        with iw.sampling(S, seed=9) as context:
+            y = PLAIN[form](gate, x)
+            if around:
+                with pytest.raises(RuntimeError, match=self.message):
+                    y.sum().backward()
+                assert context.stream == 1
+        if not around:
+            with pytest.raises(RuntimeError, match=self.message):
+                y.sum().backward()
+
+    @pytest.mark.parametrize("around", [False, True], ids=["own-context", "around-backward"])
+    @pytest.mark.parametrize("expand", ["first", "input"])
+    @pytest.mark.parametrize("form", PLAIN)
+    def test_converted_model(self, form, expand, around):
+        model = Stack()
+        model.gates[0].drop = nn.Dropout(0.5)
+        iw.convert(model, S, expand=expand)
+        model.ck, x = PLAIN[form], data()
+        if around:
+            with iw.sampling(S, seed=1), pytest.raises(RuntimeError, match="computed again during backward"):
+                model(x).sum().backward()
+        else:
+            with pytest.raises(RuntimeError, match="computed again during backward"):
+                model(x).sum().backward()
+
+    @pytest.mark.parametrize("form", PLAIN)
+    def test_other_thread(self, form):
+        gate, x, raised = Gate(), data(), []
+
+        def work():
+            try:
+                y.sum().backward()
+            except RuntimeError as error:
+                raised.append(str(error))
+
+        with iw.sampling(S, seed=9):
+            y = PLAIN[form](gate, x)
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+        assert "computed again during backward" in raised[0]
+
+    @pytest.mark.parametrize("form", PLAIN)
+    def test_every_layer(self, form):
+        layers = {iw.IWDropout1d: (B, 4, 6), iw.IWDropout2d: (B, 4, 3, 3), iw.IWDropout3d: (B, 4, 2, 2, 2), iw.IWDropPath: (B, 7)}
+        for cls, shape in layers.items():
+            x = torch.randn(shape, requires_grad=True)
+            with iw.sampling(S, seed=9):
+                y = PLAIN[form](nn.Sequential(nn.Tanh(), cls(0.5), nn.Tanh()), x)
+            with pytest.raises(RuntimeError, match=cls.__name__ + r"\(p=0.5\)"):
+                y.sum().backward()
+
+    @pytest.mark.parametrize("form", PLAIN)
+    def test_batch_norm_per_sample(self, form):
+        """It has no noise, but needs its context to tell the samples apart."""
+
+        class Normed(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.drop, self.norm = nn.Dropout(0.5), nn.Sequential(nn.Tanh(), nn.BatchNorm1d(F), nn.Tanh())
+
+            def forward(self, x):
+                return self.ck(self.norm, self.drop(x))
+
+        model, x = iw.convert(Normed().double(), S, expand="first", batch_norm="per_sample"), data()
+        model.ck = PLAIN[form]
+        with pytest.raises(RuntimeError, match=r"IWBatchNorm1d.* computed again during backward"):
+            model(x).sum().backward()
+        results = []
+        for model.ck in (direct, *OURS.values()):
+            with iw.sampling(S, seed=1):
+                y = model(x)
+            results.append(backward(y, x, model))
+        for other in results[1:]:
+            assert_equal(other, results[0])
+
+
+class TestWhatIsRightByItself:
+    @pytest.mark.parametrize("form", [*PLAIN, *OURS])
+    def test_layers_that_never_saw_a_context(self, form):
+        """Swapping the class alone breaks nothing: noise follows torch's generator, whose state the checkpoint restores."""
+        if form == "checkpoint-without-rng":
+            pytest.skip("noise outside of contexts follows torch's generator, as nn.Dropout's does")
+        ck = {**PLAIN, **OURS}[form]
+        model, x = Stack(nested=True), data()
+        results = []
+        for model.ck in (direct, ck):
+            torch.manual_seed(6)
+            results.append(backward(model(x), x, model))
+        assert_equal(*results)
+
+    @pytest.mark.parametrize("form", ["context_fn", "checkpoint", "checkpoint-reentrant"])
+    def test_layers_used_without_a_context_after_one(self, form):
+        model, x = Stack(nested=True), data()
+        with iw.sampling(S):
+            model(x)
+        results = []
+        for model.ck in (direct, OURS[form]):
+            torch.manual_seed(6)
+            y = model(x)
+            with iw.sampling(S, seed=1):  # is none of its business
+                results.append(backward(y, x, model))
+        assert_equal(*results)
+
+    @pytest.mark.parametrize("form", [*PLAIN, *OURS])
+    def test_a_context_inside_the_function(self, form):
+        gate, x = Gate(), data()
+
+        def function(x):
+            with iw.sampling(S, seed=9):
+                return gate(x)
+
+        {**PLAIN, **OURS}[form](function, x).sum().backward()
+        keep = naive.naive_keep(x, 0.5, samples=S, seed=9).double().view(S, B, F).sum(0)
+        torch.testing.assert_close(x.grad, gate.w.detach() ** 2 * keep * 2)
+
+    @pytest.mark.parametrize("form", [*PLAIN, "checkpoint"])
+    def test_a_converted_model_inside_the_function(self, form):
+        """The whole model is checkpointed: its context is opened again, its seed drawn again from the restored generator."""
+        model = Stack()
+        for gate in model.gates:
+            gate.drop = nn.Dropout(gate.drop.p)
+        iw.convert(model, S, expand="input")
+        x, results = data(), []
+        for ck in (direct, {**PLAIN, **OURS}[form]):
+            torch.manual_seed(6)
+            results.append(backward(ck(model, x), x, model))
+        assert_equal(*results)
+
+    def test_eval_mode(self):
+        model, x = Stack().eval(), data()
+        for model.ck in PLAIN.values():
+            with iw.sampling(S):
+                y = model(x)
+            assert backward(y, x, model)[0].shape == (B, F)
+
+    def test_a_model_that_draws_within_a_custom_backward(self):
+        """A context that is opened in the middle of a backward pass is of that pass."""
+        drop, seen = iw.IWDropout(0.5), []
+
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return x.clone()
+
+            @staticmethod
+            def backward(ctx, dy):
+                with iw.sampling(2, seed=3):
+                    seen.append(drop(dy))
+                return dy
+
+        with iw.sampling(S, seed=1):
+            drop(torch.ones(2, 3))
+            Function.apply(torch.ones(2, 3, requires_grad=True)).sum().backward()
+        assert torch.equal(seen[0], naive.naive_noise(torch.ones(2, 3), 0.5, samples=2, seed=3))
+
+    def test_deep_copies_are_layers_of_their_own(self):
+        gate, x = Gate(), data()
+        with iw.sampling(S, seed=9):
+            gate(x)
+        PLAIN["non-reentrant"](copy.deepcopy(gate), x).sum().backward()
+        assert x.grad.isfinite().all()
+
+
+class Mlp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(F, F), nn.Tanh(), nn.Dropout(0.5)) for _ in range(2)])
+        self.ck = direct
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = self.ck(block, x)
+        return x
+
+
+def compiled_and_eager(ck, backend="aot_eager", fullgraph=True, around=False):
+    """Outputs and gradients of a converted model: eager without checkpoints, and compiled with; one after another for two batches."""
+    torch.manual_seed(1)
+    model = iw.convert(Mlp(), S, expand="input")
+    compiled = torch.compile(model, backend=backend, fullgraph=fullgraph, dynamic=True)
+    results = []
+    for batch in (B, 4):
+        x = torch.randn(batch, F, requires_grad=True)
+        for run, way in ((model, direct), (compiled, ck)):
+            model.ck = way
+            with iw.sampling(S, seed=batch) as context:
+                y = run(x)
+                assert context.stream == 2
+                if around:
+                    results.append(backward(y, x, model))
+            if not around:
+                results.append(backward(y, x, model))
+    return zip(results[::2], results[1::2], strict=True)
+
+
+class TestCompile:
+    @pytest.fixture(autouse=True)
+    def _fresh_compiler(self):
+        torch._dynamo.reset()
+
+    def assert_same(self, pairs):
+        for eager, other in pairs:
+            assert torch.equal(eager[0] == 0, other[0] == 0)
+            for a, b in zip(eager, other, strict=True):
+                torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("form", [*PLAIN, "checkpoint", "checkpoint-reentrant"])
+    def test_one_graph(self, form):
+        """With torch's switch that lets the stream go on only in the forward, recompute is a part of the graph."""
+        with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
+            self.assert_same(compiled_and_eager({**PLAIN, **OURS}[form]))
+
+    @pytest.mark.parametrize("form", ["non-reentrant", "checkpoint"])
+    @pytest.mark.parametrize("converted", [False, True])
+    def test_drawn_seeds(self, form, converted):
+        """The seed is drawn inside the graph: layers outside of any context, and a model's own context."""
+        torch.manual_seed(1)
+        model, x = Mlp(), torch.randn(B, F, requires_grad=True)
+        if converted:
+            iw.convert(model, S, expand="input")
+        else:
+            for block in model.blocks:
+                block[2] = iw.IWDropout(0.5)
+        results = []
+        with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=converted or form == "checkpoint"):
+            for run, way in ((model, direct), (torch.compile(model, backend="aot_eager", fullgraph=True), {**PLAIN, **OURS}[form])):
+                model.ck = way
+                torch.manual_seed(6)
+                results.append(backward(run(x), x, model))
+        self.assert_same([results])
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("form", ["non-reentrant", "checkpoint"])
+    def test_one_graph_inductor(self, form):
+        with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
+            self.assert_same(compiled_and_eager({**PLAIN, **OURS}[form], backend="inductor"))
+
+    def test_one_graph_without_the_switch(self):
+        """torch names the switch."""
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="skip_fwd_side_effects_in_bwd_under_checkpoint = True"):
+            compiled_and_eager(OURS["checkpoint"])
+
+    @pytest.mark.parametrize("around", [False, True])
+    @pytest.mark.parametrize("form", ["checkpoint", "checkpoint-reentrant", "context_fn"])
+    def test_broken_graph(self, form, around):
+        self.assert_same(compiled_and_eager(OURS[form], fullgraph=False, around=around))
+
+    @pytest.mark.parametrize("around", [False, True])
+    @pytest.mark.parametrize("form", PLAIN)
+    def test_broken_graph_plain(self, form, around):
+        with pytest.raises(RuntimeError, match="computed again during backward"):
+            compiled_and_eager(PLAIN[form], fullgraph=False, around=around)
+
+    @pytest.mark.parametrize("form", ["checkpoint", "context_fn"])
+    def test_compiled_block_in_an_eager_checkpoint(self, form):
+        torch.manual_seed(1)
+        model, x = iw.convert(Mlp(), S, expand="input"), torch.randn(B, F, requires_grad=True)
+        with iw.sampling(S, seed=3):
+            want = backward(model(x), x, model)
+        for block in model.blocks:
+            block.compile(backend="aot_eager", fullgraph=True)
+        model.ck = OURS[form]
+        with iw.sampling(S, seed=3):
+            y = model(x)
+        self.assert_same([(want, backward(y, x, model))])

@@ -1,0 +1,365 @@
+"""Evaluation with noise: predictions averaged over samples, and the bound against their number from one draw."""
+
+import builtins
+import itertools
+import math
+
+import naive
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import iwsgd_ext as iw
+from iwsgd_ext.subsets import subset_means
+
+B, C, SEED = 5, 4, 11
+LAYERS = (0.5, 0.25)  # dropout probabilities
+
+
+class Net(nn.Module):
+    """Two noise layers with batch normalisation between them; torch's own dropout, which stays off; a forward that looks at its mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 9), nn.Linear(9, 9), nn.Linear(9, C)
+        self.drop, self.drop_too = (iw.IWDropout(p) for p in LAYERS)
+        self.norm, self.other = nn.BatchNorm1d(9), nn.Dropout(0.5)
+        self.norm.running_mean.uniform_(-1, 1)
+        self.norm.running_var.uniform_(0.5, 2)
+        self.double()
+
+    def forward(self, x):
+        assert not self.training
+        assert not torch.is_grad_enabled()
+        x = self.drop(torch.tanh(self.first(x)))
+        x = self.other(self.norm(self.second(x)))
+        return self.last(self.drop_too(x))
+
+
+def naive_logits(net: Net, x: torch.Tensor, samples: int, seed=SEED, first_example=0, unit_shape=()) -> torch.Tensor:
+    """[S, B, C], one sample after another, by masks of the naive generator and running statistics by hand."""
+    logits = []
+    with torch.no_grad():
+        h = torch.tanh(net.first(x))
+        for s in range(samples):
+            address = {"samples": 1, "seed": seed, "sample_ids": [s], "first_example": first_example}
+            z = h * naive.naive_keep(h, LAYERS[0], **address) * naive.effective_scale(LAYERS[0])
+            z = net.second(z)
+            z = (z - net.norm.running_mean) / torch.sqrt(net.norm.running_var + net.norm.eps) * net.norm.weight + net.norm.bias
+            z = z * naive.naive_keep(z, LAYERS[1], stream=1, **address) * naive.effective_scale(LAYERS[1])
+            logits.append(net.last(z))
+    return torch.stack(logits)
+
+
+def data(batch=B):
+    return torch.randn(batch, 6, dtype=torch.float64)
+
+
+class TestPredict:
+    @pytest.mark.parametrize("chunk", [None, 1, 3, 7])
+    @pytest.mark.parametrize("reduce", ["arithmetic", "geometric"])
+    def test_is_the_mean_over_samples(self, reduce, chunk):
+        net, x, samples = Net(), data(), 7
+        got = iw.predict(net, x, samples, reduce, chunk=chunk, seed=SEED)
+        p = torch.softmax(naive_logits(net, x, samples), 2)
+        if reduce == "arithmetic":
+            want = p.mean(0)
+        else:
+            want = p.log().mean(0).exp()
+            want = want / want.sum(1, keepdim=True)
+        torch.testing.assert_close(got.exp(), want, rtol=1e-10, atol=1e-12)
+        assert not got.requires_grad
+
+    @pytest.mark.parametrize("expand", ["first", "input", "2"])
+    def test_converted_model(self, expand):
+        """The samples of predict rule over the model's; its place of expansion stays; eval mode afterwards as before."""
+        model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Dropout(0.5), nn.BatchNorm1d(9), nn.Linear(9, C)).double()
+        iw.convert(model, 3, expand=expand).eval()
+        x, statistics = data(), model[3].running_mean.clone()
+        got = iw.predict(model, x, 8, seed=SEED, chunk=3)
+        h = torch.tanh(model[0](x))
+        keep = naive.naive_keep(h, 0.5, samples=8, seed=SEED) * 2
+        want = torch.softmax(model[4](model[3](torch.cat([h] * 8) * keep)), 1).view(8, B, C).mean(0)
+        torch.testing.assert_close(got.exp(), want)
+        assert torch.equal(model[3].running_mean, statistics)
+        assert not any(m.training for m in model.modules())
+        assert torch.equal(model(x), model[4](model[3](h)))
+
+    def test_modes_are_as_before(self):
+        """Also where the model raises."""
+        net = Net()
+        net.train()
+        net.second.eval()
+        net.drop.eval()
+        before = [m.training for m in net.modules()]
+        iw.predict(net, data(), 2)
+        assert [m.training for m in net.modules()] == before
+        with pytest.raises(RuntimeError):
+            iw.predict(net, torch.randn(2, 3).double(), 2)
+        assert [m.training for m in net.modules()] == before
+        assert torch.is_grad_enabled()
+
+    @pytest.mark.parametrize("batch_norm", ["per_sample", "frozen"])
+    def test_batch_norm_modes_of_a_converted_model(self, batch_norm):
+        model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(6), nn.Linear(6, C)).double()
+        want = iw.predict(iw.convert(model, 2, expand="first"), x := data(), 4, seed=1)
+        iw.revert(model)
+        iw.convert(model, 2, expand="first", batch_norm=batch_norm)
+        modes = [vars(m)["training"] for m in model.modules()]
+        torch.testing.assert_close(iw.predict(model, x, 4, seed=1), want)
+        assert [vars(m)["training"] for m in model.modules()] == modes
+
+    def test_seed_follows_manual_seed(self):
+        net, x = Net(), data()
+        torch.manual_seed(3)
+        seed = torch.empty(1, dtype=torch.int64).random_(-(2**63), None).item()
+        torch.manual_seed(3)
+        first = iw.predict(net, x, 4)
+        assert not torch.equal(first, iw.predict(net, x, 4))
+        torch.testing.assert_close(first, iw.predict(net, x, 4, seed=seed))
+        torch.testing.assert_close(first, iw.predict(net, x, 4, seed=torch.tensor(seed), chunk=2))
+
+    def test_no_examples(self):
+        for reduce in ("arithmetic", "geometric"):
+            assert iw.predict(Net(), data(0), 3, reduce, chunk=2).shape == (0, C)
+
+    def test_compiled_model(self):
+        torch._dynamo.reset()
+        model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Dropout(0.5), nn.Linear(9, C)).double()
+        iw.convert(model, 3, expand="input")
+        x = data()
+        want = iw.predict(model, x, 6, seed=SEED)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(iw.predict(compiled, x, 6, seed=SEED, chunk=3), want)
+        assert compiled(x).shape == (3 * B, C)
+
+    def test_first_example(self):
+        """Batches numbered through are one batch."""
+        net, x = Net(), data(6)
+        whole = iw.predict(net, x, 4, seed=SEED)
+        parts = [iw.predict(net, x[i : i + 2], 4, seed=SEED, first_example=i) for i in (0, 2, 4)]
+        torch.testing.assert_close(torch.cat(parts), whole)
+
+    def test_arguments_by_name_and_classes_last(self):
+        class Tagger(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.drop = iw.IWDropout(0.5)
+
+            def forward(self, x, *, scale):
+                return self.drop(x) * scale
+
+        x = torch.randn(2, 3, C, dtype=torch.float64)
+        got = iw.predict(Tagger(), {"x": x, "scale": 2.0}, 6, class_dim=-1, seed=1)
+        want = torch.softmax(2 * torch.cat([x] * 6) * naive.naive_keep(x, 0.5, samples=6, seed=1) * 2, 2).view(6, 2, 3, C).mean(0)
+        torch.testing.assert_close(got.exp(), want)
+
+    def test_impossible_classes(self):
+        """A class of probability 0 under every sample stays at 0, without NaN."""
+
+        class Masked(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.drop = iw.IWDropout(0.5)
+
+            def forward(self, x):
+                return torch.cat([self.drop(x), torch.full_like(self.drop(x), -math.inf)], 1)
+
+        for reduce in ("arithmetic", "geometric"):
+            p = iw.predict(Masked(), torch.randn(3, 2), 4, reduce, chunk=1).exp()
+            assert torch.equal(p[:, 2:], torch.zeros(3, 2))
+            torch.testing.assert_close(p.sum(1), torch.ones(3))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+    def test_precision(self, dtype):
+        model = nn.Sequential(nn.Linear(6, C), iw.IWDropout(0.5)).to(dtype)
+        log_p = iw.predict(model, torch.randn(3, 6, dtype=dtype), 5)
+        assert log_p.dtype == torch.float32
+        torch.testing.assert_close(log_p.exp().sum(1), torch.ones(3))
+
+    def test_samples_that_no_layer_drew(self):
+        class Skips(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.drop = iw.IWDropout(0.5)
+
+            def forward(self, x):
+                return x
+
+        with pytest.raises(ValueError, match=r"expected an output of 3 samples \* 3 examples = 9 rows .*, got 3; was a noise layer called"):
+            iw.predict(Skips(), torch.randn(3, 4), 3)
+
+
+def brute_force(l: torch.Tensor, alpha: float) -> torch.Tensor:
+    """[S, units], subset by subset and unit by unit."""
+    result = []
+    for k in range(1, len(l) + 1):
+        of_k = []
+        for column in l.double().t().unbind():
+            values = [naive.naive_bound(list(subset), alpha) for subset in itertools.combinations(column, k)]
+            of_k.append(sum(values) / len(values))
+        result.append(torch.stack(of_k))
+    return torch.stack(result)
+
+
+class TestSubsets:
+    @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 3.0, math.inf])
+    @pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0, 30.0, 3000.0])
+    def test_is_the_mean_over_all_subsets(self, scale, alpha):
+        l = scale * torch.randn(6, 8, dtype=torch.float64) - 3
+        l[2, 3] = l[:, 4] = l[:5, 5] = -math.inf
+        l[:, 6] = l[0, 6].item()
+        got, want = subset_means(l, alpha), brute_force(l, alpha)
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+        assert (got.diff(dim=0)[:, [0, 1, 2, 6, 7]] >= -1e-9).all()
+
+    def test_the_ends(self):
+        """k = 1 is the mean, k = S the bound of all, also for many samples."""
+        l = 7 * torch.randn(200, 3)
+        means = subset_means(l, 1.0)
+        torch.testing.assert_close(means[0], l.double().mean(0), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(means[-1], torch.logsumexp(l.double(), 0) - math.log(200), rtol=1e-9, atol=1e-9)
+
+    def test_two_of_many(self):
+        """k = 2 of 40 samples, pair by pair."""
+        l = 4 * torch.randn(40, 2, dtype=torch.float64)
+        pairs = [torch.logaddexp(l[i], l[j]) - math.log(2) for i, j in itertools.combinations(range(40), 2)]
+        torch.testing.assert_close(subset_means(l, 1.0)[1], torch.stack(pairs).mean(0), rtol=1e-9, atol=1e-9)
+
+    def test_what_is_no_number(self):
+        l = torch.zeros(3, 3)
+        l[0, 0], l[1, 1] = math.nan, math.inf
+        means = subset_means(l, 1.0)
+        assert means[:, :2].isnan().all()
+        torch.testing.assert_close(means[:, 2], torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-9)
+
+    def test_no_units(self):
+        assert subset_means(torch.zeros(3, 0), 1.0).shape == (3, 0)
+
+
+def naive_curve(log_p: torch.Tensor, outer: torch.Tensor, alpha: float):
+    """(bound, standard error) of weighted units, in Python's own numbers."""
+    bounds, errors, c = [], [], outer.tolist()
+    for of_k in brute_force(log_p, alpha).tolist():
+        mean = sum(a * b for a, b in zip(of_k, c, strict=True)) / sum(c)
+        n = sum(w > 0 for w in c)
+        bounds.append(mean)
+        errors.append(math.sqrt(n / (n - 1) * sum((w * (b - mean)) ** 2 for b, w in zip(of_k, c, strict=True))) / sum(c))
+    return torch.tensor(bounds, dtype=torch.float64), torch.tensor(errors, dtype=torch.float64)
+
+
+class TestBoundCurve:
+    @pytest.mark.parametrize("alpha", [1.0, 0.5, 0.0])
+    @pytest.mark.parametrize("chunk", [None, 2])
+    def test_against_the_loop(self, chunk, alpha):
+        """Two batches whose examples are numbered through; an ignored example does not count; class weights weigh."""
+        net, samples = Net(), 5
+        batches = [(data(4), torch.tensor([0, 1, 3, -100])), (data(3), torch.tensor([2, 2, 1]))]
+        weight = torch.tensor([1.0, 0.5, 2.0, 1.5], dtype=torch.float64)
+        loss_fn = iw.IWCrossEntropyLoss(9, weight=weight, alpha=alpha)
+        curve = iw.bound_curve(net, batches, samples, loss_fn=loss_fn, seed=SEED, chunk=chunk)
+        log_p, first = [], 0
+        for x, y in batches:
+            logits = naive_logits(net, x, samples, first_example=first)
+            first += len(x)
+            log_p.append(torch.stack([torch.log_softmax(logits[:, b], 1)[:, int(y[b])] for b in range(len(x)) if y[b] >= 0], 1))
+        targets = torch.cat([y for _, y in batches])
+        bound, error = naive_curve(torch.cat(log_p, 1), weight[targets[targets >= 0]], alpha)
+        assert curve.samples.tolist() == [1, 2, 3, 4, 5]
+        torch.testing.assert_close(curve.bound, bound, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(curve.standard_error, error, rtol=1e-7, atol=1e-8)
+
+    def test_ends_at_the_loss(self):
+        """With all samples it is minus the loss."""
+        net, x, y = Net(), data(), torch.randint(C, (B,))
+        curve = iw.bound_curve(net, [(x, y)], 6, seed=SEED)
+        loss = iw.iw_cross_entropy(naive_logits(net, x, 6).flatten(0, 1), y, 6)
+        torch.testing.assert_close(-curve.bound[-1], loss, rtol=1e-9, atol=1e-9)
+        assert (curve.bound.diff() > 0).all()
+
+    def test_other_likelihoods(self):
+        net, x = Net(), data()
+        y = torch.rand(B, C, dtype=torch.float64)
+        curve = iw.bound_curve(net, [(x, y)], 3, loss_fn=iw.IWLoss(nn.BCEWithLogitsLoss(reduction="none"), 3), seed=SEED)
+        logits = naive_logits(net, x, 3)
+        log_p = torch.stack([-F.binary_cross_entropy_with_logits(z, y, reduction="none").sum(1) for z in logits])
+        bound, error = naive_curve(log_p, torch.ones(B), 1.0)
+        torch.testing.assert_close(curve.bound, bound, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(curve.standard_error, error, rtol=1e-7, atol=1e-8)
+
+    def test_drawn_seed_is_one_for_all_batches(self):
+        net, batches = Net(), [(data(), torch.randint(C, (B,))) for _ in range(2)]
+        seed = int(torch.empty(1, dtype=torch.int64).random_(-(2**63), None)) if torch.manual_seed(3) else None
+        want = iw.bound_curve(net, batches, 3, seed=seed)
+        torch.manual_seed(3)
+        torch.testing.assert_close(iw.bound_curve(net, iter(batches), 3).bound, want.bound)
+
+    def test_one_example_has_no_standard_error(self):
+        curve = iw.bound_curve(Net(), [(data(1), torch.tensor([1]))], 3)
+        assert curve.bound.isfinite().all()
+        assert curve.standard_error.isnan().all()
+
+    def test_prints(self):
+        curve = iw.BoundCurve(torch.tensor([1, 2]), torch.tensor([-1.5, -1.25]), torch.tensor([0.1, 0.05]))
+        assert " ".join(str(curve).split()) == "samples bound std. error 1 -1.5000 0.1000 2 -1.2500 0.0500"
+
+    def test_progress(self, capsys):
+        pytest.importorskip("rich", reason="rich is not installed")
+        batches = [(data(), torch.randint(C, (B,)))]
+        shown = iw.bound_curve(Net(), batches, 2, progress=True, seed=1)
+        assert "100%" in capsys.readouterr().out
+        assert shown.samples.tolist() == [1, 2]
+
+    def test_progress_without_rich(self, monkeypatch):
+        monkeypatch.setattr(builtins, "__import__", without("rich"))
+        with pytest.raises(ImportError, match="progress=True needs the package rich"):
+            iw.bound_curve(Net(), [(data(), torch.randint(C, (B,)))], 2, progress=True)
+
+
+def without(package: str):
+    """An ``__import__`` for which a package is not installed."""
+    original = builtins.__import__
+
+    def imports(name, *args, **kwargs):
+        if name.partition(".")[0] == package:
+            raise ImportError(f"No module named {name}")
+        return original(name, *args, **kwargs)
+
+    return imports
+
+
+BAD = [
+    (TypeError, "model: expected a torch.nn.Module, got function", lambda x: iw.predict(lambda x: x, x, 2)),
+    (ValueError, "model: expected one with noise layers", lambda x: iw.predict(nn.Linear(6, 2), x, 2)),
+    (ValueError, "samples: expected an integer >= 1, got 0", lambda x: iw.predict(Net(), x, 0)),
+    (TypeError, "samples: expected an int, got float", lambda x: iw.bound_curve(Net(), [(x, x)], 2.0)),
+    (ValueError, "reduce: expected 'arithmetic' or 'geometric', got 'mean'", lambda x: iw.predict(Net(), x, 2, "mean")),
+    (ValueError, "chunk: expected a number of samples in 1 .. samples=2, got 3", lambda x: iw.predict(Net(), x, 2, chunk=3)),
+    (ValueError, "chunk: expected .*, got 0", lambda x: iw.predict(Net(), x, 2, chunk=0)),
+    (TypeError, "chunk: expected an int, got float", lambda x: iw.predict(Net(), x, 2, chunk=1.0)),
+    (TypeError, "seed: expected an int", lambda x: iw.predict(Net(), x, 2, seed=1.5)),
+    (ValueError, r"class_dim: expected .* \(10, 4\) that is not the first, got 2", lambda x: iw.predict(Net(), x, 2, class_dim=2)),
+    (ValueError, "class_dim: expected .*, got 0", lambda x: iw.predict(Net(), x, 2, class_dim=0)),
+    (ValueError, "class_dim: expected .*, got -2", lambda x: iw.predict(Net(), x, 2, class_dim=-2)),
+    (ValueError, "x: expected at least one tensor", lambda x: iw.predict(Net(), {}, 2)),
+    (TypeError, "loss_fn: expected .*, got CrossEntropyLoss", lambda x: iw.bound_curve(Net(), [(x, x)], 2, loss_fn=nn.CrossEntropyLoss())),
+    (TypeError, "batches: expected pairs .*, got Tensor", lambda x: iw.bound_curve(Net(), [x], 2)),
+    (ValueError, "batches: expected at least one, got none", lambda x: iw.bound_curve(Net(), [], 2)),
+    (ValueError, "batches: expected an example that counts", lambda x: iw.bound_curve(Net(), [(x, torch.full((B,), -100))], 2)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "message", "call"), BAD, ids=range(len(BAD)))
+def test_bad_arguments(error, message, call):
+    with pytest.raises(error, match=message):
+        call(data())
+
+
+def test_an_output_that_is_no_tensor():
+    class Wrapped(Net):
+        def forward(self, x):
+            return {"logits": super().forward(x)}
+
+    with pytest.raises(TypeError, match="model: expected one whose output is a floating-point tensor of logits, got dict"):
+        iw.predict(Wrapped(), data(), 2)
