@@ -19,7 +19,7 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 NATIVE_SOURCES := $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/* csrc/python/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo demo-short test test-fast ctest bench lint clean distclean FORCE
+.PHONY: help setup build demo demo-short test test-fast test-models ctest bench lint clean distclean FORCE
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -67,6 +67,9 @@ test: $(VENV)/.built  ## all tests, in Python and in C++
 
 test-fast: $(VENV)/.built  ## the Python tests without the slow ones, and without the reference backend where kernels are built
 	$(PY) -m pytest -m 'not slow' $(if $(wildcard iwsgd_ext/_ops*),-k 'not cpu-reference') $(ARGS)
+
+test-models: $(VENV)/.built  ## converted models of timm and transformers, fetched into build/ where they are not installed
+	@$(PY) tools/test_models.py $(ARGS)
 
 ctest: $(VENV)/.ready  ## the C++ tests, built with CMake
 	@mkdir -p build

@@ -101,7 +101,7 @@ def audit(model: nn.Module, *example_inputs: Any, **example_keywords: Any) -> Au
             revert(model)
     if example_inputs or example_keywords:
         conversion = conversion_of(model)
-        run = dry_run(model, conversion.samples, conversion.batch_dim, example_inputs, example_keywords)
+        run = dry_run(model, conversion.batch_dim, example_inputs, example_keywords)
         if run.error is None or conversion.unverified:
             conversion.learn(run.calls, run.error)
     return _report(model, True)

@@ -169,6 +169,8 @@ def _choose_expansion(model: nn.Module, conversion: "Conversion", args: tuple, k
     around = (run.first_noise or "").split(".")
     for depth in range(len(around) - 1, 0, -1):
         name = ".".join(around[:depth])
+        if _is_in_encoder_layer(model, name):
+            continue
         run = _try(model, conversion, name, args, kwargs)
         if run.fits:
             conversion.reason = f"{reason}; from the inputs of {name!r} on shapes fit"
@@ -178,11 +180,17 @@ def _choose_expansion(model: nn.Module, conversion: "Conversion", args: tuple, k
     return run
 
 
+def _is_in_encoder_layer(model: nn.Module, name: str) -> bool:
+    """Whether a hook there would cost torch's encoder layer its fast path in eval mode, whose results are other in the last bits."""
+    parts = name.split(".")
+    return any(isinstance(model.get_submodule(".".join(parts[:n])), nn.TransformerEncoderLayer) for n in range(1, len(parts) + 1))
+
+
 def _try(model: nn.Module, conversion: "Conversion", expand: str, args: tuple, kwargs: dict) -> DryRun:
     conversion.expand = expand
     _hook(model, conversion)
     try:
-        return dry_run(model, conversion.samples, conversion.batch_dim, args, kwargs)
+        return dry_run(model, conversion.batch_dim, args, kwargs)
     finally:
         _remove_hooks(model)
 

@@ -72,12 +72,14 @@ def as_arguments(example_inputs: Any) -> tuple[tuple, dict]:
     return (example_inputs,), {}
 
 
-def dry_run(model: nn.Module, samples: int, batch_dim: int | None, args: tuple, kwargs: dict) -> DryRun:
-    """Runs a converted model in training mode, with at least two samples and two rows; it is as before afterwards."""
+def dry_run(model: nn.Module, batch_dim: int | None, args: tuple, kwargs: dict) -> DryRun:
+    """Runs a converted model in training mode, with at least two rows, and as many samples as no size of the inputs is a multiple of:
+    rows that are not expanded must not pass for such that are. The model is as before afterwards."""
     watch = Watch.of(model)
     run = DryRun([])
     dim = batch_dim or 0
-    samples = max(samples, 2)  # one sample would fit everywhere
+    sizes = [n for v in tree_flatten((args, kwargs))[0] if isinstance(v, Tensor) for n in v.shape]
+    samples = next(prime for prime in (7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47) if all(n % prime for n in sizes) or prime == 47)
     with _untouched(model), FakeTensorMode(allow_non_fake_inputs=True) as fake:
         model.train()
         context = _Recorded(samples, watch)

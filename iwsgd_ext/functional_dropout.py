@@ -83,6 +83,9 @@ RANDOM: frozenset[Callable] = frozenset(
 RANDOM_METHODS = frozenset(f.__name__ for f in RANDOM if f.__name__.endswith("_")) | {"bernoulli"}
 
 
+_NOT_NOISE = (__name__, f"{__package__}.dry_run")  # modules of this package that are between a call and what notes it
+
+
 @dataclass
 class Watch:
     """What to look out for while a model runs, and what was seen."""
@@ -101,12 +104,12 @@ class Watch:
             self.calls[Call(place[0], function, p, place[1], kind)] = None
 
     def place(self) -> tuple[str, str] | None:
-        """The innermost module of the model that is running, and the line that made the call; None inside a layer of this package."""
+        """The innermost module of the model that is running, and the line that made the call; None inside of this package's noise."""
         frame, line = sys._getframe(2), None
         while frame is not None:
             package, module = frame.f_globals.get("__name__", ""), frame.f_locals.get("self")
             mine = package.startswith(__package__ + ".")
-            if mine and isinstance(module, nn.Module):
+            if mine and line is None and package not in _NOT_NOISE:
                 return None
             if line is None and not mine and not package.startswith("torch."):
                 line = f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"

@@ -13,8 +13,10 @@ SEED, S = 9, 3
 def assert_equal_to_loop(model: nn.Module, inputs: dict[str, Tensor], output=lambda y: y, expand: str = "auto", **options) -> iw.Audit:
     """Converts the model (made double) and returns its audit. The loop is the same model, one noise sample after another."""
     model = model.double()
+    dim = options.get("batch_dim", 0)
     before = output(model.eval()(**inputs))
-    batch = len(before)
+    rows = list(before.shape)
+    rows[dim] *= S
     iw.convert(model, S, expand=expand, example_inputs=inputs, strict=True, batch_norm="per_sample", **options)
     assert torch.equal(output(model.eval()(**inputs)), before)
     model.train()
@@ -22,15 +24,15 @@ def assert_equal_to_loop(model: nn.Module, inputs: dict[str, Tensor], output=lam
 
     with iw.sampling(S, seed=SEED):
         got = output(model(**inputs))
-    assert got.shape == (S * batch, *before.shape[1:])
+    assert list(got.shape) == rows
     samples = []
     for s in range(S):
         with iw.sampling(1, seed=SEED, sample_ids=[s]):
             samples.append(output(twin(**inputs)))
-    want = torch.cat(samples)
+    want = torch.cat(samples, dim)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
     assert not torch.allclose(samples[0], samples[1]), "no noise reaches the output"
-    assert not torch.allclose(got[0], before[0])
+    assert not torch.allclose(samples[0], before)
     weight = torch.randn_like(want)
     for y in (got, want):
         (y * weight).sum().backward()
