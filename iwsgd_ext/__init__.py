@@ -7,6 +7,7 @@ from .dropout import IWDropout, IWDropout1d, IWDropout2d, IWDropout3d, IWDropPat
 from .iw_cross_entropy import IWCrossEntropyLoss, IWStats, iw_cross_entropy
 from .likelihood import IWLoss, iw_logmeanexp
 from .sampling import sampling
+from .strategies import backward
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ __all__ = [
     "IWLoss",
     "IWStats",
     "backend_info",
+    "backward",
     "convert",
     "functional",
     "iw_cross_entropy",
