@@ -33,7 +33,7 @@ def _style(providers: list[str]) -> dict[str, dict[str, Any]]:
     return {
         name: {
             "color": COLORS[k % len(COLORS)],
-            "marker": MARKERS[k % len(MARKERS)],
+            "marker": MARKERS[(k + k // len(COLORS)) % len(MARKERS)],
             "linestyle": "-" if name.startswith("iw ") else "--",
             "markersize": 4,
         }
@@ -116,8 +116,9 @@ def roofline(results: list[Row], limits: dict[str, Any]) -> Figure | None:
     for r, n in points:
         label = None if r["provider"] in seen else r["provider"]
         seen.add(r["provider"])
-        axes.plot(n / r["bytes"], n / r["median_s"], label=label, **{**style[r["provider"]], "linestyle": ""})
-    axes.set(title="Roofline, S=8", xscale="log", yscale="log")
+        fill = "none" if r["op"] == "noise" else style[r["provider"]]["color"]
+        axes.plot(n / r["bytes"], n / r["median_s"], label=label, markerfacecolor=fill, **{**style[r["provider"]], "linestyle": ""})
+    axes.set(title="Roofline, S=8 (hollow: the noise op)", xscale="log", yscale="log")
     axes.set(xlabel="operations per byte that the provider moves", ylabel="operations / s")
     figure.legend(loc="outside right upper", frameon=False)
     return figure

@@ -54,9 +54,9 @@ FUSED = Count(lambda n, e, S: n * e * (1 + S), lambda n, e, S: n * e * (S + 1))
 CPU_LOOP = Count(lambda n, e, S: 6 * S * n * e, lambda n, e, S: 3 * S * n * e + 3 * (S - 1) * n * e)
 # On a GPU it is one kernel: x read, output and a mask of one byte an element written.
 GPU_LOOP = Count(lambda n, e, S: S * n * (2 * e + 1), lambda n, e, S: S * n * (2 * e + 1) + 3 * (S - 1) * n * e)
-# The repetition of x besides (x read, S copies written), and its gradient (S tensors read, one written).
-CPU_EXPANDED = Count(lambda n, e, S: (1 + S) * n * e + 6 * S * n * e, lambda n, e, S: 3 * S * n * e + (S + 1) * n * e)
-GPU_EXPANDED = Count(lambda n, e, S: (1 + S) * n * e + S * n * (2 * e + 1), lambda n, e, S: S * n * (2 * e + 1) + (S + 1) * n * e)
+# The repetition of x besides (x read, S copies written), and its gradient (S tensors read, one written; nothing to sum for S = 1).
+CPU_EXPANDED = Count(lambda n, e, S: (1 + S) * n * e + 6 * S * n * e, lambda n, e, S: 3 * S * n * e + (S > 1) * (S + 1) * n * e)
+GPU_EXPANDED = Count(lambda n, e, S: (1 + S) * n * e + S * n * (2 * e + 1), lambda n, e, S: S * n * (2 * e + 1) + (S > 1) * (S + 1) * n * e)
 # At the least: repetition and dropout in one kernel, with a mask of one byte an element where a gradient is wanted.
 COMPILED = Count(lambda n, e, S: n * e * (1 + S), lambda n, e, S: S * n * (e + 1) + n * e)
 # As the loop, but x is not repeated: one read of it by the product. Its gradient is a product and a sum over the samples.

@@ -135,6 +135,10 @@ def strategy(name: str, **options) -> Callable[[nn.Module, Inputs], Backward]:
         def backward(x: Tensor, y: Tensor, seed: int | None = None) -> Tensor:
             return iw.backward(model, criterion, x, y, samples=i.samples, strategy=name, seed=seed, **options)
 
+        try:
+            backward(*i.small())
+        except ValueError as error:  # iw.backward says which models a strategy cannot train
+            raise Skip(_first_line(error)) from None
         return backward
 
     return make
