@@ -33,6 +33,9 @@ from .measure import keep_freed_memory
 from .run import Run, Selection, cases
 from .summary import equal_compute, equal_time, goals
 
+QUICK_MINUTES = 1.8
+FINISHING = 8.0  # seconds for the last case's timing, the figures and the report
+
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -46,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", choices=("cpu", "cuda"), help="(cuda where there is one)")
     p.add_argument("--threads", nargs="+", type=int, default=[], metavar="N", help="numbers of torch's threads (all cores)")
     p.add_argument("--seconds", type=float, help="for each provider of a case (1; with --quick 0.2)")
-    p.add_argument("--minutes", type=float, help="for the whole run: important cases come first, and none is begun later")
+    p.add_argument("--minutes", type=float, help="for the whole run (1.8 with --quick): important cases come first")
     p.add_argument("--out", type=Path, help="folder for results.json, results.csv, figures and report.html")
     p.add_argument("--markdown", action="store_true", help="print a table to be pasted, instead of the terminal's")
     p.add_argument("--fresh-memory", action="store_true", help="let the C library give freed memory back, as it does by default")
@@ -87,7 +90,8 @@ def _measure(todo: list[Case], device: torch.device, selection: Selection, optio
     about = machine(device)
     about["freed memory kept"] = keep_freed_memory() if not options.fresh_memory and device.type == "cpu" else False
     seconds = options.seconds or (0.2 if options.quick else 1.0)
-    deadline = start + 60 * options.minutes if options.minutes else float("inf")
+    minutes = options.minutes or (QUICK_MINUTES if options.quick else None)
+    deadline = start + 60 * minutes - FINISHING if minutes else float("inf")
     run = Run(device, selection, seconds, least=3 if options.quick else 5, deadline=deadline)
     command = shlex.join(["python", "-m", "bench", *arguments])
     if options.out is not None:
@@ -137,7 +141,8 @@ def write_all(folder: Path, document: dict[str, Any]) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", document)
     write_csv(folder / "results.csv", document["results"])
-    written, figures = ["results.json", "results.csv"], []
+    (folder / "results.md").write_text(table.markdown(document), encoding="utf-8")
+    written, figures = ["results.json", "results.csv", "results.md"], []
     try:
         from .figures import save
     except ImportError as error:
@@ -156,10 +161,16 @@ def print_results(document: dict[str, Any], out, markdown: bool) -> None:
     table.show(document["results"], out)
     for goal in goals(document["results"]):
         out.print(f"{goal.verdict}: {goal.what}: {goal.measured:.2f}, wanted {goal.wanted:.2f}", markup=False)
+    times: dict[str, list[str]] = {}
     for what, provider, samples in equal_time(document["results"]):
-        out.print(f"equal time: {what}: {provider} affords S = {samples} where the naive loop affords 8", markup=False)
+        times.setdefault(what, []).append(f"{provider} {samples}")
+    for what, values in times.items():
+        out.print(f"equal time: {what}, noise samples in the naive loop's time for 8: {'; '.join(values)}", markup=False)
+    compute: dict[str, list[str]] = {}
     for what, provider, value in equal_compute(document["results"]):
-        out.print(f"equal compute: {what}: {provider} takes {value:.2f} of plain dropout's time on S*B examples", markup=False)
+        compute.setdefault(what, []).append(f"{provider} {value:.2f}")
+    for what, values in compute.items():
+        out.print(f"equal compute: {what}, time over that of plain dropout on S*B examples: {'; '.join(values)}", markup=False)
     out.print(table.about(document), markup=False)
     if document["noise"]:
         out.print(f"TOO NOISY to be quoted: {document['noise']}", style="bold red")

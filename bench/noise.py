@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import iwsgd_ext as iw
 from iwsgd_ext.functional import dropout
 
 from . import peers
@@ -89,7 +90,14 @@ def vmapped(i: Inputs) -> Form:
 
 
 def fused(i: Inputs) -> Form:
-    return lambda x: dropout(x, P, samples=i.samples, seed=7)
+    """The layer in its context, as it stands in a model."""
+    layer, context = iw.IWDropout(P), iw.sampling(i.samples)
+
+    def form(x: Tensor) -> Tensor:
+        with context:
+            return layer(x)
+
+    return form
 
 
 def variant_of(make: Callable[[Inputs], Form], count: Count) -> Callable[[Inputs], Variant]:

@@ -26,6 +26,8 @@ from .measure import (
 )
 
 MODULES = (noise, iw_cross_entropy, layer, step, host)
+NO_TIME = "the time that was given is used up"
+COMPILATION = 45.0  # seconds that torch.compile may take
 FIELDS = (
     *("level", "op", "size", "work", "samples", "batch", "classes", "dtype", "device", "threads", "provider", "status", "reason"),
     *("median_s", "p20_s", "p80_s", "runs", "noise", "ratio", "ratio_p20", "ratio_p80", "first_call_s", "memory_bytes"),
@@ -88,7 +90,7 @@ class Run:
             for case in todo:
                 progress(case.name)
                 if reason is None and time.monotonic() > self.deadline:
-                    self._skip(case, "the time that was given is used up")
+                    self._skip(case, NO_TIME)
                 elif reason is not None:
                     self._skip(case, reason)
                 else:
@@ -125,6 +127,8 @@ class Run:
 
     def _case(self, case: Case) -> None:
         gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         free = free_memory(self.device)
         if case.need > 0.9 * free:
             return self._skip(case, f"the size does not fit: about {case.need / 2**30:.1f} GiB, free are {free / 2**30:.1f} GiB")
@@ -138,6 +142,7 @@ class Run:
         first: dict[str, float] = {}
         for name in self.selection.providers_of(case):
             try:
+                self._in_time(name)
                 variant = case.providers[name](inputs)
                 with forced(variant.backend):
                     first[name] = self._first(variant)
@@ -162,6 +167,14 @@ class Run:
             return None
         self._rows(case, ready, first, times)
         return None
+
+    def _in_time(self, provider: str) -> None:
+        """What is begun should end in time, also where it is a compiler."""
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise Skip(NO_TIME)
+        if "torch.compile" in provider and left < COMPILATION:
+            raise Skip(f"a compiler may take more than the {left:.0f} s that are left")
 
     def _first(self, variant: Variant) -> float:
         """Seconds of the very first call: a compiler's time, where there is one."""

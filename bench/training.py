@@ -136,7 +136,7 @@ def strategy(name: str, **options) -> Callable[[nn.Module, Inputs], Backward]:
             return iw.backward(model, criterion, x, y, samples=i.samples, strategy=name, seed=seed, **options)
 
         try:
-            backward(*i.small())
+            iw.backward(copy.deepcopy(model), criterion, *i.small(), samples=i.samples, strategy=name, **options)
         except ValueError as error:  # iw.backward says which models a strategy cannot train
             raise Skip(_first_line(error)) from None
         return backward

@@ -1,6 +1,5 @@
 """Counts what torch's operators read and write, beneath autograd and vmap: an independent sum for the benchmark's byte formulas."""
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
