@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import models, training
+from . import models, strategies, training
 from .case import Case, Grid, Skip, backends
 
 
@@ -38,6 +38,7 @@ CPU = {
     "MLP": Architecture("784-1024-1024-10", lambda: models.mlp(784, 1024, 10), 64, 10, (784,), quick=True, rows=MIB // 16),
     "WRN": Architecture("WRN-10-1", lambda: models.wide_resnet(10, 1, 10), 16, 10, quick=True, expand="input", rows=4 * MIB),
     "shared trunk": Architecture("6 convolutions", lambda: models.shared_trunk(16, (2, 2, 2), 10), 32, 10, quick=True, rows=2 * MIB),
+    "deep MLP": Architecture("512x6, noise at the input", strategies.network, 128, 10, (512,), rows=MIB // 16),
     "VGG": Architecture("width 16", lambda: models.vgg(16, (2, 2, 2), 10), 16, 10, rows=2 * MIB),
     "ViT": Architecture("128x4, 64 patches", lambda: models.VisionTransformer(32, 4, 128, 4, 4, 10), 8, 10, rows=4 * MIB),
     "GPT-2": Architecture("128x2, 64 tokens", lambda: models.GPT2(1000, 64, 128, 2, 4), 4, 1000, (64,), True, rows=4 * MIB),
@@ -47,6 +48,7 @@ GPU = {
     "MLP": Architecture("784-4096-4096-10", lambda: models.mlp(784, 4096, 10), 1024, 10, (784,), quick=True, rows=MIB // 4),
     "WRN": Architecture("WRN-28-10", lambda: models.wide_resnet(28, 10, 10), 32, 10, quick=True, expand="input", rows=160 * MIB),
     "shared trunk": Architecture("7 convolutions", lambda: models.shared_trunk(64, (2, 2, 3), 100), 256, 100, quick=True, rows=24 * MIB),
+    "deep MLP": Architecture("4096x6, noise at the input", lambda: strategies.network(4096), 512, 10, (4096,), rows=MIB // 2),
     "VGG": Architecture("VGG-16", lambda: models.vgg(64, (2, 2, 3, 3, 3), 10), 128, 10, rows=32 * MIB),
     "ViT": Architecture("ViT-S/16", lambda: models.VisionTransformer(224, 16, 384, 12, 6, 1000), 32, 1000, (3, 224, 224), rows=64 * MIB),
     "GPT-2": Architecture("GPT-2-small", lambda: models.GPT2(50257, 1024, 768, 12, 12), 2, 50257, (1024,), True, rows=1536 * MIB),
@@ -97,7 +99,7 @@ def cases(grid: Grid) -> Iterator[Case]:
 
             for samples in every:
                 yield case(samples, a.batch, 15 + 2 * order, few=False)
-            if name in ("MLP", "shared trunk"):
+            if name in ("MLP", "shared trunk", "deep MLP"):
                 for samples in sweep:
                     if samples not in every:
                         yield case(samples, a.batch, 50, few=True)

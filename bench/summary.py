@@ -39,6 +39,8 @@ GOALS = (
     Goal("cpu", "WRN", "step", STEP, BASELINE, 1.2),
     Goal("cpu", "shared trunk", "step", STEP, BASELINE, 4.0),
     *(Goal("cpu", op, "step", STEP, COMPILED, 0.95) for op in ("MLP", "WRN", "shared trunk")),
+    Goal("cpu", "deep MLP", "step", ("iw cpu, resampled",), "iw cpu", 2.0),
+    Goal("cuda", "deep MLP", "step", ("iw cuda, resampled",), "iw cuda", 2.0),
     Goal("cuda", "noise", "forward", ("iw cuda, out=", "iw cuda"), LIMIT, 0.92, "bfloat16"),
     Goal("cuda", "noise", "backward", ("iw cuda",), LIMIT, 0.92, "bfloat16"),
     Goal("cuda", "noise", "forward", ("iw cuda",), COMPILED, 1.4, "bfloat16"),
@@ -93,6 +95,20 @@ def goals(results: list[Row]) -> Iterator[Reached]:
             noisy = bool(best["noise"] or (other and other["noise"]))
             name = f"{op} {size}, {work}, {dtype}, {threads} threads: {best['provider']} against {goal.against or 'the limit'}"
             yield Reached(name, measured, goal.wanted, noisy)
+    yield from memory_goals(results)
+
+
+def memory_goals(results: list[Row]) -> Iterator[Reached]:
+    """One sample's memory over that of 64 streamed one by one: at least 1 / 1.15. Counted on a CPU, so never noisy."""
+    sizes: dict[tuple, dict[tuple[str, int], int]] = {}
+    for (device, op, _, size, samples, dtype, threads), of in by_case(results).items():
+        for name in (f"iw {device}", f"iw {device}, streamed"):
+            if name in of and of[name]["memory_bytes"]:
+                sizes.setdefault((op, size, dtype, threads), {})[name.removeprefix(f"iw {device}"), samples] = of[name]["memory_bytes"]
+    for (op, size, dtype, threads), of in sizes.items():
+        if op == "deep MLP" and ("", 1) in of and (", streamed", 64) in of:
+            what = f"{op} {size}, {dtype}, {threads} threads: memory of one sample over that of 64 streamed"
+            yield Reached(what, of["", 1] / of[", streamed", 64], 1 / 1.15, False)
 
 
 class EqualTime(NamedTuple):

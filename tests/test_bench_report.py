@@ -179,6 +179,15 @@ def test_goals():
     assert (goal.measured, goal.wanted) == (0.83, 0.80)
 
 
+def test_goal_of_memory():
+    step = {"level": "step", "op": "deep MLP", "size": "512x6", "work": "step", "bytes": None}
+    rows = [row("iw cpu", 1.0, samples=1, memory_bytes=1000, **step), row("iw cpu, streamed", 9.0, samples=64, memory_bytes=1100, **step)]
+    (goal,) = summary.goals(rows)
+    assert goal.measured == pytest.approx(1 / 1.1) and goal.verdict == "reached"
+    rows[1]["memory_bytes"] = 1200
+    assert next(summary.goals(rows)).verdict == "NOT reached"
+
+
 def test_equal_time_and_equal_compute():
     """The loop takes 0.8 s for 8 samples; 0.1 sqrt(S) is there at S = 64, beyond the sweep; slower ones are interpolated."""
     found = {(t.what.split()[0], t.provider): t.samples for t in summary.equal_time(sweep()["results"])}
