@@ -126,15 +126,17 @@ def interleave(
     inner: int = 1,
     flush: Callable[[], None] | None = None,
     now: Callable[[], float] = time.perf_counter,
+    times: dict[str, list[float]] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each variant's runs, one list per variant, equally long: value i of all of them is from round i.
 
     The variants take turns, and each round starts with another one, so that a slow moment of the machine, and what a variant leaves in
-    the caches, falls on all of them. Rounds go on for ``seconds`` per variant, within ``least`` and ``most``. An interrupt ends them
-    early; what the last, incomplete round measured is left out.
+    the caches, falls on all of them. Rounds go on for ``seconds`` per variant, within ``least`` and ``most``. ``times`` is filled with
+    whole rounds as they are done: an interrupt leaves them there.
     """
     names = list(variants)
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times = {} if times is None else times
+    times.update({name: [] for name in names})
     start = now()
     for done in range(most):
         if done >= least and now() - start >= seconds * len(names):

@@ -98,7 +98,7 @@ class Run:
                 kept()
             if reason is None and todo:
                 self.limits["copy_at_end"] = copy_bandwidth(self.device)
-                self.noise = drifted(self.limits["copy"], self.limits["copy_at_end"])
+                self.noise = self.noise or drifted(self.limits["copy"], self.limits["copy_at_end"])
         except KeyboardInterrupt:
             self.interrupted = True
         kept()
@@ -111,6 +111,7 @@ class Run:
     def _limits(self, todo: list[Case]) -> None:
         """The machine's copy bandwidth and matrix rates, in bytes and operations a second."""
         self.flush = Flush(self.device)
+        self.limits["threads"] = torch.get_num_threads()
         self.limits["copy"] = copy_bandwidth(self.device)
         for name in sorted({str(case.dtype)[6:] for case in todo} | {"float32"}):
             self.limits[f"matrix_{name}"] = matrix_rate(self.device, getattr(torch, name))
@@ -159,8 +160,13 @@ class Run:
             return None
         watch = stopwatch(self.device, host=case.level == "host")
         flush = self.flush if case.flush else None
+        times: dict[str, list[float]] = {}
         try:
-            times = interleave(ready, watch, seconds=self.seconds, least=self.least, inner=case.inner, flush=flush)
+            interleave(ready, watch, seconds=self.seconds, least=self.least, inner=case.inner, flush=flush, times=times)
+        except KeyboardInterrupt:
+            if times[next(iter(ready))]:
+                self._rows(case, ready, first, times, besides=False)
+            raise
         except Exception as error:
             for name in ready:
                 self._row(case, name, "failed", f"while timing: {_reason(error)}")
@@ -186,15 +192,17 @@ class Run:
         synchronize(self.device)
         return time.perf_counter() - start
 
-    def _rows(self, case: Case, ready: dict[str, Variant], first: dict[str, float], times: dict[str, list[float]]) -> None:
-        flops = {name: self._try(variant, variant.count_flops) for name, variant in ready.items() if variant.count_flops}
+    def _rows(
+        self, case: Case, ready: dict[str, Variant], first: dict[str, float], times: dict[str, list[float]], besides: bool = True
+    ) -> None:
+        """The results of a case; ``besides`` the times, its operations and memory are counted, by runs of their own."""
+        counted = {name: variant.count_flops for name, variant in ready.items() if variant.count_flops and besides}
+        flops = {name: self._try(ready[name], count) for name, count in counted.items()}
         fewest_flops = min(filter(None, flops.values()), default=None)
         for name, variant in ready.items():
             t, bytes_ = Timing.of(times[name]), variant.bytes
             ratio = Timing.of([b / v for b, v in zip(times[BASELINE], times[name], strict=True)]) if BASELINE in times else None
-            if variant.before is not None:
-                variant.before()
-            memory = self._try(variant, lambda v=variant: peak_memory(v.memory or v.run, self.device, v.leaves))
+            memory = self._try(variant, lambda v=variant: self._memory(v)) if besides else None
             self._row(
                 case,
                 name,
@@ -216,6 +224,11 @@ class Run:
                 flops=flops.get(name),
                 of_limit=self._of_limit(case, fewest_flops, t.median),
             )
+
+    def _memory(self, variant: Variant) -> int:
+        if variant.before is not None:
+            variant.before()
+        return peak_memory(variant.memory or variant.run, self.device, variant.leaves)
 
     def _of_limit(self, case: Case, fewest_flops: int | None, seconds: float) -> float | None:
         """The time that the work must take by the machine's limits, over the time that it took."""

@@ -36,6 +36,7 @@ class Architecture(NamedTuple):
 MIB = 1 << 20
 CPU = {
     "MLP": Architecture("784-1024-1024-10", lambda: models.mlp(784, 1024, 10), 64, 10, (784,), quick=True, rows=MIB // 16),
+    "small MLP": Architecture("64-256-256-10", lambda: models.mlp(64, 256, 10), 50, 10, (64,), quick=True, rows=MIB // 64),
     "WRN": Architecture("WRN-10-1", lambda: models.wide_resnet(10, 1, 10), 16, 10, quick=True, expand="input", rows=4 * MIB),
     "shared trunk": Architecture("6 convolutions", lambda: models.shared_trunk(16, (2, 2, 2), 10), 32, 10, quick=True, rows=2 * MIB),
     "deep MLP": Architecture("512x6, noise at the input", strategies.network, 128, 10, (512,), rows=MIB // 16),
