@@ -78,7 +78,7 @@ ctest: $(VENV)/.ready  ## the C++ tests, built with CMake
 	@MAKEFLAGS= cmake --build $(CMAKE_BUILD) --parallel $(JOBS) >> build/cmake.log 2>&1 || { cat build/cmake.log; exit 1; }
 	cd $(CMAKE_BUILD) && ctest --output-on-failure
 
-bench: $(VENV)/.built  ## measure the kernels against plain PyTorch
+bench: $(VENV)/.built  ## measure ops, layers and training steps beside plain PyTorch (ARGS=--quick: under 2 minutes)
 	$(PY) -m bench $(ARGS)
 
 lint: $(VENV)/.ready  ## check the Python code with ruff

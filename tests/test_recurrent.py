@@ -3,7 +3,6 @@
 import copy
 import io
 
-import naive
 import naive_layers
 import pytest
 import torch
