@@ -21,6 +21,7 @@ OPS = {"iw_cross_entropy.cu": ("iw_cross_entropy", "iw_cross_entropy_"), "noise.
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.one_process,
     pytest.mark.skipif(ptxas_report.find_nvcc() is None, reason="no nvcc: not in CUDA_HOME, /usr/local/cuda or on the PATH"),
     pytest.mark.skipif(shutil.which("g++") is None, reason="no g++, which nvcc needs"),
 ]
