@@ -160,7 +160,7 @@ class sampling:
             elif self._seed is None:
                 origin = draw_origin(device)
             else:
-                origin = self._seed.to(device)
+                origin = self._seed.to(device, non_blocking=True)
             if self._origin is None and isinstance(self.first_example, Tensor):
                 origin = torch.cat([origin[:2], self.first_example.detach().to(device).reshape(1)])
             self._origin = origin

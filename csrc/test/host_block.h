@@ -15,7 +15,8 @@
 #include <utility>
 #include <vector>
 
-// The threads of one or several blocks, one running until it waits, then the next.
+// The threads of one or several blocks, one running until it waits, then the next; a block goes as far as it can without the others,
+// so that one which does not wait for them where it should is far ahead.
 class Threads {
  public:
   explicit Threads(bool backwards) : backwards_(backwards) {}
@@ -37,6 +38,7 @@ class Threads {
   void wait_for(Barrier& barrier, unsigned generation) {
     while (barrier.generation == generation)
       if (_setjmp(places_[current_]) == 0) _longjmp(scheduler_, 1);
+    progress_ = true;
   }
   void wait(Barrier& barrier) { wait_for(barrier, arrive(barrier)); }
 
@@ -64,19 +66,24 @@ class Threads {
       makecontext(&contexts_[i], enter_there, 2, static_cast<unsigned>(self >> 32), static_cast<unsigned>(self));
     }
     for (left_ = threads; left_ > 0;) {
-      progress_ = false;
-      for (next_ = 0; next_ < threads; ++next_) {
-        const int i = backwards_ ? threads - 1 - next_ : next_;
-        if (done_[i]) continue;
-        current_ = i;
-        if (_setjmp(scheduler_) == 0) {
-          if (started_[i]) _longjmp(places_[i], 1);
-          started_[i] = true;
-          setcontext(&contexts_[i]);
-        }
-        if (done_[current_]) --left_, progress_ = true;
-      }
-      if (!progress_) {
+      moved_ = false;
+      for (block_ = 0; block_ < several; ++block_)
+        do {
+          progress_ = false;
+          for (next_ = 0; next_ < count; ++next_) {
+            current_ = block_ * count + next_;
+            if (backwards_) current_ = threads - 1 - current_;
+            if (done_[current_]) continue;
+            if (_setjmp(scheduler_) == 0) {
+              if (started_[current_]) _longjmp(places_[current_], 1);
+              started_[current_] = true;
+              setcontext(&contexts_[current_]);
+            }
+            if (done_[current_]) --left_, progress_ = true;
+          }
+          moved_ = moved_ || progress_;
+        } while (progress_);
+      if (!moved_) {
         std::cerr << "the threads of a block wait at different barriers\n";
         std::abort();
       }
@@ -96,8 +103,8 @@ class Threads {
     self->done_[i] = true;
     _longjmp(self->scheduler_, 1);
   }
-  bool backwards_, progress_ = false;
-  int current_ = 0, next_ = 0, left_ = 0;  // members: setjmp may forget a local variable
+  bool backwards_, progress_ = false, moved_ = false;
+  int current_ = 0, next_ = 0, block_ = 0, left_ = 0;  // members: setjmp may forget a local variable
   const std::function<void(int)>* body_ = nullptr;
   // A context is entered once; from then on setjmp changes places, without the system calls of swapcontext.
   struct Place {
