@@ -6,7 +6,8 @@
 namespace iwsgd {
 
 // 16-byte accesses of a thread in flight. Two take more than the 64 registers that leave room for two blocks of 512 threads on a
-// multiprocessor, whose 32 warps hide the latency of shared memory with one.
+// multiprocessor, whose 32 warps hide the latency of shared memory with one. sm_90's code has 63 instructions for the statistics of 8
+// elements of bf16 and 88 for their gradient, 19 an element: as few as a tile's.
 constexpr int kClusterLoads = 1;
 
 // What a block knows of a row: the statistics of its classes, and the logit of the label if that is one of them.

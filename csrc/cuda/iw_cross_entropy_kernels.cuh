@@ -135,7 +135,9 @@ IWSGD_HD void loss_total(const Block& block, const LossArguments<T, A>& a, const
   if (block.thread() == 0) *a.loss = static_cast<A>(sum);
 }
 
-// 16-byte accesses of a thread in flight: to hide shared memory's latency, and memory's.
+// 16-byte accesses of a thread in flight: to hide shared memory's latency, and memory's. With two, sm_90's code has 129 instructions
+// for the statistics of 16 elements of bf16 (18 of them exponentials) and 166 for their gradient (16): 18.5 an element. 132
+// multiprocessors at 1.7 GHz issue 28.7 T a second, enough for 1.55 T elements; memory at 4.3 TB/s brings and takes 1.07 T.
 constexpr int kTileLoads = 2, kSliceLoads = 4;
 
 // ---- units in shared memory ----
@@ -190,7 +192,9 @@ IWSGD_HD void loss_tile(const Block& block, const LossArguments<T, A>& a, const 
   };
 
   // NOTE [One launch] Where all blocks are on the GPU at once, they share the sum of d and leave it behind a barrier of the grid:
-  // they arrive while their first tile is on its way, and wait when its statistics, which do not need it, are done.
+  // they arrive while their first tile is on its way, and wait when its statistics, which do not need it, are done. Three launches
+  // (denominator, tiles, total) cost 4 to 6 us more; 131072 examples of 10 classes and 8 samples take 10 us in bf16. Had every block
+  // read all targets for itself, it would be 1 MB for each of 500 blocks there, 50 us of the second level cache.
   fetch();
   unsigned arrival = 0;
   if (plan.one_launch) {
