@@ -166,6 +166,37 @@ def test_without_a_gpu(tmp_path):
     assert {s["status"] for s in stages[1:]} == {"skipped"}
 
 
+BENCH = """
+import json, pathlib, sys
+if "--help" in sys.argv:
+    print("--device --out --minutes")
+elif sys.argv[1] == "show":
+    print("| what | ratio |")
+else:
+    out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+    out.mkdir(parents=True)
+    (out / "results.json").write_text(json.dumps({"goals": [0.93]}))
+    (out / "report.html").write_text("<p>")
+    for name in "abcdefgh":
+        (out / f"{name}.png").touch()
+"""
+
+
+@pytest.mark.parametrize(("program", "status"), [(BENCH, "ok"), ("import sys; sys.exit('--help' not in sys.argv)", "skipped")])
+def test_benchmarks_come_along(session, tmp_path, monkeypatch, program, status):
+    """Their numbers, table and page, and no more than a few pictures."""
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "__main__.py").write_text(program)
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    gpu.run_stages([gpu.Stage("bench", 50, gpu.bench)], session, lambda line: None)
+    assert session.results[0].status == status, session.results[0].text
+    if status == "ok":
+        assert json.loads((session.out / "results.json").read_text())["bench"] == {"goals": [0.93]}
+        assert "| what | ratio |" in (session.out / "report.md").read_text()
+        names = {p.name for p in session.out.iterdir()}
+        assert {"bench.html", "a.png"} <= names and len(names) <= 8
+
+
 def test_unknown_stage(capsys):
     with pytest.raises(SystemExit):
         gpu.main(["--only", "tests", "speed"])

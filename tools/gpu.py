@@ -26,7 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_GPU = 2
-MOST_PICTURES = 5
+MOST_PICTURES = 4
 
 
 class Failed(Exception):
@@ -149,7 +149,7 @@ def run_stages(stages: list[Stage], session: Session, say: Callable[[str], None]
     """Runs them all, whatever fails, writing the report after each; returns the exit code."""
     for folder in (session.logs, session.out):
         folder.mkdir(parents=True, exist_ok=True)
-    for stale in ("report.md", "results.json", "logs.tar.gz"):
+    for stale in ("report.md", "results.json", "logs.tar.gz", "bench.html"):
         (session.out / stale).unlink(missing_ok=True)
     waiting = list(stages)
     while waiting:
@@ -211,7 +211,7 @@ def write_report(session: Session) -> None:
             tail = log.read_text(errors="replace").splitlines()[-40:] if log.exists() else []
             lines += ["", f"## {r.name} failed", "", r.text, "", "```", *tail, "```"]
         elif len(r.text.splitlines()) > 1:
-            lines += ["", f"## {r.name}", "", "```", *r.text.splitlines()[1:], "```"]
+            lines += ["", f"## {r.name}", "", *r.text.splitlines()[1:]]
     pictures = sorted(p.name for p in session.out.iterdir() if p.suffix in (".png", ".svg"))
     lines += ["", *(f"![{Path(name).stem}]({name})" for name in pictures)]
     (session.out / "report.md").write_text("\n".join(lines) + "\n")
@@ -361,13 +361,17 @@ def bench(run: Run) -> str:
     files = sorted(p for p in folder.rglob("*") if p.is_file()) if folder.exists() else []
     for picture in [p for p in files if p.suffix in (".png", ".svg")][:MOST_PICTURES]:
         shutil.copy(picture, run.session.out / picture.name)
-    for path in files:
-        if path.suffix == ".json":
-            run.session.facts.setdefault("bench", {})[path.stem] = json.loads(path.read_text())
+    if (folder / "report.html").exists():
+        shutil.copy(folder / "report.html", run.session.out / "bench.html")
+    found = folder / "results.json"
+    if found.exists():
+        run.session.facts["bench"] = json.loads(found.read_text())
     if code != 0:
         raise Failed("the benchmarks ended with an error; the log's end follows")
-    tables = [p.read_text().strip() for p in files if p.suffix == ".md"]
-    return "\n".join([f"{len(files)} files", *tables])
+    if not found.exists():
+        raise Failed("the benchmarks left no results.json")
+    code, shown = run.python("-m", "bench", "show", found, "--markdown")
+    return "\n".join([f"{len(files)} files, {minutes:.1f} minutes", *([shown.strip()] if code == 0 else [])])
 
 
 PROFILE_METRICS = ",".join(
