@@ -10,8 +10,17 @@ from pathlib import Path
 import torch
 
 NAMES = ("reference", "cpu", "cuda")
-# a backend has them all
-OPS = ("noise", "noise_sum", "noise_out", "gaussian", "gaussian_sum", "multinomial", "iw_cross_entropy", "iw_cross_entropy_")
+OPS = (  # a backend has them all
+    "noise",
+    "noise_sum",
+    "noise_out",
+    "gaussian",
+    "gaussian_sum",
+    "multinomial",
+    "iw_cross_entropy",
+    "iw_cross_entropy_",
+    "iw_cross_entropy_scale_",
+)
 HOW_TO_BUILD = {
     "cpu": "it is built from source where a C++ compiler is found: pip install --no-build-isolation --force-reinstall --no-deps .",
     "cuda": "it is built from source where torch has CUDA and nvcc is found, or with IWSGD_CUDA=1: "

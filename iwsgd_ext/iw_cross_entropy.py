@@ -25,6 +25,7 @@ torch.library.define(
     "iwsgd_ext::iw_cross_entropy", f"(Tensor logits, {_ARGUMENTS}, bool need_gradient) -> ({_RESULTS}, Tensor dlogits)", tags=_TAGS
 )
 torch.library.define("iwsgd_ext::iw_cross_entropy_", f"(Tensor(a!) logits, {_ARGUMENTS}) -> ({_RESULTS})", tags=_TAGS)
+torch.library.define("iwsgd_ext::iw_cross_entropy_scale_", "(Tensor(a!) dlogits, Tensor factor) -> ()", tags=_TAGS)
 
 
 @torch.library.register_fake("iwsgd_ext::iw_cross_entropy_")
@@ -47,6 +48,11 @@ def _fake(logits, target, samples, *options):
 def _(logits, *arguments):
     *arguments, need_gradient = arguments
     return *_fake(logits, *arguments), torch.empty_like(logits) if need_gradient else logits.new_empty(0)
+
+
+@torch.library.register_fake("iwsgd_ext::iw_cross_entropy_scale_")
+def _(dlogits, factor):
+    return None
 
 
 class _IWCrossEntropy(torch.autograd.Function):
@@ -91,13 +97,22 @@ class _IWCrossEntropy(torch.autograd.Function):
         if dloss is None:
             return None, *none
         (dlogits,) = ctx.saved_tensors
-        # The usual case costs no pass over memory. A retained graph needs its dlogits again, whatever is done to the gradient.
-        usual = not ctx.per_unit and dloss.device.type == "cpu" and not torch.compiler.is_compiling() and float(dloss) == 1.0
-        usual = usual and not torch._C._autograd._get_current_graph_task_keep_graph()
-        result = (dlogits if usual else _scale(dlogits, dloss, ctx.samples)).view(ctx.shape)
+        # A retained graph needs its dlogits again; a compiler joins the product with what follows.
+        once = not torch.compiler.is_compiling() and not torch._C._autograd._get_current_graph_task_keep_graph()
+        if once and not ctx.per_unit and _is_dense(dlogits) and backend.backend_of(dlogits.device) != "reference":
+            # The device alone reads the factor, and does nothing where it is 1, which it mostly is: no pass over memory, no wait.
+            torch.ops.iwsgd_ext.iw_cross_entropy_scale_(dlogits, dloss)
+        else:
+            dlogits = _scale(dlogits, dloss, ctx.samples, out=dlogits if once else None)
+        result = dlogits.view(ctx.shape)
         if torch.is_grad_enabled():  # dloss alone may not require grad, and a second derivative would be zero in silence
             result = _NoSecondDerivative.apply(result, torch.empty(0, requires_grad=True))
         return result, *none
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether the elements fill their memory without gaps, in whatever order."""
+    return sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) == x.numel() - 1
 
 
 def _scale(dlogits: Tensor, factor: Tensor, samples: int, out: Tensor | None = None) -> Tensor:

@@ -81,7 +81,14 @@ def make_origin(seed: int | Tensor, stream: int | Tensor, first_example: int | T
     """The origin int64 [3] of a given address, whose parts are ints or int64 tensors of one element."""
     if isinstance(seed, int) and isinstance(stream, int) and isinstance(first_example, int):
         signed = [(v + 2**63) % 2**64 - 2**63 for v in (seed, stream, first_example)]
-        return torch.tensor(signed, dtype=torch.int64, device=device)
+        if device.type == "cpu":
+            return torch.tensor(signed, dtype=torch.int64)
+        # Filled by the device: a copy from the host would wait for it, and cannot be captured in a CUDA graph.
+        origin = torch.zeros(3, dtype=torch.int64, device=device)
+        for i, value in enumerate(signed):
+            if value:
+                origin[i].fill_(value)
+        return origin
     parts = (make_origin(v, 0, 0, device)[0] if isinstance(v, int) else v.to(device).reshape(()) for v in (seed, stream, first_example))
     return torch.stack(list(parts))
 

@@ -206,7 +206,7 @@ class sampling:
                 if self._replayed_origin is not None:  # drawn all the same, for those who use the generator after it
                     origin = self._replayed_origin.to(device)
             else:
-                origin = self._seed.to(device)
+                origin = self._seed.to(device, non_blocking=True)
             if self._origin is None and isinstance(self.first_example, Tensor):
                 origin = torch.cat([origin[:2], self.first_example.detach().to(device).reshape(1)])
             self._origin = origin

@@ -9,7 +9,10 @@ import torch
 import iwsgd_ext as iw
 from iwsgd_ext.sampling import current
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+# tools/gpu.py asks for the cases of one device, and deals them out to processes: IWSGD_TEST_SHARD=2/10 is the third of ten.
+ONLY = os.environ.get("IWSGD_TEST_DEVICE")
+SHARD, SHARDS = map(int, os.environ.get("IWSGD_TEST_SHARD", "0/1").split("/"))
+DEVICES = [d for d in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])) if ONLY in (None, d)]
 BUILT = iw.backend_info()["built"]
 
 # A function-scoped fixture (device, backend, the seed below) holds for all examples of a fuzz test: that is what is wanted here.
@@ -26,6 +29,17 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize(("device", "backend"), pairs, indirect=True, ids=[f"{d}-{b}" if d != b else f"{d}-native" for d, b in pairs])
     elif "device" in metafunc.fixturenames:
         metafunc.parametrize("device", DEVICES, indirect=True)
+
+
+def pytest_collection_modifyitems(config, items):
+    if SHARDS == 1:
+        return
+    keys = {}  # every case by itself, but those of a file whose cases share what is slow to make
+    for item in items:
+        keys.setdefault(item.path if item.get_closest_marker("one_process") else item.nodeid, len(keys))
+    mine = [i for i in items if keys[i.path if i.get_closest_marker("one_process") else i.nodeid] % SHARDS == SHARD]
+    config.hook.pytest_deselected(items=[item for item in items if item not in mine])
+    items[:] = mine
 
 
 @pytest.fixture
