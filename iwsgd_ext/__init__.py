@@ -3,7 +3,16 @@
 from . import backend, functional
 from .backend import backend_info, set_backend
 from .convert import convert, revert
-from .dropout import IWDropout, IWDropout1d, IWDropout2d, IWDropout3d, IWDropPath
+from .dropout import (
+    IWAdaptiveDropout,
+    IWAlphaDropout,
+    IWDropout,
+    IWDropout1d,
+    IWDropout2d,
+    IWDropout3d,
+    IWDropPath,
+    IWFeatureAlphaDropout,
+)
 from .iw_cross_entropy import IWCrossEntropyLoss, IWStats, iw_cross_entropy
 from .likelihood import IWLoss, iw_logmeanexp
 from .sampling import sampling
@@ -13,12 +22,15 @@ __version__ = "0.1.0"
 backend.load()
 
 __all__ = [
+    "IWAdaptiveDropout",
+    "IWAlphaDropout",
     "IWCrossEntropyLoss",
     "IWDropPath",
     "IWDropout",
     "IWDropout1d",
     "IWDropout2d",
     "IWDropout3d",
+    "IWFeatureAlphaDropout",
     "IWLoss",
     "IWStats",
     "backend_info",

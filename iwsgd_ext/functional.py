@@ -1,17 +1,17 @@
 """Noise at an address that is given: no context, no state. The same address gives the same noise on every backend."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .checks import check_dtype, check_integer, check_probability, check_sample_ids, check_samples
-from .noise import Rows, Unit, make_origin, noise, threshold_of
+from .noise import Law, Rows, Unit, alpha_law, dropout_law, make_origin, noise
 
 _ARGS = """
     Args:
         x: {shape} where ``expand``, else with samples * B rows, sample-major. float32, float64, bfloat16, float16; any strides.
-        p: probability of being dropped, in [0, 1], rounded to a multiple of 1/65536.
+        p: probability of being dropped, in [0, 1], rounded to a multiple of 1/65536.{rates}
         samples: K, noise samples for each example.
         seed: the noise's 64-bit seed, an int or an int64 tensor of one element.
         stream: which noise call, modulo 2^32; an int or an int64 tensor of one element.
@@ -22,7 +22,7 @@ _ARGS = """
         out: where the result goes, contiguous (channels_last where x is); for calls that need no gradient.
 
     Returns:
-        x * keep / (1 - p) with K*B rows, of x's dtype, computed in float32 (float64) and rounded once.
+        {result} with K*B rows, of x's dtype, computed in float32 (float64) and rounded once.
 
     Raises:
         ValueError, TypeError: an argument is not as above; the message names it, what was expected and what came.
@@ -38,10 +38,19 @@ _ARGS = """
     """
 
 
-def _form(name: str, unit: Unit, summary: str, shape: str, dims: tuple[int, ...] | None, example: str):
+_FEATURES = (2, 3, 4, 5)  # dimensions of a tensor that has channels
+_RATES = """
+            Or a tensor of probabilities that broadcasts to what is drawn of x (its rows: 1, B, or as x), float, without gradient."""
+
+
+def _form(
+    name: str, unit: Unit, summary: str, shape: str, dims: tuple[int, ...] | None, example: str, law: Callable[[float], Law] = dropout_law
+):
+    rates = law is dropout_law  # whether p may be a tensor
+
     def form(
         x: Tensor,
-        p: float = 0.5,
+        p: float | Tensor = 0.5,
         *,
         samples: int = 1,
         seed: int | Tensor,
@@ -52,10 +61,14 @@ def _form(name: str, unit: Unit, summary: str, shape: str, dims: tuple[int, ...]
         batch_dim: int = 0,
         out: Tensor | None = None,
     ) -> Tensor:
+        if not (rates and isinstance(p, Tensor)):
+            check_probability(p)
+            p = law(p)
         return _noise(x, p, unit, shape, dims, samples, seed, stream, sample_ids, first_example, expand, batch_dim, out)
 
     form.__name__ = form.__qualname__ = name
-    form.__doc__ = summary + "\n" + _ARGS.format(name=name, shape=shape, example=example)
+    result = "x * keep / (1 - p)" if rates else "keep ? a * x + b : a * alpha + b"
+    form.__doc__ = summary + "\n" + _ARGS.format(name=name, shape=shape, example=example, rates=_RATES if rates else "", result=result)
     return form
 
 
@@ -66,13 +79,18 @@ dropout1d = _form("dropout1d", "channel", "Dropout of whole channels under K noi
 dropout2d = _form("dropout2d", "channel", "Dropout of whole channels under K noise samples.", "[B, C, H, W]", (4,), "2, 6, 3, 3")
 dropout3d = _form("dropout3d", "channel", "Dropout of whole channels under K noise samples.", "[B, C, D, H, W]", (5,), "2, 6, 2, 2, 2")
 drop_path = _form("drop_path", "row", "Stochastic depth: whole rows are dropped, under K noise samples.", "[B, ...]", None, "2, 6")
+alpha_dropout = _form(
+    "alpha_dropout", "element", "Alpha dropout of independent elements under K noise samples.", "[B, ...]", None, "2, 6", alpha_law
+)
+feature_alpha_dropout = _form(
+    "feature_alpha_dropout", "channel", "Alpha dropout of whole channels under K samples.", "[B, C, ...]", _FEATURES, "2, 6, 3", alpha_law
+)
 
 
-def _noise(x, p, unit, shape, dims, samples, seed, stream, sample_ids, first_example, expand, batch_dim, out) -> Tensor:
+def _noise(x, law, unit, shape, dims, samples, seed, stream, sample_ids, first_example, expand, batch_dim, out) -> Tensor:
     check_dtype("x", x)
     if x.dim() == 0 or (dims is not None and x.dim() not in dims):
         raise ValueError(f"x: expected {shape}, got {x.dim()}-D {tuple(x.shape)}")
-    check_probability(p)
     check_samples(samples)
     if not -x.dim() <= batch_dim < x.dim():
         raise ValueError(f"batch_dim: expected a dimension of x in [{-x.dim()}, {x.dim()}), got {batch_dim}")
@@ -104,7 +122,7 @@ def _noise(x, p, unit, shape, dims, samples, seed, stream, sample_ids, first_exa
     first_int, first_example = (0, first_example) if isinstance(first_example, Tensor) else (first_example % 2**32, 0)
     return noise(
         x,
-        threshold_of(p),
+        law,
         unit,
         samples=samples,
         origin=make_origin(seed, stream, first_example, x.device),

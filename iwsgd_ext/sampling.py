@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_integer, check_sample_ids, check_samples
-from .noise import Unit, draw_origin, make_origin, noise, threshold_of
+from .noise import Law, Unit, draw_origin, make_origin, noise
 
 # The compiler takes integers that it reaches from globals for constants: it would compile a block anew for each stream. This names
 # the contexts' counters as dynamic, so that one graph serves all streams.
@@ -96,7 +96,7 @@ class sampling:
     def __exit__(self, *_) -> None:
         _stack.contexts.remove(self)
 
-    def draw(self, x: Tensor, p: float, unit: Unit, batch_dim: int | None) -> Tensor:
+    def draw(self, x: Tensor, law: Law | Tensor, unit: Unit, batch_dim: int | None) -> Tensor:
         """The noise of one layer's call: expands ``x`` or keeps its rows, and takes the next stream."""
         batch_dim = self.batch_dim if batch_dim is None else batch_dim
         if not -x.dim() <= batch_dim < x.dim():
@@ -115,7 +115,7 @@ class sampling:
         first = self.first_example
         return noise(
             x,
-            threshold_of(p),
+            law,
             unit,
             samples=self.samples,
             origin=origin,
@@ -184,12 +184,12 @@ def _has_ended(frame: FrameType) -> bool:
     return True
 
 
-def draw(x: Tensor, p: float, unit: Unit, batch_dim: int | None) -> Tensor:
+def draw(x: Tensor, law: Law | Tensor, unit: Unit, batch_dim: int | None) -> Tensor:
     """A layer's noise: as the context says, or, outside of any, one fresh noise sample (what the layer's torch namesake does)."""
     context = current()
     if context is None:
         context = sampling(1)
-    return context.draw(x, p, unit, batch_dim)
+    return context.draw(x, law, unit, batch_dim)
 
 
 def _rank() -> int:
