@@ -115,6 +115,12 @@ def noise(
     return y.to(x.dtype).reshape(outer, samples * examples, inner).contiguous()
 
 
+def noise_out(x: Tensor, *arguments) -> None:
+    """:func:`noise` written to the tensor that follows its arguments."""
+    *arguments, out = arguments
+    out.copy_(noise(x, *arguments))
+
+
 def noise_sum(
     dy: Tensor,
     origin: Tensor,

@@ -8,6 +8,7 @@ A stack is what spilled registers are in. tests/test_triton_compile.py uses it.
 
 import argparse
 import contextlib
+import json
 import re
 import subprocess
 import sys
@@ -29,6 +30,8 @@ class Kernel(NamedTuple):
     registers: int
     stack_bytes: int
     shared_bytes: int
+    atomics: bool
+    asserts: bool
 
 
 def specialize(kernel, values: dict) -> tuple[dict, dict, dict]:
@@ -66,7 +69,9 @@ def compile_kernel(kernel, values: dict, warps: int, limit: int | None, arch: in
     options = {"num_warps": warps, "maxnreg": limit, "debug": bool(kernel.debug)}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, stack = usage(compiled.asm["cubin"])
-    return Kernel(kernel.__name__, case, arch, warps, registers, stack, compiled.metadata.shared)
+    ptx = compiled.asm["ptx"]
+    atomics = re.search(r"^\s*(@%\w+\s+)?(atom|red)\.", ptx, re.MULTILINE) is not None
+    return Kernel(kernel.__name__, case, arch, warps, registers, stack, compiled.metadata.shared, atomics, "__assertfail" in ptx)
 
 
 def usage(cubin: bytes) -> tuple[int, int]:
@@ -213,7 +218,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", nargs="+", type=int, default=ARCHITECTURES)
     parser.add_argument("--only", default="")
+    parser.add_argument("--json", action="store_true", help="for programs")
     arguments = parser.parse_args()
+    if arguments.json:
+        print(json.dumps([k._asdict() for k in report(arguments.arch, arguments.only)]))
+        return 0
     print(f"{'arch':>4} {'warps':>5} {'registers':>9} {'stack':>5} {'shared':>7}  kernel")
     kernels = report(arguments.arch, arguments.only)
     for k in kernels:

@@ -126,9 +126,10 @@ def split_plan(shape: Shape, device: Device) -> Split:
     # Where positions are neighbours in memory, a step takes a line of 128 bytes of them.
     least = 1 if shape.adjacent else min(power_of_two(shape.lanes), 128 // shape.element_bytes)
     block_c = min(power_of_two(shape.classes), elements // least)
-    block_l = min(power_of_two(max(shape.lanes, 1)), max(least, min(elements // block_c, 256)))
-    # At least as many elements as threads: an element of two threads could be overwritten by one before the other has read it.
-    warps = min(warps_for(block_l * block_c, 16), max(1, block_l * block_c // 32))
+    block_l = min(power_of_two(shape.lanes), max(least, min(elements // block_c, 256)))
+    # At least as many elements as threads: NOTE [In place].
+    block_l = max(block_l, 32 // block_c)
+    warps = min(warps_for(block_l * block_c, 16), block_l * block_c // 32)
     return Split(block_l, block_c, warps, divide_up(shape.lanes, block_l), divide_up(shape.classes, block_c))
 
 

@@ -46,12 +46,10 @@ def threshold_of(thresholds, threshold, position, b, s, there, row_stride, sampl
 
 
 @triton.jit
-def factor_of(threshold, scale, ACC: tl.constexpr):
-    """What a kept element of its own threshold is multiplied by: 65536 / (65536 - threshold), and scale."""
-    left = tl.maximum(65536 - threshold, 1).to(ACC)
-    whole = tl.full((), 65536.0, ACC)
-    factor = tl.div_rn(whole, left) if tl.float32 == ACC else whole / left  # Triton's own division of float32 is approximate
-    return tl.where(threshold < 65536, factor, 0.0) * scale
+def factor_of(threshold, ACC: tl.constexpr):
+    """What a kept element of its own threshold is multiplied by, beside the call's scale: 65536 / (65536 - threshold)."""
+    left, whole = tl.maximum(65536 - threshold, 1).to(ACC), tl.full((), 65536.0, ACC)
+    return tl.div_rn(whole, left) if ACC == tl.float32 else whole / left  # Triton's own division of float32 is approximate
 
 
 @triton.jit(do_not_specialize=EXACT)
@@ -88,7 +86,7 @@ def noise_fwd_kernel(
         limit = threshold_of(thresholds, threshold, position, b, s, there, row_stride, sample_stride)
         factor = scale
         if thresholds is not None:
-            factor = factor_of(limit, scale, ACC)
+            factor = scale * factor_of(limit, ACC)
         kept = value * factor
         if SHIFTED:
             kept += shift
@@ -122,11 +120,9 @@ def noise_bwd_kernel(
         mask = keep(fields_of(group, field, example, sample, the_stream, seed, FORM), limit)
         value = tl.load(dy + first + tl.cast(s, tl.int64) * B * I, there, 0.0).to(ACC)
         if thresholds is not None:
-            value *= factor_of(limit, scale, ACC)
+            value *= factor_of(limit, ACC)
         total += tl.where(mask, value, 0.0)
-    if thresholds is None:
-        total *= scale
-    tl.store(dx + row * I + i + column, total.to(dx.dtype.element_ty), there)
+    tl.store(dx + row * I + i + column, (total * scale).to(dx.dtype.element_ty), there)
 
 
 def _values(x: Tensor, y: Tensor, rows: int, address: tuple, expand: bool) -> tuple[dict, object]:
