@@ -91,7 +91,7 @@ def _load_triton() -> None:
             "TRITON_INTERPRET=1 python ..., or set it before torch, triton and iwsgd_ext are imported"
         )
         return
-    for name in ("iw_cross_entropy", "noise"):
+    for name in ("gaussian", "iw_cross_entropy", "multinomial", "noise"):
         importlib.import_module(f".triton.{name}", __package__)
     _built["triton"] = all(torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"iwsgd_triton::{op}", "CUDA") for op in _ops)
 

@@ -28,9 +28,7 @@ def _fake_sum(dy, origin, sample_ids, samples, *_):
 
 backend.define("noise", f"(Tensor x, {_ADDRESS}, {_LAW}, float shift, float fill, bool expand) -> Tensor", _fake)
 backend.define("noise_sum", f"(Tensor dy, {_ADDRESS}, {_LAW}) -> Tensor", _fake_sum)
-backend.define(
-    "noise_out", f"(Tensor x, {_ADDRESS}, {_LAW}, float shift, float fill, bool expand, Tensor(a!) out) -> ()", lambda *_: None
-)
+backend.define("noise_out", f"(Tensor x, {_ADDRESS}, {_LAW}, float shift, float fill, bool expand, Tensor(a!) out) -> ()", lambda *_: None)
 torch.library.define("iwsgd_ext::draw_origin", "(Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 
 

@@ -89,7 +89,7 @@ def test_lines_draw_the_positions():
         seen.add((lines.form, lines.wraps))
         assert lines.count * lines.width == outer * 2 * inner
         want = naive_positions(outer, inner, positions, share)
-        for o, row in enumerate(want):
+        for row in want:
             for part in range(lines.per_row):
                 line = row[part * lines.width : (part + 1) * lines.width]
                 if lines.form == LINE:

@@ -151,7 +151,8 @@ def iw_cross_entropy_fwd_kernel(
         l = tl.cast(tile % lane_blocks, tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
         there, p = l < L, g * L + l
         counted, label, hot, m = target_of(labels, class_weight, position_weight, p, there, C, ignore_index, smoothing, ACC)
-        row = s.to(tl.int64)[:, None] * wide(sample_stride, ALIGN) + (g * wide(group_stride, ALIGN) + l * wide(lane_stride, ALIGN))[None, :]
+        lane = g * wide(group_stride, ALIGN) + l * wide(lane_stride, ALIGN)
+        row = s.to(tl.int64)[:, None] * wide(sample_stride, ALIGN) + lane[None, :]
         inside = (s < S)[:, None] & counted[None, :]
         mask = inside[:, :, None] & (c < C)[None, None, :]
         z = tl.load(logits + row[:, :, None] + (c.to(tl.int64) * class_stride)[None, None, :], mask, -INFINITY).to(ACC)
@@ -188,7 +189,10 @@ def iw_cross_entropy_fwd_kernel(
             gradient = gradient_of(
                 e, factor[:, :, None], k[:, :, None], spread, hot[None, :, None], is_label, live, labels is not None, SOFT
             )
-            drow = s.to(tl.int64)[:, None] * wide(sample_dstride, ALIGN) + (g * wide(group_dstride, ALIGN) + l * wide(lane_dstride, ALIGN))[None, :]
+            drow = (
+                s.to(tl.int64)[:, None] * wide(sample_dstride, ALIGN)
+                + (g * wide(group_dstride, ALIGN) + l * wide(lane_dstride, ALIGN))[None, :]
+            )
             dmask = ((s < S)[:, None] & there[None, :])[:, :, None] & (c < C)[None, None, :]
             at_class = (c.to(tl.int64) * class_dstride)[None, None, :]
             tl.store(dlogits + drow[:, :, None] + at_class, gradient.to(dlogits.dtype.element_ty), dmask)

@@ -8,26 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import alignment, device_of
-from .launch import TYPES, float_bits, guard, launch, number, wide
-from .noise_plan import GROUPS, LINE, lines_of, tiles_of
-from .philox import GROUP, field_of, fields, keep, philox, position_of, sample_of, tile_of
+from .address import IN_GROUPS, address_values, call_and_part, position_of, sample_of, tile_of, words_of_row
+from .launch import float_bits, guard, launch, number, wide
+from .noise_plan import Tiles
+from .philox import GROUP, field_of, fields, keep, philox
 
-IN_GROUPS, IN_LINES = tl.constexpr(GROUPS), tl.constexpr(LINE)
 EXACT = ["stream", "first_example", "threshold", "scale", "shift", "fill"]  # arguments of which no value is special to the compiler
-
-
-@triton.jit
-def group_and_field(o, i, start, column, I, positions, share, FORM: tl.constexpr, WRAPS: tl.constexpr, BLOCK_I: tl.constexpr):
-    """Of a tile: the counter's group word, and which field of the call an element takes (0 where it takes them all in turn)."""
-    if FORM == IN_GROUPS:
-        first = start + tl.arange(0, BLOCK_I // GROUP)[None, :] * GROUP
-        position = position_of(o * I + first, positions, share, WRAPS)
-    elif FORM == IN_LINES:
-        position = position_of(o * I + i, positions, share, True)
-    else:
-        position = position_of(o * I + column, positions, share, WRAPS)
-    return (position // GROUP).to(tl.uint32), (position % GROUP).to(tl.int32)
 
 
 @triton.jit
@@ -49,7 +35,7 @@ def threshold_of(thresholds, threshold, position, b, s, there, row_stride, sampl
 def factor_of(threshold, ACC: tl.constexpr):
     """What a kept element of its own threshold is multiplied by, beside the call's scale: 65536 / (65536 - threshold)."""
     left, whole = tl.maximum(65536 - threshold, 1).to(ACC), tl.full((), 65536.0, ACC)
-    return tl.div_rn(whole, left) if ACC == tl.float32 else whole / left  # Triton's own division of float32 is approximate
+    return tl.div_rn(whole, left) if tl.float32 == ACC else whole / left  # Triton's own division of float32 is approximate
 
 
 @triton.jit(do_not_specialize=EXACT)
@@ -59,7 +45,8 @@ def noise_fwd_kernel(
     origin,  # [3]
     sample_ids,  # [K] or [K, B], or None
     thresholds,  # [R, positions], or None
-    K, B, I_units, lines, per_row, width_units, positions, share, column_blocks, blocks, part, row_stride, sample_stride, stream, first_example,
+    K, B, I_units, lines, per_row, width_units, positions, share, column_blocks, blocks, part, row_stride, sample_stride,
+    stream, first_example,
     threshold, scale, shift, fill,
     ACC: tl.constexpr, EXPAND: tl.constexpr, SHIFTED: tl.constexpr, PER_EXAMPLE: tl.constexpr, FORM: tl.constexpr,
     WRAPS: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
@@ -69,10 +56,9 @@ def noise_fwd_kernel(
     row, i, inside, start = tile_of(pid % blocks, lines, per_row, width, column_blocks, BLOCK_R, BLOCK_I)
     column = start + tl.arange(0, BLOCK_I)[None, :]
     o, b, there = row // B, row % B, inside & (column < width)
-    group, field = group_and_field(o, i, start, column, I, positions, share, FORM, WRAPS, BLOCK_I)
+    group, field = call_and_part(o, i, start, column, I, positions, share, GROUP, FORM, WRAPS, BLOCK_I)
     position = position_of(o * I + i + column, positions, share, True)
-    seed, example = tl.load(origin), (tl.load(origin + 2) + first_example + b).to(tl.uint32)
-    the_stream = (tl.load(origin + 1) + stream).to(tl.uint32)
+    seed, the_stream, example = words_of_row(origin, stream, first_example, b)
     scale, shift, fill = number(scale, ACC), number(shift, ACC), number(fill, ACC)
     first = (o * K * B + b) * I + i + column  # in y, of sample 0
     if EXPAND:
@@ -99,7 +85,8 @@ def noise_bwd_kernel(
     dy,  # [O, K*B, I]
     dx,  # [O, B, I]
     origin, sample_ids, thresholds,
-    K, B, I_units, lines, per_row, width_units, positions, share, column_blocks, row_stride, sample_stride, stream, first_example, threshold, scale,
+    K, B, I_units, lines, per_row, width_units, positions, share, column_blocks, row_stride, sample_stride,
+    stream, first_example, threshold, scale,
     ACC: tl.constexpr, PER_EXAMPLE: tl.constexpr, FORM: tl.constexpr, WRAPS: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
@@ -107,10 +94,9 @@ def noise_bwd_kernel(
     row, i, inside, start = tile_of(tl.program_id(0), lines, per_row, width, column_blocks, BLOCK_R, BLOCK_I)
     column = start + tl.arange(0, BLOCK_I)[None, :]
     o, b, there = row // B, row % B, inside & (column < width)
-    group, field = group_and_field(o, i, start, column, I, positions, share, FORM, WRAPS, BLOCK_I)
+    group, field = call_and_part(o, i, start, column, I, positions, share, GROUP, FORM, WRAPS, BLOCK_I)
     position = position_of(o * I + i + column, positions, share, True)
-    seed, example = tl.load(origin), (tl.load(origin + 2) + first_example + b).to(tl.uint32)
-    the_stream = (tl.load(origin + 1) + stream).to(tl.uint32)
+    seed, the_stream, example = words_of_row(origin, stream, first_example, b)
     scale = number(scale, ACC)
     first = (o * K * B + b) * I + i + column
     total = tl.zeros((BLOCK_R, BLOCK_I), ACC)
@@ -125,28 +111,19 @@ def noise_bwd_kernel(
     tl.store(dx + row * I + i + column, (total * scale).to(dx.dtype.element_ty), there)
 
 
-def _values(x: Tensor, y: Tensor, rows: int, address: tuple, expand: bool) -> tuple[dict, object]:
-    """What both kernels take of a call on tensors of ``rows`` [O, rows, I], and its tiles."""
-    origin, sample_ids, samples, stream, first_example, positions, share, threshold, thresholds, scale = address
-    outer, _, inner = x.shape
-    lines = lines_of(outer, rows, inner, positions, share, GROUP.value)
-    tiles = tiles_of(lines, samples, GROUP.value, device_of(x), divide_samples=expand)
-    of_rows = 1 if thresholds is None else thresholds.shape[0]
-    values = {"origin": origin, "sample_ids": sample_ids, "thresholds": thresholds, "K": samples, "B": rows}
-    align = alignment(x.element_size(), inner, lines.width)
-    values |= {"I_units": inner // align, "width_units": lines.width // align, "ALIGN": align, "lines": lines.count}
-    values |= {"per_row": lines.per_row, "FORM": lines.form, "WRAPS": lines.wraps}
-    values |= {"positions": positions, "share": share, "stream": stream, "first_example": first_example, "threshold": threshold}
-    values |= {"column_blocks": tiles.column_blocks, "blocks": tiles.blocks, "part": tiles.part, "scale": float_bits(scale)}
-    values |= {"row_stride": 0 if of_rows == 1 else positions, "sample_stride": rows * positions if of_rows == rows * samples else 0}
-    values |= {"PER_EXAMPLE": sample_ids is not None and sample_ids.dim() == 2, "BLOCK_R": tiles.block_r, "BLOCK_I": tiles.block_i}
-    return values | {"ACC": TYPES[torch.promote_types(x.dtype, torch.float32)]}, tiles
+def _values(x: Tensor, examples: int, arguments: tuple, divide_samples: bool) -> tuple[dict, Tiles]:
+    """What both kernels take of a call on rows [O, examples, I], and its tiles; arguments: the op's, from origin to scale."""
+    *address, threshold, thresholds, scale = arguments
+    values, tiles = address_values(x, examples, tuple(address), GROUP.value, divide_samples)
+    samples, positions, rows = values["K"], values["positions"], 1 if thresholds is None else thresholds.shape[0]
+    strides = {"row_stride": 0 if rows == 1 else positions, "sample_stride": examples * positions if rows == examples * samples else 0}
+    return values | strides | {"threshold": threshold, "thresholds": thresholds, "scale": float_bits(scale)}, tiles
 
 
 def noise_fwd_triton(x: Tensor, y: Tensor, address: tuple, shift: float, fill: float, expand: bool) -> None:
     """y = keep * (scale * x + shift) + (1 - keep) * fill; address: the op's arguments from origin to scale."""
     rows = x.shape[1] if expand else x.shape[1] // address[2]
-    values, tiles = _values(x, y, rows, address, True)
+    values, tiles = _values(x, rows, address, True)
     values |= {"x": x, "y": y, "EXPAND": expand, "SHIFTED": shift != 0, "shift": float_bits(shift), "fill": float_bits(fill)}
     with guard(x):
         launch(noise_fwd_kernel, tiles.programs, tiles.warps, values)
@@ -154,7 +131,7 @@ def noise_fwd_triton(x: Tensor, y: Tensor, address: tuple, shift: float, fill: f
 
 def noise_bwd_triton(dy: Tensor, dx: Tensor, address: tuple) -> None:
     """dx = sum over the samples of keep * scale * dy."""
-    values, tiles = _values(dy, dx, dx.shape[1], address, False)
+    values, tiles = _values(dy, dx.shape[1], address, False)
     with guard(dy):
         launch(noise_bwd_kernel, tiles.programs, tiles.warps, values | {"dy": dy, "dx": dx})
 

@@ -54,33 +54,3 @@ def fields(w0, w1, w2, w3):
     """All fields of words [..., G] in order, int32 [..., 8 * G]."""
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
     return tl.interleave(words & 0xFFFF, words >> 16).to(tl.int32)
-
-
-# ---- what an element of a tile draws; GROUPS, LINE and ELEMENTS as in noise_plan.py ----
-
-
-@triton.jit
-def tile_of(pid, count, per_row, width, column_blocks, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr):
-    """A tile's lines [BLOCK_R, 1], as rows and their first elements there; and the first of its elements in a line."""
-    line = tl.cast(pid // column_blocks, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    return line // per_row, (line % per_row) * width, line < count, tl.cast(pid % column_blocks, tl.int64) * BLOCK_I
-
-
-@triton.jit
-def position_of(index, positions, share, WRAPS: tl.constexpr):
-    position = index // share
-    if WRAPS:
-        position = position % positions
-    return position
-
-
-@triton.jit
-def sample_of(sample_ids, s, b, B, there, PER_EXAMPLE: tl.constexpr):
-    """The id of noise sample s as a counter's word: a scalar, or [R, 1] where examples b [R, 1] have samples of their own."""
-    if sample_ids is None:
-        sample = tl.cast(s, tl.uint32)
-    elif PER_EXAMPLE:
-        sample = tl.load(sample_ids + tl.cast(s, tl.int64) * B + b, there, 0).to(tl.uint32)
-    else:
-        sample = tl.load(sample_ids + s).to(tl.uint32)
-    return sample
