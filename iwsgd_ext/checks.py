@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+REDUCTIONS = ("none", "mean", "sum")
 
 
 def check(condition: bool, name: str, expected: str, got) -> None:
@@ -30,10 +31,43 @@ def check_alpha(alpha: float) -> None:
     check(alpha >= 0.0, "alpha", "a number >= 0 or inf", alpha)  # false for NaN
 
 
-def check_probability(p: float) -> None:
+def check_probability(p: float, name: str = "p") -> None:
     if isinstance(p, bool) or not isinstance(p, int | float):
-        raise TypeError(f"p: expected a number in [0, 1], got {type(p).__name__}")
-    check(0.0 <= p <= 1.0, "p", "a probability in [0, 1]", p)
+        raise TypeError(f"{name}: expected a number in [0, 1], got {type(p).__name__}")
+    check(0.0 <= p <= 1.0, name, "a probability in [0, 1]", p)
+
+
+def check_rate(p: float) -> None:
+    """A probability of noise that is scaled by 1 / (1 - p), so that 1 has no limit."""
+    check_probability(p)
+    check(p < 1.0, "p", "a probability in [0, 1)", p)
+
+
+def check_std(std: float) -> None:
+    check_number("std", std)
+    check(0.0 <= std < float("inf"), "std", "a finite number >= 0", std)
+
+
+def check_probabilities(probabilities: Tensor, shape: torch.Size | None = None) -> None:
+    """Those of one example's elements, up to their sum, and of that shape if given. On a GPU the values are checked without a wait."""
+    if not isinstance(probabilities, Tensor):
+        raise TypeError(f"probabilities: expected a tensor or None, got {type(probabilities).__name__}")
+    if not probabilities.is_floating_point():
+        raise TypeError(f"probabilities: expected a floating-point tensor, got {probabilities.dtype}")
+    if shape is not None and probabilities.shape != shape:
+        raise ValueError(f"probabilities: expected the shape of one example, {tuple(shape)}, got {tuple(probabilities.shape)}")
+    valid = ((probabilities >= 0) & (probabilities < float("inf"))).all() & ((probabilities > 0).any() | (probabilities.numel() == 0))
+    if probabilities.device.type == "cpu" and not torch.compiler.is_compiling():
+        check(bool(valid), "probabilities", "finite numbers >= 0 that are not all 0", "others")
+    else:
+        torch._assert_async(valid)
+
+
+def check_layer_input(layer: torch.nn.Module, x: Tensor) -> None:
+    name = f"input of {type(layer).__name__}"
+    check_dtype(name, x)
+    if x.dim() == 0:
+        raise ValueError(f"{name}: expected at least one dimension, which holds the rows, got a scalar")
 
 
 def check_dtype(name: str, x: Tensor) -> None:
@@ -81,3 +115,57 @@ def check_rows(rows: int, samples: int, batch: int) -> None:
     else:
         diagnosis = "The rows are no multiple of the targets: targets must not be repeated over samples, and batches must match."
     raise ValueError(f"logits: expected {samples} samples * {batch} targets = {samples * batch} rows, got {rows}. {diagnosis}")
+
+
+def check_loss_options(ignore_index: int, reduction: str, label_smoothing: float, alpha: float, level: str) -> None:
+    if not isinstance(ignore_index, int | torch.SymInt):
+        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
+    check(reduction in REDUCTIONS, "reduction", "'none', 'mean' or 'sum'", repr(reduction))
+    check(level in ("example", "position"), "level", "'example' or 'position'", repr(level))
+    check_number("label_smoothing", label_smoothing)
+    check(0.0 <= label_smoothing <= 1.0, "label_smoothing", "a number in [0, 1]", label_smoothing)
+    check_alpha(alpha)
+
+
+def check_option(name: str, value: Tensor | None, logits: Tensor, acc: torch.dtype, shapes: list[tuple[int, ...]]) -> Tensor | None:
+    """An optional tensor of the loss, in the precision that the loss computes in."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    check(value.device == logits.device, name, f"a tensor on the logits' device {logits.device}", value.device)
+    check(tuple(value.shape) in shapes, name, f"shape {' or '.join(map(str, dict.fromkeys(shapes)))}", tuple(value.shape))
+    check(not value.requires_grad, name, "a tensor that does not require grad", "one that does")
+    return value.to(acc).contiguous()
+
+
+def check_logits(logits: Tensor, target: Tensor, samples: int) -> None:
+    """Logits [S*B, C, ...] and their target [B, ...] or [B, C, ...]."""
+    check_dtype("logits", logits)
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target: expected a tensor, got {type(target).__name__}")
+    if target.dtype != torch.int64 and not target.is_floating_point():
+        raise TypeError(f"target: expected class indices of int64 or floating-point class probabilities, got {target.dtype}")
+    check_samples(samples)
+    check(logits.dim() >= 2, "logits", "[samples * batch, classes, ...]", f"shape {tuple(logits.shape)}")
+    check(logits.device == target.device, "target", f"a tensor on the logits' device {logits.device}", target.device)
+    check(not target.requires_grad, "target", "a tensor that does not require grad", "one that does")
+    check(logits.shape[1] >= 1, "logits", "at least one class", f"shape {tuple(logits.shape)}")
+    rows, spatial = logits.shape[0], tuple(logits.shape[2:])
+    per_example = (logits.shape[1], *spatial) if target.is_floating_point() else spatial
+    check(
+        target.dim() >= 1 and tuple(target.shape[1:]) == per_example,
+        "target",
+        f"shape (batch, {', '.join(map(str, per_example))})" if per_example else "shape (batch,)",
+        f"{tuple(target.shape)} for logits {tuple(logits.shape)}",
+    )
+    check_rows(rows, samples, target.shape[0])
+
+
+def check_inplace(logits: Tensor) -> None:
+    """Whether a gradient can be written over the logits."""
+    check(not (logits.is_leaf and logits.requires_grad), "inplace", "logits that a model computed", "a leaf that requires grad")
+    expanded = any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True))
+    check(not expanded, "inplace", "logits with memory for each element", f"an expanded tensor, strides {logits.stride()}")
+    mergeable = logits.dim() <= 3 or all(logits.stride(d) == logits.stride(d + 1) * logits.shape[d + 1] for d in range(2, logits.dim() - 1))
+    check(mergeable, "inplace", "logits whose position dimensions are adjacent in memory", f"strides {logits.stride()}")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from .batch_norm import swapped_class, to_swap
 from .dropout import IWDropout, IWDropout1d, IWDropout2d, IWDropout3d, _Dropout
 from .sampling import current, sampling
 
@@ -25,6 +26,7 @@ def convert(
     expand: str = "auto",
     example_inputs: Tensor | Sequence[Any] | None = None,
     expand_args: Sequence[int | str] | None = None,
+    batch_norm: str = "joint",
 ) -> nn.Module:
     """Swaps every nn.Dropout, Dropout1d, Dropout2d and Dropout3d of a model for its IW form, in place, and lets the model open its own
     sampling context: in training ``model(x)`` of B rows returns S*B rows, sample-major; in eval mode nothing changes.
@@ -45,12 +47,18 @@ def convert(
             the batch) fits and is still wrong under any expansion.
         example_inputs: a tensor or a sequence of positional arguments, for "auto".
         expand_args: with "input" or a name, which arguments to expand instead: positions and keyword names.
+        batch_norm: what BatchNorm layers (SyncBatchNorm and subclasses too) normalise over in training.
+            "joint": all S*B rows, as torch's layer does when it meets them.
+            "per_sample": the B rows of each sample, and running statistics as S successive updates, also where the trunk is shared: what
+            a loop over samples does.
+            "frozen": the running statistics, and none are written.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: samples < 1, a model that is converted already or has no noise layer, an unknown submodule's name.
+        ValueError: samples < 1, a model that is converted already or has no noise layer, an unknown submodule's name, a BatchNorm that
+            ``batch_norm`` does not suit.
 
     Warns:
         UserWarning: the model holds dropout that swapping modules does not reach (attention's, recurrent layers', alpha dropout).
@@ -75,18 +83,20 @@ def convert(
     names = {name for name, _ in model.named_modules() if name}
     if expand not in ("auto", "first", "input") and expand not in names:
         raise ValueError(f"expand: expected 'auto', 'first', 'input' or a submodule's name, got {expand!r}")
+    normalizations = to_swap(model, batch_norm)
     unreached = _unreached(model)
     if unreached:
         warnings.warn("iw.convert leaves this dropout as it is, one mask for all samples: " + "; ".join(unreached), stacklevel=2)
     for module in modules:
         if type(module) in SWAPS:
-            setattr(module, _SWAPPED_FROM, type(module))
+            _swap(module, SWAPS[type(module)])
             module.batch_dim = None
-            module.__class__ = SWAPS[type(module)]
+    for module in normalizations:
+        _swap(module, swapped_class(batch_norm, type(module)))
     reason = "asked for"
     if expand == "auto":
         expand, reason = _choose_expansion(model, samples, example_inputs)
-    _install(model, Conversion(samples, expand, tuple(expand_args) if expand_args is not None else None, reason))
+    _install(model, Conversion(samples, expand, tuple(expand_args) if expand_args is not None else None, batch_norm, reason))
     return model
 
 
@@ -106,7 +116,7 @@ def revert(model: nn.Module) -> nn.Module:
     for module in model.modules():
         original = module.__dict__.pop(_SWAPPED_FROM, None)
         if original is not None:
-            del module.batch_dim
+            module.__dict__.pop("batch_dim", None)
             module.__class__ = original
         _remove_hooks(module)
     delattr(model, _CONVERSION)
@@ -116,10 +126,11 @@ def revert(model: nn.Module) -> nn.Module:
 class Conversion:
     """What a converted model knows: its number of samples and where it expands. Its methods are the model's hooks."""
 
-    def __init__(self, samples: int, expand: str, expand_args: tuple[int | str, ...] | None, reason: str):
+    def __init__(self, samples: int, expand: str, expand_args: tuple[int | str, ...] | None, batch_norm: str, reason: str):
         self.samples = samples
         self.expand = expand
         self.expand_args = expand_args
+        self.batch_norm = batch_norm
         self.reason = reason
 
     def enter(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -176,6 +187,11 @@ class Conversion:
             return tree_map(repeat, args), tree_map(repeat, kwargs)
         args = tuple(tree_map(repeat, v) if i in self.expand_args else v for i, v in enumerate(args))
         return args, {k: tree_map(repeat, v) if k in self.expand_args else v for k, v in kwargs.items()}
+
+
+def _swap(module: nn.Module, to: type[nn.Module]) -> None:
+    setattr(module, _SWAPPED_FROM, type(module))
+    module.__class__ = to
 
 
 def _install(model: nn.Module, conversion: Conversion) -> None:

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from .checks import check_dtype, check_probability
+from .checks import check_layer_input, check_probability
 from .noise import Law, Unit, alpha_law, dropout_law
 from .sampling import draw
 
@@ -29,9 +29,7 @@ class _Dropout(nn.modules.dropout._DropoutNd):
         return dropout_law(self.p)
 
     def _check(self, x: Tensor) -> None:
-        check_dtype(f"input of {type(self).__name__}", x)
-        if x.dim() == 0:
-            raise ValueError(f"input of {type(self).__name__}: expected at least one dimension, which holds the rows, got a scalar")
+        check_layer_input(self, x)
         if self.dims is not None and x.dim() not in self.dims:
             raise ValueError(f"input of {type(self).__name__}: expected {self.expected}, got {x.dim()}-D {tuple(x.shape)}")
 

@@ -1,17 +1,17 @@
 """The loss op: softmax cross-entropy, log-mean-exp over noise samples, importance weights and gradient in one pass."""
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import backend, reference
-from .checks import check, check_alpha, check_dtype, check_number, check_rows, check_samples
+from .checks import REDUCTIONS, check, check_inplace, check_logits, check_loss_options, check_option, check_samples
+from .likelihood import as_arguments
 
 Reduction = Literal["none", "mean", "sum"]
 Level = Literal["example", "position"]
-_REDUCTIONS = ("none", "mean", "sum")
 
 _ARGUMENTS = (
     "Tensor target, SymInt samples, Tensor? class_weight, Tensor? example_weight, Tensor? position_weight, "
@@ -217,56 +217,55 @@ def iw_cross_entropy(
         >>> bool((stats.bound >= stats.mean_log_p).all()), tuple(stats.weights.shape)
         (True, (4, 8))
     """
-    _check_logits(logits, target, samples)
-    acc = torch.promote_types(logits.dtype, torch.float32)
-    batch, classes, spatial = logits.shape[0] // samples, logits.shape[1], logits.shape[2:]
-    _check_options(ignore_index, reduction, label_smoothing, alpha, level)
-    positions = math.prod(spatial)
-    target = target.reshape(batch, positions) if target.dtype == torch.int64 else target.reshape(batch, classes, positions).to(acc)
-    weight = _option("weight", weight, logits, acc, [(classes,)])
-    example_weight = _option("example_weight", example_weight, logits, acc, [(batch,), (batch, *spatial)])
-    position_weight = None
-    if example_weight is not None and example_weight.dim() > 1:
-        example_weight, position_weight = None, example_weight.reshape(batch, positions)
+    check_loss_options(ignore_index, reduction, label_smoothing, alpha, level)
     check(normalizer is None or reduction == "mean", "normalizer", "None unless reduction is 'mean'", f"one with {reduction!r}")
-    if normalizer is not None and not isinstance(normalizer, Tensor):
-        normalizer = torch.full((), normalizer, dtype=acc, device=logits.device)
-    if normalizer is not None:
-        check(normalizer.numel() == 1, "normalizer", "a number or a tensor of one element", f"shape {tuple(normalizer.shape)}")
-        normalizer = normalizer.detach().to(device=logits.device, dtype=acc).reshape(())
+    operands = _operands(logits, target, samples, weight, example_weight, normalizer)
     if inplace:
-        check(not (logits.is_leaf and logits.requires_grad), "inplace", "logits that a model computed", "a leaf that requires grad")
-        expanded = any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True))
-        check(not expanded, "inplace", "logits with memory for each element", f"an expanded tensor, strides {logits.stride()}")
-        mergeable = logits.dim() <= 3 or all(
-            logits.stride(d) == logits.stride(d + 1) * logits.shape[d + 1] for d in range(2, logits.dim() - 1)
-        )
-        check(mergeable, "inplace", "logits whose position dimensions are adjacent in memory", f"strides {logits.stride()}")
+        check_inplace(logits)
     # NOTE [float16 gradients]
     # dlogits is made in forward, before the upstream gradient is known. Over a large denominator float16 would lose it (below 6e-8),
     # and a loss scale in the upstream gradient could not bring it back: so the denominator is left to backward too.
     late = logits.dtype == torch.float16 and reduction == "mean"
+    target, *weights, normalizer = operands
     options = (
-        weight,
-        example_weight,
-        position_weight,
+        *weights,
         None if late else normalizer,
         ignore_index,
         float(label_smoothing),
         1.0 if samples == 1 and process_group is None else float(alpha),
         level == "position",
-        _REDUCTIONS.index("sum" if late else reduction),
+        REDUCTIONS.index("sum" if late else reduction),
     )
-    loss, log_p, weights, bound = _IWCrossEntropy.apply(logits, target.contiguous(), samples, inplace, process_group, *options)
+    loss, log_p, w, bound = _IWCrossEntropy.apply(logits, target.contiguous(), samples, inplace, process_group, *options)
     if late:
-        n = _denominator(target, weight, example_weight, position_weight, ignore_index, acc) if normalizer is None else normalizer
+        n = _denominator(*operands[:-1], ignore_index, loss.dtype) if normalizer is None else normalizer
         loss = loss * torch.where(n == 0, 0, 1 / n)
-    shape = (batch, *spatial) if level == "position" else (batch,)
+    shape = (target.shape[0], *logits.shape[2:]) if level == "position" else (target.shape[0],)
     if reduction == "none":
         loss = loss.view(shape)
     if not return_stats:
         return loss
-    return loss, IWStats(log_p.view(samples, *shape), weights.view(samples, *shape), bound.view(shape))
+    return loss, IWStats(log_p.view(samples, *shape), w.view(samples, *shape), bound.view(shape))
+
+
+def _operands(logits, target, samples, weight, example_weight, normalizer) -> tuple[Tensor | None, ...]:
+    """Target [B, T] or [B, C, T], weights [C], [B] and [B, T] and the normalizer [], checked and in the precision of the loss."""
+    check_logits(logits, target, samples)
+    acc = torch.promote_types(logits.dtype, torch.float32)
+    batch, classes, spatial = target.shape[0], logits.shape[1], tuple(logits.shape[2:])
+    positions = math.prod(spatial)
+    target = target.reshape(batch, positions) if target.dtype == torch.int64 else target.reshape(batch, classes, positions).to(acc)
+    weight = check_option("weight", weight, logits, acc, [(classes,)])
+    example_weight = check_option("example_weight", example_weight, logits, acc, [(batch,), (batch, *spatial)])
+    position_weight = None
+    if example_weight is not None and example_weight.dim() > 1:
+        example_weight, position_weight = None, example_weight.reshape(batch, positions)
+    if normalizer is not None and not isinstance(normalizer, Tensor):
+        normalizer = torch.full((), normalizer, dtype=acc, device=logits.device)
+    if normalizer is not None:
+        check(normalizer.numel() == 1, "normalizer", "a number or a tensor of one element", f"shape {tuple(normalizer.shape)}")
+        normalizer = normalizer.detach().to(device=logits.device, dtype=acc).reshape(())
+    return target, weight, example_weight, position_weight, normalizer
 
 
 def _denominator(target, weight, example_weight, position_weight, ignore_index: int, acc: torch.dtype) -> Tensor:
@@ -280,47 +279,19 @@ def _denominator(target, weight, example_weight, position_weight, ignore_index: 
     return (d if example_weight is None else d * example_weight[:, None]).sum()
 
 
-def _check_options(ignore_index: int, reduction: str, label_smoothing: float, alpha: float, level: str) -> None:
-    if not isinstance(ignore_index, int | torch.SymInt):
-        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
-    check(reduction in _REDUCTIONS, "reduction", "'none', 'mean' or 'sum'", repr(reduction))
-    check(level in ("example", "position"), "level", "'example' or 'position'", repr(level))
-    check_number("label_smoothing", label_smoothing)
-    check(0.0 <= label_smoothing <= 1.0, "label_smoothing", "a number in [0, 1]", label_smoothing)
-    check_alpha(alpha)
-
-
-def _option(name: str, value: Tensor | None, logits: Tensor, acc: torch.dtype, shapes: list[tuple[int, ...]]) -> Tensor | None:
-    if value is None:
-        return None
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-    check(value.device == logits.device, name, f"a tensor on the logits' device {logits.device}", value.device)
-    check(tuple(value.shape) in shapes, name, f"shape {' or '.join(map(str, dict.fromkeys(shapes)))}", tuple(value.shape))
-    check(not value.requires_grad, name, "a tensor that does not require grad", "one that does")
-    return value.to(acc).contiguous()
-
-
-def _check_logits(logits: Tensor, target: Tensor, samples: int) -> None:
-    check_dtype("logits", logits)
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target: expected a tensor, got {type(target).__name__}")
-    if target.dtype != torch.int64 and not target.is_floating_point():
-        raise TypeError(f"target: expected class indices of int64 or floating-point class probabilities, got {target.dtype}")
-    check_samples(samples)
-    check(logits.dim() >= 2, "logits", "[samples * batch, classes, ...]", f"shape {tuple(logits.shape)}")
-    check(logits.device == target.device, "target", f"a tensor on the logits' device {logits.device}", target.device)
-    check(not target.requires_grad, "target", "a tensor that does not require grad", "one that does")
-    check(logits.shape[1] >= 1, "logits", "at least one class", f"shape {tuple(logits.shape)}")
-    rows, spatial = logits.shape[0], tuple(logits.shape[2:])
-    per_example = (logits.shape[1], *spatial) if target.is_floating_point() else spatial
-    check(
-        target.dim() >= 1 and tuple(target.shape[1:]) == per_example,
-        "target",
-        f"shape (batch, {', '.join(map(str, per_example))})" if per_example else "shape (batch,)",
-        f"{tuple(target.shape)} for logits {tuple(logits.shape)}",
-    )
-    check_rows(rows, samples, target.shape[0])
+def _outer_weight(target, weight, position_weight, ignore_index: int, smoothing: float, per_position: bool, acc: torch.dtype) -> Tensor:
+    """The outer weight of each unit, without the weight of its example: c [B*T], or its mean over what counts [B]."""
+    if target.dtype == torch.int64:
+        counted = target != ignore_index
+        c = counted.to(acc)
+        if weight is not None:
+            c = c * ((1 - smoothing) * weight[torch.where(counted, target, 0)] + smoothing * weight.mean())
+    else:
+        counted = torch.ones(target.shape[0], target.shape[2], dtype=torch.bool, device=target.device)
+        q = (1 - smoothing) * target + smoothing / target.shape[1]
+        c = q.sum(1) if weight is None else (q * weight[:, None]).sum(1)
+    c = c if position_weight is None else c * position_weight
+    return c.flatten() if per_position else c.sum(1) / counted.sum(1).clamp(min=1)
 
 
 class IWCrossEntropyLoss(nn.Module):
@@ -357,7 +328,7 @@ class IWCrossEntropyLoss(nn.Module):
     ):
         super().__init__()
         check_samples(samples)
-        _check_options(ignore_index, reduction, label_smoothing, alpha, level)
+        check_loss_options(ignore_index, reduction, label_smoothing, alpha, level)
         self.samples = samples
         self.register_buffer("weight", weight)
         self.options = {
@@ -378,6 +349,44 @@ class IWCrossEntropyLoss(nn.Module):
         return iw_cross_entropy(
             logits, target, samples, weight=self.weight, example_weight=example_weight, normalizer=normalizer, **options
         )
+
+    @property
+    def alpha(self) -> float:
+        return self.options["alpha"]
+
+    def log_likelihood(self, outputs: Tensor, targets: Any, samples: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What the loss is made of: loss = -sum(outer * L) / denominator with L the bound of log_p (see :func:`iw_logmeanexp`).
+
+        Args:
+            outputs: logits [K*B, C, ...]; log_p has one derivative with respect to them.
+            targets: the target, or a dict of what the loss takes after the logits: target, example_weight, normalizer.
+            samples: K, whatever ``self.samples`` is.
+
+        Returns:
+            log_p [K, units], outer weight [units] and denominator [] (1 but for reduction "mean"). A unit is an example, or at level
+            "position" a position.
+        """
+        args, named = as_arguments(targets)
+        return self._log_likelihood(outputs, samples, *args, **named)
+
+    def _log_likelihood(self, logits, samples, target, *, example_weight=None, normalizer=None):
+        per_position, reduction = self.options["level"] == "position", self.options["reduction"]
+        check(normalizer is None or reduction == "mean", "normalizer", "None unless reduction is 'mean'", f"one with {reduction!r}")
+        operands = _operands(logits, target, samples, self.weight, example_weight, normalizer)
+        _, weight, per_example, position_weight, normalizer = operands
+        of_positions = example_weight if position_weight is not None else None
+        rows, of_positions = (None if x is None else x.expand(samples, *x.shape).flatten(0, 1) for x in (target, of_positions))
+        options = {name: self.options[name] for name in ("ignore_index", "label_smoothing", "level")}
+        # Every row for itself, as an example with one sample: its cost is -outer * log p.
+        cost = iw_cross_entropy(logits, rows, 1, weight=weight, reduction="none", example_weight=of_positions, **options)
+        ignore_index, smoothing, acc = options["ignore_index"], options["label_smoothing"], cost.dtype
+        outer = _outer_weight(operands[0], weight, position_weight, ignore_index, smoothing, per_position, acc)
+        log_p = torch.where(outer > 0, -cost.view(samples, -1) / torch.where(outer > 0, outer, 1), 0)
+        if per_example is not None:
+            outer = outer * (per_example.repeat_interleave(operands[0].shape[-1]) if per_position else per_example)
+        if reduction != "mean":
+            return log_p, outer, outer.new_ones(())
+        return log_p, outer, _denominator(*operands[:-1], ignore_index, acc) if normalizer is None else normalizer
 
     def extra_repr(self) -> str:
         return f"samples={self.samples}, " + ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -1,10 +1,21 @@
 """Any likelihood: the bound from log-likelihoods that somebody else computed, and from torch's per-element criteria."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from . import reference
 from .checks import check_alpha, check_samples
+
+
+def as_arguments(value: Any) -> tuple[tuple, dict]:
+    """What a user gave as one thing, as arguments of a call: a tuple or list by position, a mapping by name, anything else alone."""
+    if isinstance(value, Mapping):
+        return (), dict(value)
+    return (tuple(value), {}) if isinstance(value, tuple | list) else ((value,), {})
 
 
 def iw_logmeanexp(log_p: Tensor, samples: int, alpha: float = 1.0) -> Tensor:
@@ -73,18 +84,28 @@ class IWLoss(nn.Module):
         self.samples = samples
         self.alpha = alpha
 
-    def log_likelihood(self, output: Tensor, *targets: Tensor) -> Tensor:
-        """Log-likelihoods [S, B] of outputs [S*B, ...] and targets that are tensors of B rows (anything else is passed on)."""
-        samples = self.samples if self.training else 1
-        batch = next((t.shape[0] for t in targets if isinstance(t, Tensor) and t.dim() > 0), None)
-        if batch is None:
+    def log_likelihood(self, outputs: Any, targets: Any, samples: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What the loss is made of: loss = -sum(outer * L) / denominator with L the bound of log_p (see :func:`iw_logmeanexp`).
+
+        Args:
+            outputs: the criterion's first argument, of K*B rows.
+            targets: the criterion's next ones: a tensor, a tuple of them, or a dict by name. Tensors of B rows are repeated
+                sample-major, B being the rows of the first tensor; anything else is passed on.
+            samples: K, whatever ``self.samples`` is.
+
+        Returns:
+            log_p [K, B], outer weight [B] (ones) and denominator [] (B).
+        """
+        args, named = as_arguments(targets)
+        tensors = [t for t in tree_leaves((args, named)) if isinstance(t, Tensor) and t.dim() > 0]
+        if not tensors:
             raise ValueError("targets: expected at least one tensor with a dimension of examples")
+        batch = tensors[0].shape[0]
 
         def repeat(t):
             return t.expand(samples, *t.shape).flatten(0, 1) if isinstance(t, Tensor) and t.dim() > 0 and t.shape[0] == batch else t
 
-        repeated = [repeat(t) for t in targets]
-        cost = self.criterion(output, *repeated)
+        cost = self.criterion(outputs, *map(repeat, args), **{name: repeat(t) for name, t in named.items()})
         rows = samples * batch
         if cost.dim() == 0 or cost.shape[0] != rows:
             raise ValueError(
@@ -92,11 +113,13 @@ class IWLoss(nn.Module):
                 f"{tuple(cost.shape)}; is the model in eval mode, or its number of samples another?"
             )
         cost = cost.to(torch.promote_types(cost.dtype, torch.float32))
-        return -cost.reshape(samples, batch, -1).sum(-1)
+        outer = cost.new_ones(batch)
+        return -cost.reshape(samples, batch, -1).sum(-1), outer, cost.new_full((), batch)
 
     def forward(self, output: Tensor, *targets: Tensor) -> Tensor:
-        log_p = self.log_likelihood(output, *targets)
-        return -iw_logmeanexp(log_p, log_p.shape[0], self.alpha).mean()
+        samples = self.samples if self.training else 1
+        log_p, _, _ = self.log_likelihood(output, targets, samples)
+        return -iw_logmeanexp(log_p, samples, self.alpha).mean()
 
     def extra_repr(self) -> str:
         return f"samples={self.samples}, alpha={self.alpha}"

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from . import backend, reference
 
-Unit = Literal["element", "channel", "row"]  # what shares one draw: nothing, a channel, or a whole example
+# What shares one draw: nothing, a channel, a whole example, or what has the same last index (a feature at all positions).
+Unit = Literal["element", "channel", "row", "feature"]
 
-_ADDRESS = "Tensor origin, Tensor? sample_ids, SymInt samples, SymInt stream, SymInt first_example, SymInt positions, SymInt share"
+ADDRESS = "Tensor origin, Tensor? sample_ids, SymInt samples, SymInt stream, SymInt first_example, SymInt positions, SymInt share"
 _LAW = "int threshold, Tensor? thresholds, float scale"
 
 
@@ -26,9 +27,9 @@ def _fake_sum(dy, origin, sample_ids, samples, *_):
     return dy.new_empty(dy.shape[0], dy.shape[1] // samples, dy.shape[2])
 
 
-backend.define("noise", f"(Tensor x, {_ADDRESS}, {_LAW}, float shift, float fill, bool expand) -> Tensor", _fake)
-backend.define("noise_sum", f"(Tensor dy, {_ADDRESS}, {_LAW}) -> Tensor", _fake_sum)
-backend.define("noise_out", f"(Tensor x, {_ADDRESS}, {_LAW}, float shift, float fill, bool expand, Tensor(a!) out) -> ()", lambda *_: None)
+backend.define("noise", f"(Tensor x, {ADDRESS}, {_LAW}, float shift, float fill, bool expand) -> Tensor", _fake)
+backend.define("noise_sum", f"(Tensor dy, {ADDRESS}, {_LAW}) -> Tensor", _fake_sum)
+backend.define("noise_out", f"(Tensor x, {ADDRESS}, {_LAW}, float shift, float fill, bool expand, Tensor(a!) out) -> ()", lambda *_: None)
 torch.library.define("iwsgd_ext::draw_origin", "(Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 
 
@@ -104,6 +105,8 @@ class Rows(NamedTuple):
             return numel, 1
         if unit == "row":
             return 1, max(numel, 1)
+        if unit == "feature":  # of row-major memory whose last dimension does not hold the rows
+            return shape[-1], 1
         channel = 1 if self.batch_dim == 0 else 0
         return shape[channel], max(_product(shape[d] for d in inside[inside.index(channel) + 1 :]), 1)
 

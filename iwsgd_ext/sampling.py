@@ -96,8 +96,8 @@ class sampling:
     def __exit__(self, *_) -> None:
         _stack.contexts.remove(self)
 
-    def draw(self, x: Tensor, law: Law | Tensor, unit: Unit, batch_dim: int | None) -> Tensor:
-        """The noise of one layer's call: expands ``x`` or keeps its rows, and takes the next stream."""
+    def place(self, x: Tensor, batch_dim: int | None) -> dict:
+        """One layer's call, whatever the law of its noise: the address, and whether ``x`` is expanded. Takes the next stream."""
         batch_dim = self.batch_dim if batch_dim is None else batch_dim
         if not -x.dim() <= batch_dim < x.dim():
             raise ValueError(f"batch_dim: expected a dimension of the input in [{-x.dim()}, {x.dim()}), got {batch_dim}")
@@ -113,18 +113,40 @@ class sampling:
             if ids.dim() == 2 and ids.shape[1] != examples:
                 raise ValueError(f"sample_ids: expected [{self.samples}, {examples}] for {examples} examples, got {tuple(ids.shape)}")
         first = self.first_example
-        return noise(
-            x,
-            law,
-            unit,
-            samples=self.samples,
-            origin=origin,
-            sample_ids=ids,
-            stream=stream,
-            first_example=_rank() * examples if first is None else 0 if isinstance(first, Tensor) else first,
-            expand=expand,
-            batch_dim=batch_dim,
-        )
+        return {
+            "samples": self.samples,
+            "origin": origin,
+            "sample_ids": ids,
+            "stream": stream,
+            "first_example": _rank() * examples if first is None else 0 if isinstance(first, Tensor) else first,
+            "expand": expand,
+            "batch_dim": batch_dim,
+        }
+
+    def place_weight(self, weight: Tensor) -> dict:
+        """The same for one noise of a weight for each sample, with ``weight`` [1, ...] as the only example: its id is 0 on all ranks."""
+        ids = self.sample_ids if self.sample_ids is None else self.sample_ids.to(weight.device)
+        if ids is not None and ids.dim() == 2:
+            raise ValueError(
+                f"sample_ids: expected [{self.samples}] where weights are noisy, as all examples share a sample's, got {tuple(ids.shape)}"
+            )
+        origin = self._origin_on(weight.device)
+        if isinstance(self.first_example, Tensor):
+            origin = torch.cat([origin[:2], origin.new_zeros(1)])
+        stream, self.stream = self.stream, self.stream + 1
+        return {
+            "samples": self.samples,
+            "origin": origin,
+            "sample_ids": ids,
+            "stream": stream,
+            "first_example": 0,
+            "expand": True,
+            "batch_dim": 0,
+        }
+
+    def examples(self, rows: int) -> int:
+        """B, where a noise layer's input holds ``rows`` rows; for layers of several inputs, of which some may be expanded."""
+        return self._expansion(rows)[1]
 
     def _expansion(self, rows: int) -> tuple[bool, int]:
         """(whether to expand, number of examples) for a tensor of ``rows`` rows."""
@@ -184,12 +206,14 @@ def _has_ended(frame: FrameType) -> bool:
     return True
 
 
+def ambient() -> sampling:
+    """The innermost context, or, outside of any, a new one of one fresh noise sample: what a layer's torch namesake draws."""
+    return current() or sampling(1)
+
+
 def draw(x: Tensor, law: Law | Tensor, unit: Unit, batch_dim: int | None) -> Tensor:
-    """A layer's noise: as the context says, or, outside of any, one fresh noise sample (what the layer's torch namesake does)."""
-    context = current()
-    if context is None:
-        context = sampling(1)
-    return context.draw(x, law, unit, batch_dim)
+    """A layer's dropout noise: as the context says, or, outside of any, one fresh noise sample."""
+    return noise(x, law, unit, **ambient().place(x, batch_dim))
 
 
 def _rank() -> int:

@@ -186,7 +186,8 @@ def test_loss_module(device):
     assert "samples=3" in repr(criterion) and "alpha=0.5" in repr(criterion)
     scaled = iw.IWLoss(lambda output, target, k: k * (output - target).square(), samples=3)
     torch.testing.assert_close(scaled(output, target, 2.0), scaled(output, target, torch.tensor(2.0, device=device)))
-    log_p = scaled.log_likelihood(output, target, 2.0)
+    log_p, outer, denominator = scaled.log_likelihood(output, (target, 2.0), 3)
+    assert outer.tolist() == [1.0] * 7 and denominator == 7
     torch.testing.assert_close(log_p, -2 * (output.view(3, 7, 5) - target).square().sum(2))
 
 
