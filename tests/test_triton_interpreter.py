@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 
 from iwsgd_ext.triton import device as devices
+from iwsgd_ext.triton import gaussian as gaussian_op
 from iwsgd_ext.triton import iw_cross_entropy as loss_op
 from iwsgd_ext.triton import iw_cross_entropy_plan as loss_plan
 from iwsgd_ext.triton import noise as noise_op
@@ -247,6 +248,69 @@ def test_noise_past_two_to_the_31(tmp_path):
     noise_op.launch(noise_op.noise_fwd_kernel, 1, 8, values)
     got = torch.stack([y[:2048], y[2**31 : 2**31 + 2048]]).view(2 * 256, I)
     assert_same_bits(got, reference.noise(x[None], *address, 0.0, 0.0, True)[0])
+
+
+# ---- Gaussian and multinomial noise ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("call", [name for name in CALLS if CALLS[name][1] == "element" or name == "time-major-rows"])
+def test_gaussian(call, dtype):
+    """Both laws and the gradient of the first, to 5e-5 of the numbers of the definition; exactly so in float64."""
+    shape, unit, batch_dim, _ = CALLS[call]
+    x = torch.randn(shape, dtype=dtype)
+    given = {"samples": 3, "seed": 2**63 + 3, "stream": 2**32 - 1, "first_example": 2**32 - 2, "sample_ids": [9, 0, -2]}
+    flat = noise_op_rows(x, batch_dim)
+    address = (torch.tensor([signed(2**63 + 3), 0, 0]), torch.tensor([9, 0, -2]), 3, 2**32 - 1, 2**32 - 2, *flat.positions(x.shape, unit))
+    z = naive.naive_normals(x, batch_dim=batch_dim, unit=unit, **given)
+    tolerance = 1e-12 if dtype == torch.float64 else 5e-5 * 4
+    for expand in (True, False):
+        y = x if expand else torch.cat([x, 0 * x, 2 * x], batch_dim)
+        rows = torch.cat([x] * 3, batch_dim).double() if expand else y.double()
+        for multiply in (True, False):
+            got = torch.ops.iwsgd_triton.gaussian(flat.flatten(y), *address, 0.7, multiply, expand)
+            want = rows * (1 + 0.7 * z) if multiply else rows + 0.7 * z
+            torch.testing.assert_close(flat.unflatten(got, y.shape).double(), want, rtol=1e-6, atol=tolerance)
+    dy = torch.randn_like(rows).to(dtype)
+    dx = flat.unflatten(torch.ops.iwsgd_triton.gaussian_sum(flat.flatten(dy), *address, 0.7), dy.shape)
+    want = sum((dy.double() * (1 + 0.7 * z)).tensor_split(3, batch_dim))
+    torch.testing.assert_close(dx.double(), want, rtol=1e-6, atol=3 * tolerance)
+
+
+def test_gaussian_of_the_ends():
+    """The words for which the logarithm and the quarter turns are delicate: no infinity, within 5e-6 of the definition."""
+    ends = [0, 1, 2**23, 2**24 - 1, 2**31 - 1, 2**31, 2**31 + 1, 2**32 - 2**9, 2**32 - 129, 2**32 - 2, 2**32 - 1]
+    ends += [i * 2**29 + j for i in range(1, 8) for j in (-1, 0, 1)]
+    a, b = (v.flatten() for v in torch.meshgrid(torch.tensor(ends), torch.tensor(ends), indexing="ij"))
+    radius, angle = (-2 * ((a.double() + 0.5) / 2**32).log()).sqrt(), 2 * math.pi * ((b.double() + 0.5) / 2**32)
+    for dtype, tolerance in ((torch.float32, 5e-6), (torch.float64, 1e-14)):
+        x, y = torch.empty(1024, dtype=dtype), torch.empty(1024, dtype=dtype)
+        pair_kernel[(1,)](a, b, x, y, len(a), tl.float32 if dtype == torch.float32 else tl.float64)
+        for got, want in ((x, radius * angle.cos()), (y, radius * angle.sin())):
+            assert (got[: len(a)].double() - want).abs().max() < tolerance
+
+
+@triton.jit
+def pair_kernel(a, b, x, y, N, ACC: tl.constexpr):
+    i = tl.arange(0, 1024)
+    first, second = (tl.load(words + i, i < N, 0).to(tl.uint32) for words in (a, b))
+    z0, z1 = gaussian_op.normal_pair(first, second, ACC)
+    tl.store(x + i, z0, i < N)
+    tl.store(y + i, z1, i < N)
+
+
+@pytest.mark.parametrize("features", [1, 5, 64, 1000])
+def test_multinomial(features):
+    """Counts of equal and of very unequal probabilities, for each sample its own too, to the last draw."""
+    origin, ids = torch.tensor([-7, 3, 2**32 - 1]), torch.tensor([[4, 0], [2**32 - 1, 7]])
+    edges = (torch.rand(2, features).pow(8).double().cumsum(1) * 2**32).long() + 1
+    edges = (edges.double() / edges[:, -1:] * 2**32).long()
+    for bounds, draws in ((edges[0], 1), (edges[0], 41), (edges, 7)):
+        got = torch.ops.iwsgd_triton.multinomial(origin, ids, 2, 5, 0, 2, bounds, draws)
+        for s, b in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            row = bounds.expand(2, features)[s].tolist()
+            want = naive.counts(-7, 8, int(ids[s, b]), 2**32 - 1 + b, row, draws)
+            np.testing.assert_array_equal(got[s, b].numpy(), want)
 
 
 # ---- the loss ----

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -96,26 +97,21 @@ def parse(report: str) -> tuple[int, int]:
 @contextlib.contextmanager
 def compiling(arch: int, case: str, out: list[Kernel]):
     """Inside, the ops' launches compile their kernels for ``arch`` and run nothing."""
-    import iwsgd_ext as iw
-    from iwsgd_ext.triton import device, iw_cross_entropy, noise
+    from iwsgd_ext import backend
+    from iwsgd_ext.triton import address, device, gaussian, iw_cross_entropy, multinomial, noise
 
     def launch(kernel, programs, warps, values, registers=None):
         if programs:
             out.append(compile_kernel(kernel, {p.name: values[p.name] for p in kernel.params}, warps, registers, arch, case))
 
-    modules = [iw_cross_entropy, noise]
-    before = [(m.launch, m.device_of) for m in modules]
-    interpreting, iw.backend._interpreting = iw.backend._interpreting, True  # the tensors are on the CPU
-    iw.set_backend("triton")
-    for m in modules:
-        m.launch, m.device_of = launch, lambda x: device.KNOWN[arch]
-    try:
+    with contextlib.ExitStack() as stack:
+        for module in (gaussian, iw_cross_entropy, multinomial, noise):
+            stack.enter_context(mock.patch.object(module, "launch", launch))
+        for module in (address, iw_cross_entropy):
+            stack.enter_context(mock.patch.object(module, "device_of", lambda x: device.KNOWN[arch]))
+        stack.enter_context(mock.patch.object(backend, "_interpreting", True))  # the tensors are on the CPU
+        stack.enter_context(mock.patch.object(backend, "_forced", "triton"))
         yield
-    finally:
-        for m, (run, of) in zip(modules, before, strict=True):
-            m.launch, m.device_of = run, of
-        iw.set_backend(None)
-        iw.backend._interpreting = interpreting
 
 
 def loss_cases() -> dict:
@@ -170,20 +166,29 @@ def loss_cases() -> dict:
 def noise_cases() -> dict:
     import torch
 
-    from iwsgd_ext.triton import noise
+    from iwsgd_ext.triton import gaussian, multinomial, noise
 
     def call(outer, examples, inner, positions, share, samples=8, dtype=torch.bfloat16, expand=True, ids=None, thresholds=False, **law):
         def run():
             x = torch.zeros(outer, examples if expand else samples * examples, inner, dtype=dtype)
             y = torch.zeros(outer, samples * examples, inner, dtype=dtype)
             sample_ids = None if ids is None else torch.zeros(ids, dtype=torch.int64)
+            address = (torch.zeros(3, dtype=torch.int64), sample_ids, samples, 5, 0, positions, share)
+            if "std" in law:
+                gaussian.gaussian_fwd_triton(x, y, address, law["std"], law.get("multiply", True), expand)
+                gaussian.gaussian_bwd_triton(y, y[:, :examples], address, law["std"])
+                return
             given = torch.zeros(samples * examples, positions, dtype=torch.int32) if thresholds else None
-            address = (torch.zeros(3, dtype=torch.int64), sample_ids, samples, 5, 0, positions, share, 30000, given, 1.25)
+            address = (*address, 30000, given, 1.25)
             noise.noise_fwd_triton(x, y, address, law.get("shift", 0.0), law.get("fill", 0.0), expand)
             if expand:
                 noise.noise_bwd_triton(y, x, address)
 
         return run
+
+    def draw():
+        bounds = torch.full((8, 4096), 2**32)
+        multinomial.multinomial_triton(torch.zeros(3, dtype=torch.int64), None, 8, 0, 0, 32, bounds, 2048)
 
     n = 4096
     return {
@@ -201,6 +206,12 @@ def noise_cases() -> dict:
         "rows": call(1, 512, n, 1, n),
         "time-major": call(16, 64, 509, 16 * 509, 1, ids=(8,)),
         "time-major-channels": call(16, 64, 512, 16, 512, thresholds=True),
+        "gaussian-bf16": call(1, 512, n, n, 1, std=0.5),
+        "gaussian-fp32-add": call(1, 512, n, n, 1, dtype=torch.float32, std=0.5, multiply=False),
+        "gaussian-fp64": call(1, 512, n, n, 1, dtype=torch.float64, std=0.5),
+        "gaussian-odd": call(16, 64, 509, 16 * 509, 1, ids=(8, 64), std=0.5),
+        "gaussian-rows": call(1, 512, n, 1, n, std=0.5, expand=False),
+        "multinomial": draw,
         "few": call(1, 2, 300, 300, 1, samples=64),
     }
 
