@@ -30,6 +30,7 @@ _forced: str | None = None
 _ops: list[str] = []
 _built: dict[str, bool] = {"reference": True, "cpu": False, "cuda": False, "triton": False}
 _missing: dict[str, str] = {}  # name -> why a backend that could be there is not
+_triton_version = ""
 _interpreting = False  # whether Triton interprets its kernels, on the CPU, in this process
 
 
@@ -67,7 +68,7 @@ def load() -> None:
 
 
 def _load_triton() -> None:
-    global _interpreting
+    global _interpreting, _triton_version
     if importlib.util.find_spec("triton") is None:
         return
     try:
@@ -77,11 +78,11 @@ def _load_triton() -> None:
     except Exception as error:  # whatever a half-installed or foreign triton raises
         _missing["triton"] = f"triton could not be imported: {type(error).__name__}: {error}"
         return
-    version = tuple(int(n) for n in triton.__version__.split("+")[0].split(".")[:2])
-    if version < LEAST_TRITON:
+    if tuple(int(n) for n in triton.__version__.split(".")[:2]) < LEAST_TRITON:
         least = ".".join(map(str, LEAST_TRITON))
         _missing["triton"] = f"triton {triton.__version__} is too old: expected {least} or later; pip install --upgrade triton"
         return
+    _triton_version = triton.__version__
     # Triton decides at the definition of each function, and has defined its own library when it was imported.
     _interpreting = isinstance(triton.language.sum, InterpretedFunction)
     if _interpreting != bool(knobs.runtime.interpret):
@@ -172,9 +173,7 @@ def backend_info() -> dict:
 def _triton_info() -> str:
     if not _built["triton"]:
         return _why_missing("triton")
-    import triton
-
-    return triton.__version__ + (", interpreting (TRITON_INTERPRET=1)" if _interpreting else "")
+    return _triton_version + (", interpreting (TRITON_INTERPRET=1)" if _interpreting else "")
 
 
 def _why_missing(name: str) -> str:

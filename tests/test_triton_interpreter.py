@@ -357,18 +357,17 @@ def check(logits, target, samples, **options):
     assert_equals_naive(result_of(iw.iw_cross_entropy, logits, target, samples, **options), logits, target, samples, **options)
 
 
-SIZES = {"digits": (8, 5, 10, ()), "odd": (3, 3, 65, ()), "one-class": (1, 2, 1, ()), "positions": (3, 2, 63, (3, 5))}
+SIZES = {"digits": (8, 5, 10, ()), "odd": (3, 3, 65, ()), "one-class": (1, 2, 1, ()), "positions": (2, 2, 20, (3,))}
 
 
 @pytest.mark.parametrize("regime", REGIMES, indirect=True)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["labels", "smoothed", "probabilities"])
 @pytest.mark.parametrize("size", SIZES)
-def test_loss(regime, size, kind, dtype):
-    size = SIZES[size]
-    logits, target, options = data(size, dtype, kind)
-    for level in ["example", "position"] if size[3] else ["example"]:
-        check(logits, target, size[0], level=level, **options)
+def test_loss(regime, size, kind):
+    for dtype in DTYPES if kind == "smoothed" else DTYPES[:1]:
+        logits, target, options = data(SIZES[size], dtype, kind)
+        for level in ["example", "position"] if SIZES[size][3] else ["example"]:
+            check(logits, target, SIZES[size][0], level=level, **options)
 
 
 OPTIONS = {

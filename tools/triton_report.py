@@ -158,6 +158,9 @@ def loss_cases() -> dict:
         "captions": call(4, 4, 8000, (17,), last=True),
         "captions-probabilities": call(2, 4, 500, (17,), kind="probabilities"),
         "many-samples": call(2000, 1, 1000),
+        "ones-loss": call(1, 1, 1, kind="all"),
+        "ones-positions": call(1, 1, 1, (2,), kind="probabilities"),
+        "ones-reread": call(1, 200, 40001, reduction="none"),
         "best": call(4, 8, 10, alpha=float("inf"), reduction="none"),
         "mean": call(4, 8, 10, alpha=0.0, reduction="sum"),
     }
@@ -212,6 +215,9 @@ def noise_cases() -> dict:
         "gaussian-odd": call(16, 64, 509, 16 * 509, 1, ids=(8, 64), std=0.5),
         "gaussian-rows": call(1, 512, n, 1, n, std=0.5, expand=False),
         "multinomial": draw,
+        "ones": call(1, 1, 1, 1, 1, samples=1),
+        "ones-expanded": call(1, 1, 9, 9, 1, samples=1, expand=False, ids=(1,), thresholds=True),
+        "ones-gaussian": call(1, 1, 9, 9, 1, samples=1, ids=(1, 1), std=1.0),
         "few": call(1, 2, 300, 300, 1, samples=64),
     }
 

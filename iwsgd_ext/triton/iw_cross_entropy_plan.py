@@ -112,7 +112,8 @@ def reread_plan(shape: Shape, device: Device) -> Held | None:
     programs = min(units, device.multiprocessors * min(2, resident(warps)))
     if units < device.multiprocessors or programs * unit_bytes > limits.cache_share * device.cache:
         return None
-    return Held(block_s, 1, block_c, warps, None, units, programs)
+    # All registers that there are: left alone, ptxas spills some to reach a round number of them.
+    return Held(block_s, 1, block_c, warps, min(255, 2048 // warps), units, programs)
 
 
 def resident(warps: int) -> int:
