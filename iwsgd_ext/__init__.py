@@ -2,6 +2,7 @@
 
 from . import backend, functional
 from .attention import IWMultiheadAttention, scaled_dot_product_attention
+from .audit import Audit, audit
 from .backend import backend_info, set_backend
 from .convert import convert, revert
 from .drop_connect import IWDropConnect
@@ -31,6 +32,7 @@ __all__ = [
     "IWGRU",
     "IWLSTM",
     "IWRNN",
+    "Audit",
     "IWAdaptiveDropout",
     "IWAlphaDropout",
     "IWCrossEntropyLoss",
@@ -47,6 +49,7 @@ __all__ = [
     "IWMultiheadAttention",
     "IWMultinomialDropout",
     "IWStats",
+    "audit",
     "backend_info",
     "backward",
     "convert",

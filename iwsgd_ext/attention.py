@@ -61,20 +61,25 @@ def scaled_dot_product_attention(
         >>> out.shape
         torch.Size([6, 4, 5, 8])
     """
-    check_attention(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
-    rows = [x.shape[0] for x in (query, key, value)]
-    if attn_mask is not None and attn_mask.dim() == query.dim() and attn_mask.shape[0] != 1:
-        rows.append(attn_mask.shape[0])
-    if dropout_p == 0 and (current() is None or all(n == rows[0] for n in rows)):
+    if dropout_p == 0 and (current() is None or not _rows_meet(query, key, value, attn_mask)):
         return F.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
+    check_attention(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     context = ambient()
-    batch = context.examples(max(rows[:3]))
+    batch = context.examples(max(x.shape[0] for x in (query, key, value)))
 
     def noise(probabilities: Tensor) -> Tensor:
         return draw(probabilities, dropout_law(dropout_p), "element", 0) if dropout_p > 0 else probabilities
 
     masks = [] if attn_mask is None else [attn_mask]
     return attend(query, key, value, masks, is_causal, scale, context.samples, batch, noise)[0]
+
+
+def _rows_meet(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> bool:
+    """Whether numbers of rows differ, apart from one row, which torch's function may broadcast."""
+    if query.is_nested:
+        return False
+    rows = [x.shape[0] for x in (query, key, value, attn_mask) if x is not None and x.dim() == query.dim() and x.shape[0] != 1]
+    return any(n != rows[0] for n in rows)
 
 
 def check_attention(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa) -> None:
@@ -94,6 +99,20 @@ def check_attention(query, key, value, attn_mask, dropout_p, is_causal, enable_g
         check(attn_mask.dim() <= query.dim(), "attn_mask", "at most query's number of dimensions", tuple(attn_mask.shape))
         if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
             raise TypeError(f"attn_mask: expected bool or floating-point, got {attn_mask.dtype}")
+
+
+def check_masks(key_padding_mask: Tensor | None, attn_mask: Tensor | None, length: int, positions: int, heads: int) -> None:
+    """The masks of multi-head attention; a mask that broadcasts where torch's would not is refused, as torch's does."""
+    for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+        if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+            raise TypeError(f"{name}: expected bool or floating-point, got {mask.dtype}")
+    if key_padding_mask is not None:
+        fits = key_padding_mask.dim() == 2 and key_padding_mask.shape[1] == positions
+        check(fits, "key_padding_mask", "[rows, U] of key's U positions", tuple(key_padding_mask.shape))
+    if attn_mask is not None:
+        fits = attn_mask.dim() in (2, 3) and attn_mask.shape[-2] == length and attn_mask.shape[-1] == positions
+        fits = fits and (attn_mask.dim() == 2 or attn_mask.shape[0] % heads == 0)
+        check(fits, "attn_mask", "[T, U] or [rows * heads, T, U] of query's T and key's U positions", tuple(attn_mask.shape))
 
 
 def attend(
@@ -117,14 +136,13 @@ def attend(
     # Heads that share a key are more of its positions: no key is repeated.
     groups = q.shape[-3] // k.shape[-3] if q.dim() > 4 else 1
     scores = _unfold(_fold(q * (q.shape[-1] ** -0.5 if scale is None else scale), groups) @ k.transpose(-2, -1), groups)
-    if is_causal:
-        masks = [*masks, torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()]
-    for mask in masks:
+    causal = [torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()] if is_causal else []
+    for mask in (*masks, *causal):
         if mask.dim() == query.dim() and mask.shape[0] != 1:
             mask = _by_samples("attn_mask", mask, samples, batch)
         scores = scores.masked_fill(~mask, -float("inf")) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
     if masks:
-        # A position that may look nowhere gets zeros, as from torch's function, and not NaN.
+        # A position that may look nowhere (under a causal mask there is none) gets zeros, as from torch's function, and not NaN.
         nowhere = scores.detach().amax(-1, keepdim=True) == -float("inf") if scores.shape[-1] else scores.new_ones((), dtype=torch.bool)
         probabilities = torch.softmax(scores.masked_fill(nowhere, 0.0), -1).masked_fill(nowhere, 0.0)
     else:
@@ -210,6 +228,9 @@ class IWMultiheadAttention(nn.MultiheadAttention):
             return out.squeeze(dim), mean.squeeze(0) if need_weights else None
         for name, x in (("query", query), ("key", key), ("value", value)):
             check(x.dim() == 3, name, "[rows, T, E] where batch_first, else [T, rows, E]", tuple(x.shape))
+        length, positions = query.shape[1 - dim], key.shape[1 - dim]
+        check(value.shape[1 - dim] == positions, "value", "key's number of positions", tuple(value.shape))
+        check_masks(key_padding_mask, attn_mask, length, positions, self.num_heads)
 
         context = ambient()
         batch = context.examples(max(x.shape[dim] for x in (query, key, value)))
@@ -217,7 +238,7 @@ class IWMultiheadAttention(nn.MultiheadAttention):
         more = 0
         if self.bias_k is not None or self.add_zero_attn:
             k, v = self._append(k, self.bias_k, dim), self._append(v, self.bias_v, dim)
-            more = k.shape[1 - dim] - key.shape[1 - dim]
+            more = k.shape[1 - dim] - positions
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).movedim(dim, 0).transpose(1, 2) for x in (q, k, v))  # [R, H, T, D]
 
         def noise(probabilities: Tensor) -> Tensor:
@@ -259,13 +280,8 @@ class IWMultiheadAttention(nn.MultiheadAttention):
         """The masks as :func:`attend` takes them: [R, H, T, U] or less, True takes part."""
         masks = []
         if key_padding_mask is not None:
-            check(key_padding_mask.dim() == 2, "key_padding_mask", "[rows, U]", tuple(key_padding_mask.shape))
             masks.append(key_padding_mask[:, None, None])
         if attn_mask is not None:
-            check(attn_mask.dim() in (2, 3), "attn_mask", "[T, U] or [rows * heads, T, U]", tuple(attn_mask.shape))
             masks.append(attn_mask.unflatten(0, (-1, self.num_heads)) if attn_mask.dim() == 3 else attn_mask)
-        for mask in masks:
-            if mask.dtype != torch.bool and not mask.is_floating_point():
-                raise TypeError(f"key_padding_mask, attn_mask: expected bool or floating-point, got {mask.dtype}")
         masks = [F.pad(mask, (0, more)) for mask in masks] if more else masks
         return [~mask if mask.dtype == torch.bool else mask for mask in masks]

@@ -73,8 +73,6 @@ def _load_triton() -> None:
         return
     try:
         import triton
-        from triton import knobs
-        from triton.runtime.interpreter import InterpretedFunction
     except Exception as error:  # whatever a half-installed or foreign triton raises
         _missing["triton"] = f"triton could not be imported: {type(error).__name__}: {error}"
         return
@@ -82,6 +80,9 @@ def _load_triton() -> None:
         least = ".".join(map(str, LEAST_TRITON))
         _missing["triton"] = f"triton {triton.__version__} is too old: expected {least} or later; pip install --upgrade triton"
         return
+    from triton import knobs
+    from triton.runtime.interpreter import InterpretedFunction
+
     _triton_version = triton.__version__
     # Triton decides at the definition of each function, and has defined its own library when it was imported.
     _interpreting = isinstance(triton.language.sum, InterpretedFunction)

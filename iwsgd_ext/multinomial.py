@@ -44,16 +44,16 @@ def uniform_bounds(features: int, device: torch.device) -> Tensor:
     return (torch.arange(1, features + 1, device=device) * WORD + features - 1) // features
 
 
-def second_moments(x: Tensor, samples: int) -> Tensor:
-    """Evolutional dropout's probabilities (Li, Gong and Yang 2016, up to their sum): the root mean square of each feature.
+def root_mean_squares(x: Tensor) -> Tensor:
+    """Evolutional dropout's probabilities (Li, Gong and Yang 2016) up to their sum: of each feature over the rows of one sample.
 
     Args:
-        x: [K*B, F], with K samples, each of which has probabilities of its own.
+        x: [K, B, F].
 
     Returns:
         float64 [K, F].
     """
-    return x.detach().unflatten(0, (samples, -1)).double().square().mean(1).sqrt()
+    return x.detach().double().square().mean(1).sqrt()
 
 
 def one_example(x: Tensor, batch_dim: int) -> torch.Size:
@@ -62,40 +62,34 @@ def one_example(x: Tensor, batch_dim: int) -> torch.Size:
 
 
 class MultinomialNoise(torch.autograd.Function):
-    """y = x * counts / (draws * probability), [K*B, F] from x [B, F] where ``expand``, else row by row."""
+    """y = x * counts / (draws * probability), [K, B, F] from x [1, B, F] (an expansion) or [K, B, F]."""
 
     @staticmethod
-    def forward(
-        ctx, x: Tensor, bounds: Tensor, draws: int, expand: bool, origin: Tensor, sample_ids: Tensor | None, *address: int
-    ) -> Tensor:
+    def forward(ctx, x: Tensor, bounds: Tensor, draws: int, origin: Tensor, sample_ids: Tensor | None, *address: int) -> Tensor:
         ctx.save_for_backward(bounds, origin, sample_ids)
-        ctx.draws, ctx.expand, ctx.address = draws, expand, address
-        factors = _factors(x, bounds, draws, expand, origin, sample_ids, address)
-        x = x.unflatten(0, (1 if expand else address[0], -1))
-        return _times(x, factors).to(x.dtype).flatten(0, 1)
+        ctx.draws, ctx.rows, ctx.address = draws, x.shape[0], address
+        return _times(x, _factors(x, bounds, draws, origin, sample_ids, *address)).to(x.dtype)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         bounds, origin, sample_ids = ctx.saved_tensors
-        factors = _factors(dy, bounds, ctx.draws, False, origin, sample_ids, ctx.address)
-        dx = _times(dy.unflatten(0, (ctx.address[0], -1)), factors)
-        dx = (dx.sum(0) if ctx.expand else dx.flatten(0, 1)).to(dy.dtype)
-        return dx, *[None] * (5 + len(ctx.address))
+        # plain torch, so that it has a derivative of its own
+        dx = _times(dy, _factors(dy, bounds, ctx.draws, origin, sample_ids, *ctx.address))
+        dx = dx if ctx.rows == dx.shape[0] else dx.sum(0, keepdim=True)
+        return dx.to(dy.dtype), *[None] * (4 + len(ctx.address))
+
+
+def _factors(x, bounds, draws, origin, sample_ids, samples, stream, first_example) -> Tensor:
+    """counts / (draws * probability) for rows x [1 or K, B, F], [K, B, F] in float32 (float64 for float64)."""
+    counts = backend.op("multinomial", x.device)(origin, sample_ids, samples, stream, first_example, x.shape[1], bounds, draws)
+    width = bounds.diff(dim=-1, prepend=torch.zeros_like(bounds[..., :1]))
+    scale = torch.where(width > 0, WORD / (width.double() * draws), 0.0).to(torch.promote_types(x.dtype, torch.float32))
+    return counts * (scale if bounds.dim() == 1 else scale[:, None])
 
 
 def _times(x: Tensor, factors: Tensor) -> Tensor:
     """x * factors, and 0 where the factor is, whatever x holds."""
     return torch.where(factors == 0, factors.new_zeros(()), x.to(factors.dtype) * factors)
-
-
-def _factors(x, bounds, draws, expand, origin, sample_ids, address) -> Tensor:
-    """counts / (draws * probability) for rows x, [K, B, F], in float32 (float64 for float64)."""
-    samples, stream, first_example = address
-    examples = x.shape[0] if expand else x.shape[0] // samples
-    counts = backend.op("multinomial", x.device)(origin, sample_ids, samples, stream, first_example, examples, bounds, draws)
-    width = bounds.diff(dim=-1, prepend=torch.zeros_like(bounds[..., :1]))
-    scale = torch.where(width > 0, WORD / (width.double() * draws), 0.0).to(torch.promote_types(x.dtype, torch.float32))
-    return counts * (scale if bounds.dim() == 1 else scale[:, None])
 
 
 def multinomial_noise(
@@ -113,13 +107,13 @@ def multinomial_noise(
 ) -> Tensor:
     """Multinomial dropout at a given address; arguments are taken as valid (see ``functional.multinomial_dropout``).
 
-    ``probabilities`` may be "evolutional" (see :func:`second_moments`), ``draws`` a float that is multiplied by the number of features.
+    ``probabilities`` may be "evolutional" (see :func:`root_mean_squares`), ``draws`` a float that is multiplied by the number of features.
     """
-    moved = x.movedim(batch_dim, 0)
-    rows = moved.flatten(1) if x.dim() > 1 else moved[:, None]
-    features = rows.shape[1]
     if x.numel() == 0:
         return torch.cat([x] * samples, batch_dim) if expand else x
+    moved = x.movedim(batch_dim, 0)
+    rows = moved.reshape(1 if expand else samples, -1, moved[0].numel())
+    features = rows.shape[2]
     if isinstance(draws, float):
         draws = max(1, round(draws * features))
     if probabilities is None:
@@ -127,9 +121,10 @@ def multinomial_noise(
     elif isinstance(probabilities, Tensor):
         bounds = bounds_of(probabilities.to(x.device).flatten())
     else:
-        bounds = bounds_of(second_moments(rows, 1)[0] if expand else second_moments(rows, samples))
-    y = MultinomialNoise.apply(rows, bounds, draws, expand, origin, sample_ids, samples, stream, first_example)
-    return y.view(y.shape[0], *moved.shape[1:]).movedim(0, batch_dim)
+        moments = root_mean_squares(rows)
+        bounds = bounds_of(moments[0] if expand else moments)
+    y = MultinomialNoise.apply(rows, bounds, draws, origin, sample_ids, samples, stream, first_example)
+    return y.view(-1, *moved.shape[1:]).movedim(0, batch_dim)
 
 
 class IWMultinomialDropout(nn.modules.dropout._DropoutNd):

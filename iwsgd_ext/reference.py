@@ -7,7 +7,6 @@ sample-major: row s*B + b is example b under noise sample s.
 import torch
 from torch import Tensor
 
-GROUP = 8  # elements of one Philox call
 FIELD_RANGE = 65536  # a dropout probability is a number of 16-bit fields
 LOW = 0xFFFFFFFF
 
@@ -33,7 +32,7 @@ def philox(group: Tensor, example: Tensor, sample: Tensor, stream: Tensor, seed:
 
 
 def fields(words: Tensor) -> Tensor:
-    """The eight 16-bit fields of words [..., 4], as int64 [..., 8]: field j is bits 16*(j%2) .. +16 of word j//2."""
+    """The 16-bit fields of words [..., n], as int64 [..., 2n], the lower half of each word first."""
     return torch.stack([words & 0xFFFF, words >> 16], -1).flatten(-2)
 
 
@@ -50,10 +49,11 @@ def draw_words(
     return drawn.flatten(-2)[..., :words]
 
 
-def draw_fields(*call: int | Tensor | None, positions: int) -> Tensor:
-    """The 16-bit field of each element: int64 [samples, examples, positions]; ``call`` as in :func:`draw_words`."""
-    words = draw_words(*call, (positions + GROUP - 1) // GROUP * 4)
-    return fields(words.unflatten(-1, (-1, 4))).flatten(-2)[..., :positions]
+def draw_fields(
+    origin: Tensor, sample_ids: Tensor | None, samples: int, stream: int, first_example: int, examples: int, positions: int
+) -> Tensor:
+    """The 16-bit field of each element: int64 [samples, examples, positions]. Arguments as in :func:`noise`."""
+    return fields(draw_words(origin, sample_ids, samples, stream, first_example, examples, (positions + 1) // 2))[..., :positions]
 
 
 def keep_scale(threshold: int) -> float:
@@ -149,11 +149,6 @@ def noise_sum(
     return (y.sum(1) * scale).to(dy.dtype).contiguous()
 
 
-def _accumulated(dtype: torch.dtype) -> torch.dtype:
-    """What is computed in: float32, and float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def normals(words: Tensor) -> Tensor:
     """Standard normal numbers (Box and Muller, 1958) of words [..., 2n], as float64 [..., 2n]: two of each two words a, b.
 
@@ -243,9 +238,14 @@ def multinomial(
     """
     words = draw_words(origin, sample_ids, samples, stream, first_example, examples, draws)  # [K, B, draws]
     features = bounds.shape[-1]
-    drawn = torch.searchsorted(bounds.expand(samples, features).contiguous(), words.flatten(1), right=True).view(words.shape)
+    drawn = torch.searchsorted(bounds.expand(samples, features).contiguous(), words.flatten(1).contiguous(), right=True).view(words.shape)
     counts = torch.zeros(samples, examples, features, dtype=torch.int32, device=bounds.device)
     return counts.scatter_add_(2, drawn, torch.ones_like(drawn, dtype=torch.int32))
+
+
+def _accumulated(dtype: torch.dtype) -> torch.dtype:
+    """What is computed in: float32, and float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def logmeanexp(l: Tensor, alpha: float) -> Tensor:

@@ -83,7 +83,8 @@ class sampling:
         self.own = False  # opened by a converted model for itself
         # The call that opened it, where that is a model's: an interrupt (Ctrl-C) runs no hooks, so the context must end with the call.
         self.frame: FrameType | None = None
-        self.converted: list[tuple[object, str, int | None]] = []  # the converted models inside, and what each found, to be put back
+        self.converted: list[tuple] = []  # the converted models inside, and what each found, to be put back
+        self.watch = None  # in a dry run: what notes the calls that draw noise
         self.batch: int | None = None  # B, once the first noise call has fixed it
         # An int becomes a tensor here, before any compiled region: as an int in a graph it would recompile for each new seed.
         self._seed = make_origin(seed, 0, 0, torch.device("cpu")) if seed is not None else None

@@ -11,6 +11,7 @@ function of its address, so a second pass draws what the first one drew.
 
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -21,11 +22,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from . import reference
 from .batch_norm import _PerSample
-from .checks import check
-from .iw_cross_entropy import IWCrossEntropyLoss, IWStats, iw_cross_entropy
+from .checks import check, check_number
+from .functional import dropout
+from .iw_cross_entropy import IWCrossEntropyLoss, IWStats
 from .likelihood import as_arguments
-from .noise import dropout_law, noise
-from .sampling import current, sampling
+from .sampling import _rank, current, sampling
 
 Strategy = Literal["batched", "streamed", "resampled", "loop"]
 STRATEGIES = ("batched", "streamed", "resampled", "loop")
@@ -95,6 +96,10 @@ def backward(
     sampling(samples, seed=seed, first_example=first_example)  # checks them
     _check_counts(strategy, samples, chunk, keep)
     _check_loss(loss_fn)
+    if isinstance(grad_scale, Tensor):
+        check(grad_scale.numel() == 1, "grad_scale", "a tensor of one element", f"shape {tuple(grad_scale.shape)}")
+    elif grad_scale is not None and not isinstance(grad_scale, torch.amp.GradScaler):
+        check_number("grad_scale", grad_scale)
     if current() is not None:
         raise ValueError(
             "iw.backward opens its own sampling context, but one is open here; give samples, seed and first_example to the call"
@@ -116,8 +121,8 @@ def backward(
 
 
 def _check_counts(strategy: str, samples: int, chunk: int | None, keep: int) -> None:
-    for name, value in (("chunk", chunk), ("keep", keep)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+    for name, value in (("chunk", 1 if chunk is None else chunk), ("keep", keep)):
+        if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     check(chunk is None or 1 <= chunk <= samples, "chunk", f"a number of samples in 1 .. samples={samples}", chunk)
     check(chunk is None or strategy in ("streamed", "resampled"), "chunk", f"None with strategy={strategy!r}", chunk)
@@ -149,15 +154,12 @@ class _Step:
 
     # Passes
 
-    def context(self, samples: int, ids: Tensor | None = None) -> sampling:
-        context = sampling(samples, sample_ids=ids, first_example=self.first_example)
-        context._origin = self.origin
-        return context
-
     def outputs(self, samples: int, ids: Tensor | None = None) -> Any:
         """The model's outputs under the noise samples ``ids`` ([K], [K, B], or None: 0 .. K-1)."""
+        context = sampling(samples, sample_ids=ids, first_example=self.first_example)
+        context._origin = self.origin
         args, named = self.inputs
-        with self.context(samples, ids):
+        with context:
             return self.model(*args, **named)
 
     def log_likelihood(self, samples: int, ids: Tensor | None = None) -> Tensor:
@@ -224,17 +226,21 @@ class _Step:
         return loss, -outer * weights, IWStats(*(v.unflatten(-1, shape) for v in (log_p, weights, bound)))
 
     def scaled(self, gradient: Tensor) -> Tensor:
-        if isinstance(self.grad_scale, torch.amp.GradScaler):
-            return self.grad_scale.scale(gradient)
-        return gradient if self.grad_scale is None else gradient * self.grad_scale
+        scale = self.grad_scale
+        if isinstance(scale, torch.amp.GradScaler):
+            return scale.scale(gradient)
+        if isinstance(scale, Tensor):
+            scale = scale.detach().reshape(()).to(gradient.dtype)
+        return gradient if scale is None else gradient * scale
 
     # Strategies: (loss, statistics)
 
     def fused(self) -> tuple[Tensor, IWStats]:
         """Batched with the op that computes loss and gradient at once."""
         args, named = as_arguments(self.targets)
-        options = {**self.loss_fn.options, **named, "weight": self.loss_fn.weight, "return_stats": True}
-        loss, stats = iw_cross_entropy(self.outputs(self.samples), *args, samples=self.samples, **options)
+        criterion = copy(self.loss_fn)
+        criterion.samples, criterion.training, criterion.options = self.samples, True, {**self.loss_fn.options, "return_stats": True}
+        loss, stats = criterion(self.outputs(self.samples), *args, **named)
         self.scaled(loss).backward()
         return loss.detach(), stats
 
@@ -258,7 +264,7 @@ class _Step:
         *starts, last = range(0, self.samples, chunk)
         with torch.no_grad():
             log_p = [self.first_pass(start, chunk, copies) for start in starts]
-        torch.clear_autocast_cache()  # casts of weights made without a graph
+        torch.clear_autocast_cache()  # where torch has not pytorch#165068: casts of weights that were made without a graph
         with no_sync():
             of_last = self.first_pass(last, chunk, copies)  # with its graph: it need not be replayed
             loss, dlog_p, stats = self.terms(torch.cat([*log_p, of_last.detach()]))
@@ -286,7 +292,7 @@ class _Step:
         copies = _Buffers(self.model)
         with torch.no_grad():
             log_p = torch.cat([self.first_pass(start, chunk, copies) for start in range(0, self.samples, chunk)])
-        torch.clear_autocast_cache()  # casts of weights made without a graph
+        torch.clear_autocast_cache()  # where torch has not pytorch#165068: casts of weights that were made without a graph
         if not self.states[0].is_current():
             raise ValueError(
                 "strategy='resampled': the model drew torch's random numbers, which a second pass cannot draw again; see iw.audit"
@@ -302,12 +308,12 @@ class _Step:
 
     def drawn(self, weights: Tensor, keep: int) -> Tensor:
         """Ids [keep, B] of samples drawn by their weights [S, B]: the first whose cumulative weight exceeds a uniform random number."""
-        context = self.context(keep)
-        context.stream = STREAM
-        ones = torch.ones(weights.shape[1], DIGITS, dtype=torch.float64, device=weights.device)
-        digits = noise(ones, dropout_law(0.5), "element", **context.place(ones, 0)).view(keep, -1, DIGITS)  # 0 or 2
+        examples = weights.shape[1]
+        ones = torch.ones(examples, DIGITS, dtype=torch.float64, device=weights.device)
+        first = _rank() * examples if self.first_example is None else self.first_example
+        digits = dropout(ones, 0.5, samples=keep, seed=self.origin[:1], stream=STREAM, first_example=first)  # 0 or 2, fair coins
         place = 0.5 ** torch.arange(2, DIGITS + 2, dtype=torch.float64, device=weights.device)
-        uniform = (digits * place).sum(-1) + 0.5 ** (DIGITS + 1)
+        uniform = (digits.view(keep, examples, DIGITS) * place).sum(-1)  # in [0, 1)
         cumulative = torch.stack(list(accumulate(weights.double())))  # in this order on every device
         return (cumulative[:, None] <= uniform * cumulative[-1]).sum(0)
 

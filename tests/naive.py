@@ -3,6 +3,7 @@
 Noise is a function of (seed, stream, sample, example, position) through Philox4x32-10; see the docstrings for each rule.
 """
 
+import bisect
 import functools
 import math
 
@@ -68,7 +69,7 @@ def counts(seed: int, stream: int, sample: int, example: int, bounds: list[int],
     """How often each feature comes up in one row's draws: draw j is word j, and the first feature whose bound is above it."""
     drawn = np.zeros(len(bounds), dtype=np.int64)
     for word in random_words(seed, stream, sample, example, draws).tolist():
-        drawn[next(f for f, bound in enumerate(bounds) if bound > word)] += 1
+        drawn[bisect.bisect_right(bounds, word)] += 1
     return drawn
 
 

@@ -153,6 +153,11 @@ class TestFunction:
             assert torch.equal(iw.scaled_dot_product_attention(*x), F.scaled_dot_product_attention(*x))
             assert context.stream == 0
         assert torch.equal(iw.scaled_dot_product_attention(*x), F.scaled_dot_product_attention(*x))
+        q = torch.randn(T, E, device=device)  # what torch takes and has no rows, or one for all
+        one = [v.detach()[:1] for v in x]
+        with iw.sampling(S):
+            assert torch.equal(iw.scaled_dot_product_attention(q, q, q), F.scaled_dot_product_attention(q, q, q))
+            assert torch.equal(iw.scaled_dot_product_attention(x[0], one[1], one[2]), F.scaled_dot_product_attention(x[0], one[1], one[2]))
         for rows in ROWS[2:]:
             x = tensors(device, *rows)
             with after_noise() as context:
@@ -213,6 +218,25 @@ class TestFunction:
         got = iw.functional.scaled_dot_product_attention(*x, samples=S, **ADDRESS)
         torch.testing.assert_close(got, torch.cat([F.scaled_dot_product_attention(*x)] * S))
 
+    def test_what_is_kept_for_backward(self, device, backend):
+        """Rows that are not expanded are soft-maxed once: kept are their probabilities and the S noisy ones, else S of each."""
+        kept = {}
+        n, inputs = 64, 3 * 64 * 8
+        for rows in (1, S):
+            x = [torch.randn(rows, 1, n, 8, device=device).requires_grad_() for _ in range(3)]
+            storages = {}
+
+            def pack(t, storages=storages):
+                storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes() // t.element_size()
+                return t  # alive as long as the graph, so that no two share an address
+
+            with iw.sampling(S, expand="none" if rows == S else "first"), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                y = iw.scaled_dot_product_attention(*x, dropout_p=0.3)
+            kept[rows] = sum(storages.values())
+            assert y.requires_grad
+        assert (1 + S) * n * n <= kept[1] <= (1 + S) * n * n + (1 + S) * inputs
+        assert 2 * S * n * n <= kept[S] <= 2 * S * n * n + 2 * S * inputs
+
     def test_second_derivative(self, device):
         x = tensors(device)
         assert torch.autograd.gradgradcheck(
@@ -260,11 +284,11 @@ def test_bad_arguments(message, change):
 def test_bad_types():
     x = torch.ones(B, H, T, E)
     with pytest.raises(TypeError, match=r"query: expected float32, .*, got torch.int64"):
-        iw.scaled_dot_product_attention(x.long(), x, x)
+        iw.scaled_dot_product_attention(x.long(), x, x, dropout_p=0.3)
     with pytest.raises(TypeError, match="value: expected a tensor, got NoneType"):
-        iw.scaled_dot_product_attention(x, x, None)
+        iw.scaled_dot_product_attention(x, x, None, dropout_p=0.3)
     with pytest.raises(TypeError, match=r"attn_mask: expected bool or floating-point, got torch.int64"):
-        iw.scaled_dot_product_attention(x, x, x, torch.ones(T, T, dtype=torch.int64))
+        iw.scaled_dot_product_attention(x, x, x, torch.ones(T, T, dtype=torch.int64), dropout_p=0.3)
 
 
 D = 8  # embedding, of two heads
@@ -476,10 +500,16 @@ class TestModule:
         with iw.sampling(2):
             with pytest.raises(ValueError, match=r"key: expected \[rows, T, E\] where batch_first"):
                 layer(x, x[0], x)
-            with pytest.raises(ValueError, match=r"attn_mask: expected \[T, U\] or \[rows \* heads, T, U\]"):
-                layer(x, x, x, attn_mask=torch.ones(T, device=device))
-            with pytest.raises(ValueError, match=r"key_padding_mask: expected \[rows, U\]"):
-                layer(x, x, x, torch.ones(T, device=device) > 0)
+            with pytest.raises(ValueError, match=r"value: expected key's number of positions, got \(2, 2, 8\)"):
+                layer(x, x, x[:, :2])
+            for shape in ((T,), (T, 1), (1, T), (3, T, T), (B, 2, T, T)):
+                with pytest.raises(ValueError, match=r"attn_mask: expected \[T, U\] or \[rows \* heads, T, U\]"):
+                    layer(x, x, x, attn_mask=torch.ones(shape, device=device))
+            with pytest.raises(ValueError, match=r"attn_mask: expected 2 rows, or 2 samples \* 2 = 4, got 3"):
+                layer(x, x, x, attn_mask=torch.ones(6, T, T, device=device))
+            for shape in ((T,), (B, 1), (B, 1, T)):
+                with pytest.raises(ValueError, match=r"key_padding_mask: expected \[rows, U\]"):
+                    layer(x, x, x, torch.ones(shape, device=device) > 0)
             with pytest.raises(TypeError, match=r"expected bool or floating-point, got torch.int64"):
                 layer(x, x, x, torch.ones(B, T, device=device, dtype=torch.int64))
             layer.dropout = 1.5
@@ -538,6 +568,7 @@ class TestTransformer:
         with after_noise():
             torch.testing.assert_close(got, layer(y, torch.cat([memory] * S)))
 
+    @pytest.mark.filterwarnings("ignore::UserWarning:torch.nn")  # its own nested tensors
     def test_eval_is_torchs(self, device):
         """Bit for bit, with and without the fast path of inference."""
         model = nn.TransformerEncoder(nn.TransformerEncoderLayer(D, 2, 16, batch_first=True, device=device), 2).eval()
@@ -552,3 +583,12 @@ class TestTransformer:
                     results.append(model(x, src_key_padding_mask=padding))
         assert torch.equal(results[0], results[2])
         assert torch.equal(results[1], results[3])
+        both = nn.Transformer(D, 2, 1, 1, 16, device=device).eval()
+        results = []
+        for swapped in (False, True):
+            if swapped:
+                swap(both)
+            with iw.sampling(S) as context:
+                results.append(both(x, x, tgt_mask=nn.Transformer.generate_square_subsequent_mask(B, device=device)))
+                assert context.stream == 0
+        assert torch.equal(*results)

@@ -296,3 +296,26 @@ def test_naive_truth_is_torch():
         got = naive_loss(logits, target, 1, **options)
         torch.testing.assert_close(got.loss, expected.detach())
         torch.testing.assert_close(got.dlogits, torch.autograd.grad(expected, logits)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_gradient_larger_than_caches(backend, device, dtype, smoothing):
+    """A gradient that goes past the caches on its way to memory is the one of the batch's parts, which do not, bit for bit."""
+    samples, batch, classes = 2, 2300, 1003  # 9 MB in 16-bit types; odd rows: vectors begin anywhere
+    if backend == "reference" and dtype != torch.float32:
+        pytest.skip("one type shows that the parts make up the whole")
+    z = torch.randn(samples, batch, classes, device=device).to(dtype)
+    target = torch.randint(classes, (batch,), device=device)
+    target[: 2 * 64] = torch.arange(2 * 64, device=device) % 64  # labels in the first vectors, and in the last
+    target[2 * 64 : 4 * 64] = classes - 1 - torch.arange(2 * 64, device=device) % 64
+    target[-3] = -100
+
+    def gradient(first, last):
+        part = z[:, first:last].flatten(0, 1).requires_grad_()
+        loss = iw.iw_cross_entropy(part, target[first:last], samples, reduction="sum", label_smoothing=smoothing)
+        return torch.autograd.grad(loss, part)[0].unflatten(0, (samples, -1))
+
+    whole = gradient(0, batch)
+    for first in (0, 64, 128, 192, 256, 1000, batch - 64):
+        assert torch.equal(whole[:, first : first + 64], gradient(first, first + 64)), first

@@ -3,6 +3,7 @@
 import copy
 import io
 
+import naive
 import naive_layers
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import iwsgd_ext as iw
+from iwsgd_ext.noise import make_origin, noise
 
 T, F, H = 5, 3, 4
 PAIRS = [(iw.IWLSTM, nn.LSTM), (iw.IWGRU, nn.GRU), (iw.IWRNN, nn.RNN)]
@@ -91,6 +93,7 @@ class TestEachLayer:
     def test_packed_sequences(self, device, kind, options, locked, x_rows, state_rows, lengths):
         check(layer_of(kind, device, locked=locked, batch_first=False, **options), device, x_rows, state_rows, lengths)
 
+    @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
     def test_eval_is_torchs(self, device, kind, options):
         """Bit for bit, also in a context, where it draws no stream; so is training without dropout, and with one layer."""
         layer = layer_of(kind, device, torch.float32, **options)
@@ -135,6 +138,34 @@ class TestEachLayer:
 
 def as_tuple(states):
     return states if isinstance(states, tuple) else (states,)
+
+
+@pytest.mark.parametrize("features", [1, 8, 63, 500, 1000], ids=["one", "one-group", "odd", "ends-inside-a-group", "whole-groups"])
+@pytest.mark.parametrize("batch_dim", [0, 1])
+@pytest.mark.parametrize("expand", [True, False])
+def test_locked_noise_op(device, backend, features, batch_dim, expand):
+    """The op by itself, at sizes that the kernels cut differently: masks are the features', at every step, and the gradient is theirs."""
+    steps, rows, p = 9, 4, 0.3
+    samples = 3 if expand else 2
+    x = torch.randn((rows, steps, features) if batch_dim == 0 else (steps, rows, features), device=device).requires_grad_()
+    origin = make_origin(5, 0, 0, x.device)
+    address = {"samples": samples, "origin": origin, "sample_ids": None, "stream": 3, "first_example": 2, "expand": expand}
+    y = noise(x, naive.threshold(p), "feature", **address, batch_dim=batch_dim)
+    examples = rows if expand else rows // samples
+    keep = [
+        naive_layers.keep_scale(p, seed=5, stream=3, sample=s, example=2 + b, shape=(features,))
+        for s in range(samples)
+        for b in range(examples)
+    ]
+    keep = torch.stack(keep)[:, None].expand(-1, steps, -1)
+    truth = x.detach().cpu().double().movedim(batch_dim, 0).requires_grad_()
+    want = (truth.repeat(samples, 1, 1) if expand else truth) * keep
+    dy = torch.randn(want.shape)
+    torch.testing.assert_close(y.detach().cpu().movedim(batch_dim, 0), want.float().detach(), rtol=1e-6, atol=1e-6)
+    assert torch.equal(y.detach().cpu().movedim(batch_dim, 0) != 0, keep != 0)
+    y.backward(dy.movedim(0, batch_dim).to(device))
+    want.backward(dy.double())
+    torch.testing.assert_close(x.grad.cpu().movedim(batch_dim, 0), truth.grad.float(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("batch_first", [True, False])

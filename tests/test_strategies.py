@@ -1,4 +1,4 @@
-"""iw.backward: every strategy against loops in float64; what it accepts, and what it refuses."""
+"""iw.backward: every strategy against loops in float64; and what it accepts."""
 
 import math
 
@@ -164,6 +164,9 @@ def test_grad_scaler_steps(device):
     optimizer, scaler = torch.optim.SGD(model.parameters(), lr=1.0), torch.amp.GradScaler(device.type, init_scale=1024.0)
     before = [p.detach().clone() for p in model.parameters()]
     _, want = run(model, iw.IWCrossEntropyLoss(2), x, target)
+    for loss in LOSSES.values():  # a scale of another type leaves the gradients' type alone
+        _, doubled = run(model, loss(1.0), x, target, grad_scale=torch.tensor([2.0], dtype=torch.float64, device=device))
+        torch.testing.assert_close(doubled, {name: 2 * g for name, g in want.items()})
     run(model, iw.IWCrossEntropyLoss(2), x, target, "streamed", grad_scale=scaler)
     scaler.step(optimizer)
     scaler.update()
@@ -243,6 +246,20 @@ def test_several_inputs_and_outside_graphs(device, way, form):
     want = naive.naive_loss(log_p)
     torch.testing.assert_close(loss.cpu(), want.detach())
     torch.testing.assert_close(got, list(torch.autograd.grad(want, leaves)))
+
+
+@EXACT
+def test_trunk_outside(device, way):
+    """A trunk before all noise, called once by the user: its graph is gone through once, after the last pass."""
+    model = Mlp().double().to(device)
+    x, target = batch(model, device)
+    layers, calls = list(model), []
+    trunk, head = nn.Sequential(*layers[:2]), iw.convert(nn.Sequential(*layers[2:]), 2, expand="first")
+    trunk.register_forward_hook(lambda *_: calls.append("forward"))
+    trunk.register_full_backward_hook(lambda *_: calls.append("backward"))
+    loss, _ = run(head, iw.IWCrossEntropyLoss(2), trunk(x.requires_grad_()), target, way)
+    assert calls == ["forward", "backward"]
+    assert_as_naive((loss, gradients(model)), naive_step(model, x, target, S, 1.0))
 
 
 @EXACT
@@ -327,86 +344,5 @@ def test_compiled(device, way):
     model = iw.convert(Mlp().double().to(device), 2, expand="first")
     x, target = batch(model, device)
     want = run(model, iw.IWCrossEntropyLoss(2), x, target, way)
-    model.compile(backend="aot_eager")
+    model.compile(backend="eager")
     assert_as_naive(run(model, iw.IWCrossEntropyLoss(2), x, target, way), want)
-
-
-MODEL = iw.convert(nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3)), 2, expand="first")
-X, Y = torch.zeros(B, 6), torch.zeros(B, dtype=torch.int64)
-
-
-@pytest.mark.parametrize(
-    ("error", "options", "message"),
-    [
-        (ValueError, {"strategy": "streaming"}, "strategy: expected one of batched, streamed, resampled, loop, got 'streaming'"),
-        (ValueError, {"strategy": None}, "strategy: .*got None"),
-        (ValueError, {"samples": 0}, "samples: .*got 0"),
-        (TypeError, {"samples": 2.0}, "samples: expected an int, got float"),
-        (ValueError, {"strategy": "streamed", "chunk": 5}, r"chunk: expected a number of samples in 1 .. samples=4, got 5"),
-        (ValueError, {"strategy": "resampled", "chunk": 0}, "chunk: .*got 0"),
-        (TypeError, {"strategy": "streamed", "chunk": 2.0}, "chunk: expected an int, got float"),
-        (ValueError, {"chunk": 2}, "chunk: expected None with strategy='batched', got 2"),
-        (ValueError, {"strategy": "loop", "chunk": 1}, "chunk: expected None with strategy='loop'"),
-        (ValueError, {"strategy": "streamed", "keep": 2}, "keep: expected 1 with strategy='streamed', got 2"),
-        (ValueError, {"strategy": "resampled", "keep": 0}, "keep: expected an integer >= 1, got 0"),
-        (TypeError, {"strategy": "resampled", "keep": True}, "keep: expected an int, got bool"),
-        (TypeError, {"seed": 1.0}, "seed: expected an int"),
-        (TypeError, {"first_example": "0"}, "first_example: expected an int"),
-        (TypeError, {"loss_fn": nn.CrossEntropyLoss()}, "loss_fn: expected IWCrossEntropyLoss, .*got CrossEntropyLoss"),
-        (ValueError, {"loss_fn": iw.IWCrossEntropyLoss(4, reduction="none")}, "loss_fn: expected reduction 'mean' or 'sum'"),
-        (ValueError, {"loss_fn": iw.IWCrossEntropyLoss(4, process_group="a group")}, "loss_fn: expected process_group=None"),
-        (ValueError, {"targets": Y[:3]}, "logits: expected 4 samples"),
-        (TypeError, {"targets": (Y, Y)}, "argument"),
-    ],
-    ids=lambda v: "-".join(v) if isinstance(v, dict) else None,
-)
-def test_refuses(error, options, message):
-    arguments = {"model": MODEL, "loss_fn": iw.IWCrossEntropyLoss(4), "inputs": X, "targets": Y, "samples": 4, **options}
-    with pytest.raises(error, match=message):
-        iw.backward(**arguments)
-    assert current() is None
-
-
-@pytest.mark.parametrize("terms", [lambda log_p: log_p, lambda log_p: (log_p, log_p[0]), lambda log_p: [log_p, log_p[0], 1]])
-def test_refuses_what_is_no_triple(terms):
-    class Loss:
-        def log_likelihood(self, outputs, targets, samples):
-            return terms(outputs.sum(1).view(samples, -1))
-
-    with pytest.raises(TypeError, match="loss_fn: expected log_likelihood to return"):
-        iw.backward(MODEL, Loss(), X, Y, samples=4)
-
-
-@pytest.mark.parametrize(
-    "terms", [lambda log_p: (log_p.flatten(), log_p[0], 1), lambda log_p: (log_p, log_p, 1), lambda log_p: (log_p[:1], log_p[0], 1)]
-)
-def test_refuses_wrong_shapes(terms):
-    class Loss:
-        def log_likelihood(self, outputs, targets, samples):
-            return terms(outputs.sum(1).view(samples, -1))
-
-    with pytest.raises(ValueError, match=r"log_p \[4, units\] and outer weight \[units\], got \("):
-        iw.backward(MODEL, Loss(), X, Y, samples=4)
-
-
-def test_refuses_an_open_context():
-    with iw.sampling(4), pytest.raises(ValueError, match="opens its own sampling context"):
-        iw.backward(MODEL, iw.IWCrossEntropyLoss(4), X, Y, samples=4)
-
-
-def test_refuses_a_loss_of_positions_where_examples_are_drawn():
-    model = iw.convert(nn.Sequential(nn.Dropout(0.5), nn.Conv1d(3, 4, 1)), 2, expand="first")
-    target = torch.zeros(B, 6, dtype=torch.int64)
-    with pytest.raises(ValueError, match="level='example'"):
-        iw.backward(model, iw.IWCrossEntropyLoss(4, level="position"), torch.ones(B, 3, 6), target, samples=4, strategy="resampled")
-
-
-@pytest.mark.parametrize("strategy", ["loop", "streamed", "resampled"])
-def test_refuses_inputs_changed_in_place(strategy):
-    class InPlace(nn.Sequential):
-        def forward(self, x):
-            return super().forward(x.mul_(2.0))
-
-    model = InPlace(nn.Linear(6, 8), iw.IWDropout(0.5), nn.Linear(8, 3))
-    with pytest.raises(ValueError, match=f"inputs: strategy='{strategy}' reads them again"):
-        iw.backward(model, iw.IWCrossEntropyLoss(4), X.clone(), Y, samples=4, strategy=strategy)

@@ -34,7 +34,7 @@ def naive_drawn(weights, keep, seed=SEED, first_example=0):
         drawn.append([])
         for b, w in enumerate(weights.double().T.tolist()):
             coins = naive.naive_mask(seed, LAST_STREAM, j, first_example + b, 32, 0.5)
-            u = sum(0.5 ** (i + 1) for i, coin in enumerate(coins) if coin) + 0.5**33
+            u = sum(0.5 ** (i + 1) for i, coin in enumerate(coins) if coin)
             total = list(itertools.accumulate(w))
             drawn[j].append(next(s for s, c in enumerate(total) if c > u * total[-1]))
     return torch.tensor(drawn)
@@ -50,7 +50,8 @@ def test_draws_by_the_definition(device, backend, samples, keep):
 
 
 def test_draws_follow_the_weights(device, backend):
-    """Counts of 8 samples over 100000 examples, and of pairs of two draws; chi-square, false alarm below 1e-6 each. Weight 0 is never drawn."""
+    """Counts of 8 samples over 100000 examples, and of pairs of two draws: chi-square, false alarm below 1e-6 each; weight 0 is never
+    drawn."""
     weights = torch.tensor([0.0, 0.3, 0.02, 0.0, 0.4, 0.1, 0.18, 0.0], device=device)
     n = 100000
     drawn = step_of(device, 8).drawn(weights[:, None].expand(8, n), 2).cpu()
@@ -108,11 +109,11 @@ def test_unbiased_over_draws(device, keep):
     assert (differences.std(0) > 1e-3).all()
 
 
-@pytest.mark.parametrize("chunk", [None, 1, 3])
-def test_keeps_whole_samples(device, backend, chunk):
-    """The gradient is that of the drawn samples in every layer: [s][b] alone, by the naive noise; chunks of the first pass do not matter."""
+@pytest.mark.parametrize(("expand", "chunk"), [("first", None), ("first", 1), ("input", 3)])
+def test_keeps_whole_samples(device, backend, expand, chunk):
+    """The gradient is that of the drawn samples in every layer: [s][b] alone, by the naive noise, whatever the first pass' chunks."""
     samples, keep = 5, 2
-    model = iw.convert(ConvNet().double().to(device), 2, expand="first")
+    model = iw.convert(ConvNet().double().to(device), 2, expand=expand)
     x, target = batch(model, device)
     got = backward(model, x, target, samples, strategy="resampled", keep=keep, chunk=chunk)
     assert_as_naive((got[0], {}), (naive_step(model, x, target, samples, 1.0)[0], {}))
@@ -130,12 +131,23 @@ def likelihood(model, w, x, target, s, b):
     return torch.log_softmax(model.naive(w, x, naive_noise_of(s, b, False)), 0)[target]
 
 
-def test_nan_is_seen(device):
-    """A NaN among the weights is in the gradient, as it is in batched; else a scaler would take the step."""
+@pytest.mark.parametrize("strategy", ["batched", "loop", "streamed", "resampled"])
+def test_nan_is_seen(device, strategy):
+    """One NaN among an example's log-likelihoods is in the gradient, whichever sample is drawn; else a scaler would take the step."""
+
+    class Loss(iw.IWLoss):
+        calls = 0
+
+        def log_likelihood(self, outputs, targets, samples):
+            log_p, *others = super().log_likelihood(outputs, targets, samples)
+            Loss.calls += 1
+            if samples == 4 or (samples == 1 and Loss.calls == 2 and strategy != "resampled"):
+                log_p = log_p.index_fill(0, torch.tensor([samples // 2], device=device), math.nan)
+            return log_p, *others
+
     model = iw.convert(Mlp().double().to(device), 2, expand="first")
     x, target = batch(model, device)
-    x[1] = math.nan
-    loss, gradients = backward(model, x, target, 4, strategy="resampled")
+    loss, gradients = backward(model, x, target, 4, strategy=strategy, criterion=Loss(nn.CrossEntropyLoss(reduction="none"), 4))
     assert loss.isnan() and all(g.isnan().any() for g in gradients.values())
 
 

@@ -140,6 +140,23 @@ def test_joint_batch_norm_after_noise_raises(expand, options):
         run(model, *data(), **options)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["loop", "streamed", "resampled"])
+def test_compiled_batch_norm(strategy):
+    """A compiled model is watched too, whatever was compiled before; and its buffers are kept from replays."""
+    torch._dynamo.reset()
+    model, (x, target) = iw.convert(Normalised().double(), 2, expand="first"), data()
+    model.compile(backend="eager")
+    run(model, x, target)
+    with pytest.raises(ValueError, match="BatchNorm '5'"):
+        run(model, x, target, strategy=strategy)
+    model = iw.convert(Trunk().double(), 2, expand="first")
+    twin, criterion = copy.deepcopy(model), iw.IWCrossEntropyLoss(2, alpha=math.inf)
+    model.compile(backend="eager")
+    for _ in range(2):
+        torch.testing.assert_close(run(model, x, target, criterion=criterion, strategy=strategy), run(twin, x, target, criterion=criterion))
+
+
 def test_one_chunk_is_batched():
     """Streamed with all samples in one chunk allows joint statistics over them."""
     model, (x, target) = iw.convert(Normalised().double(), 2, expand="first"), data()
@@ -289,6 +306,15 @@ def test_passes_without_weight_are_left_out():
     assert passes == [(3, False), (3, False), (1, True), (3, True)]
 
 
+class OfTheLast(iw.IWLoss):
+    """All weight is the last sample's: the first calls are first passes."""
+
+    def log_likelihood(self, outputs, targets, samples):
+        log_p, *others = super().log_likelihood(outputs, targets, samples)
+        self.seen = getattr(self, "seen", 0) + samples
+        return log_p + torch.where(torch.arange(samples) == samples - 1, 1000.0 * (self.seen == S), 0.0)[:, None], *others
+
+
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo here")
 def test_distributed_data_parallel(tmp_path):
     """Gradients travel once, with the last backward, also where its chunk has no weight; the values are a plain model's."""
@@ -312,5 +338,8 @@ def test_distributed_data_parallel(tmp_path):
             torch.testing.assert_close({k.removeprefix("module."): v for k, v in got[1].items()}, want[1])
             if options["strategy"] != "loop":
                 assert sum(sent) == sum(p.numel() for p in model.parameters())
+        sent.clear()
+        run(parallel, x, target, criterion=OfTheLast(nn.CrossEntropyLoss(reduction="none"), S), strategy="streamed")
+        assert sum(sent) == sum(p.numel() for p in model.parameters())
     finally:
         dist.destroy_process_group()

@@ -98,6 +98,13 @@ inline A unit_log_likelihood(A u, A outer) {
   return outer > A(0) ? u / outer : u;  // without any weight u is 0, or NaN
 }
 
+// Whether the gradient goes past the caches: it is more than they hold beside the logits, and in other memory than these.
+constexpr int64_t kStreamBytes = 8 << 20;
+template <class T, class A>
+inline bool streams_gradient(const LossArguments<T, A>& a) {
+  return a.dlogits != nullptr && a.dlogits != a.logits && a.S * a.positions() * a.C * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
+}
+
 #include "iw_cross_entropy_panels.h"
 #include "iw_cross_entropy_rows.h"
 
@@ -220,7 +227,8 @@ void solve(const LossArguments<T, A>& a, const A* c, const A* outer, A scale, in
   const bool keep_tiles = panels && !joint && a.S * tile * static_cast<int64_t>(sizeof(A)) <= kBlockBytes;
   const int64_t block = keep_tiles ? L : std::max<int64_t>(panels && !joint ? L : 1, kBlockBytes / std::max<int64_t>(unit_bytes, 1));
   const int64_t rows = a.S * std::min(block, last - first) * each;
-  const bool keep_rows = !panels && !std::is_same_v<T, A> && gradient && rows * a.C * static_cast<int64_t>(sizeof(A)) <= 8 * kBlockBytes;
+  const bool keep_rows = !panels && gradient && (!std::is_same_v<T, A> || streams_gradient(a)) &&
+                         rows * a.C * static_cast<int64_t>(sizeof(A)) <= 8 * kBlockBytes;
   const std::unique_ptr<A[]> memory(new A[3 * rows + (keep_tiles ? a.S * tile : keep_rows ? rows * a.C : 0)]);
   A *max = memory.get(), *sum = max + rows, *u = sum + rows, *kept = u + rows;
   for (int64_t unit = first; unit < last;) {

@@ -44,15 +44,36 @@ A exponentials(const T* z, int64_t n, A most, A* e) {
   return sum;
 }
 
-// dz = factor * e, and minus k * (soft target) where there is one; dz may be e.
-template <class T, class A>
-void row_gradient(const LossArguments<T, A>& a, const Target<A>& target, const A* e, T* dz, A factor, A k) {
-  if (!has_soft_target(a))
-    for_each_vector<A>(a.C, [&](int64_t i, int n) { store_some(dz + i, load_some(e + i, n, A(0)) * factor, n); });
-  else
-    for_each_vector<A>(a.C, [&](int64_t i, int n) {
-      store_some(dz + i, load_some(e + i, n, A(0)) * factor - soft_targets(a, target, i, n) * k, n);
-    });
+// dz[i] = gradient(i, n), the n <= L values from class i on, with `at_label` in the label's place (-1: none). dz may be what gradient
+// reads. Where `past_cache`, whole vectors go past the caches.
+template <class A, class T, class Gradient>
+void write_gradient(T* dz, int64_t classes, int64_t label, A at_label, bool past_cache, const Gradient& gradient) {
+  constexpr int64_t L = lanes<A>;
+  if (!past_cache) {
+    for_each_vector<A>(classes, [&](int64_t i, int n) { store_some(dz + i, gradient(i, n), n); });
+    if (label >= 0) dz[label] = from_acc<T>(at_label);
+    return;
+  }
+  const auto single = [&](int64_t i, int64_t stop) {
+    if (i < stop) store_some(dz + i, gradient(i, stop - i), stop - i);
+    if (label >= i && label < stop) dz[label] = from_acc<T>(at_label);
+  };
+  // A line that is both streamed and written would be read back: the label's vector is put together first.
+  constexpr std::size_t kLine = L * sizeof(T);
+  const int64_t head = std::min<int64_t>(classes, (kLine - reinterpret_cast<std::size_t>(dz) % kLine) % kLine / sizeof(T));
+  const int64_t vectors = (classes - head) / L, of_label = label >= head ? (label - head) / L : vectors;
+  const auto streams = [&](int64_t first, int64_t last) {
+    for (int64_t i = head + first * L; i < head + last * L; i += L) stream(dz + i, gradient(i, L));
+  };
+  single(0, head);
+  streams(0, std::min(of_label, vectors));
+  if (of_label < vectors) {
+    vec<A> v = gradient(head + of_label * L, L);
+    v[(label - head) % L] = at_label;
+    stream(dz + head + of_label * L, v);
+    streams(of_label + 1, vectors);
+  }
+  single(head + vectors * L, classes);
 }
 
 // sum over classes of (soft target) * (z - most), and of the soft target alone.
@@ -68,14 +89,13 @@ void soft_sums(const LossArguments<T, A>& a, const Target<A>& target, const T* z
   alone = horizontal_sum(y);
 }
 
-// Where the exponentials of a row are kept between the steps: in the gradient's own place where the type allows, else in the
-// block's memory, else nowhere (null).
+// Where the exponentials of a row are kept between the steps: in the block's memory if it has some, else in the gradient's own place
+// where the type allows, else nowhere (null).
 template <class T, class A>
 inline A* kept_exponentials(const LossArguments<T, A>& a, const Statistics<A>& stats, int64_t s, int64_t p) {
-  if constexpr (std::is_same_v<T, A>)
-    return a.dlogits != nullptr ? a.drow(s, p) : nullptr;
-  else
-    return stats.e != nullptr ? stats.e + stats.at(s, p) * a.C : nullptr;
+  if (stats.e != nullptr) return stats.e + stats.at(s, p) * a.C;
+  if constexpr (std::is_same_v<T, A>) return a.dlogits != nullptr ? a.drow(s, p) : nullptr;
+  return nullptr;
 }
 
 template <class T, class A>
@@ -128,7 +148,14 @@ void row_gradients(const LossArguments<T, A>& a, const A* c, A scale, const Stat
         at_label = e[target.label] * factor - k * target.hot;
         if (a.smoothing > 0) at_label -= k * soft_target(a, target, target.label);
       }
-      row_gradient(a, target, e, dz, factor, k);
-      if (target.label >= 0) dz[target.label] = from_acc<T>(at_label);
+      const bool past_cache = stats.e != nullptr && streams_gradient(a);
+      if (has_soft_target(a))
+        write_gradient(dz, a.C, target.label, at_label, past_cache,
+                       [&](int64_t i, int64_t n) {
+                         return minus_product(load_some(e + i, n, A(0)) * factor, soft_targets(a, target, i, n), splat<vec<A>>(k));
+                       });
+      else
+        write_gradient(dz, a.C, target.label, at_label, past_cache, [&](int64_t i, int64_t n) { return load_some(e + i, n, A(0)) * factor; });
     }
+  end_of_streams();
 }

@@ -125,3 +125,43 @@ inline V add_lanes(V sum, V v, uint32_t bits) {
   return sum + keep_lanes(v, bits);
 }
 #endif
+
+// store() to memory that nobody reads soon: past the caches, which saves reading what is overwritten. `p` is a multiple of the
+// vector's own bytes (of T); end_of_streams() comes before another thread may read it.
+#if IWSGD_AVX512
+inline void stream(float* p, vfloat v) { _mm512_stream_ps(p, (__m512)v); }
+inline void stream(double* p, vdouble v) { _mm512_stream_pd(p, (__m512d)v); }
+#elif IWSGD_AVX2
+inline void stream(float* p, vfloat v) { _mm256_stream_ps(p, (__m256)v); }
+inline void stream(double* p, vdouble v) { _mm256_stream_pd(p, (__m256d)v); }
+#elif IWSGD_X86
+inline void stream(float* p, vfloat v) { _mm_stream_ps(p, (__m128)v); }
+inline void stream(double* p, vdouble v) { _mm_stream_pd(p, (__m128d)v); }
+#else
+template <class A, class V>
+inline void stream(A* p, V v) {
+  store(p, v);
+}
+#endif
+#if IWSGD_AVX512 || IWSGD_AVX2
+template <class T>
+inline std::enable_if_t<sizeof(T) == 2> stream(T* p, vfloat v) {
+  alignas(kBytes / 2) T rounded[kLanes];
+  store(rounded, v);
+#if IWSGD_AVX512
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm256_load_si256(reinterpret_cast<const __m256i*>(rounded)));
+#else
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), _mm_load_si128(reinterpret_cast<const __m128i*>(rounded)));
+#endif
+}
+#else
+template <class T>
+inline std::enable_if_t<sizeof(T) == 2> stream(T* p, vfloat v) {
+  store(p, v);
+}
+#endif
+inline void end_of_streams() {
+#if IWSGD_X86
+  _mm_sfence();
+#endif
+}

@@ -48,6 +48,20 @@ inline double horizontal_max(vdouble v) {
 }
 
 // v where the mask's lanes are -1, else w.
+// a - b * c, rounded once where the instruction set can: the same everywhere, which a compiler's own choice of products is not.
+#if IWSGD_AVX512
+inline vfloat minus_product(vfloat a, vfloat b, vfloat c) { return (vfloat)_mm512_fnmadd_ps((__m512)b, (__m512)c, (__m512)a); }
+inline vdouble minus_product(vdouble a, vdouble b, vdouble c) { return (vdouble)_mm512_fnmadd_pd((__m512d)b, (__m512d)c, (__m512d)a); }
+#elif IWSGD_AVX2
+inline vfloat minus_product(vfloat a, vfloat b, vfloat c) { return (vfloat)_mm256_fnmadd_ps((__m256)b, (__m256)c, (__m256)a); }
+inline vdouble minus_product(vdouble a, vdouble b, vdouble c) { return (vdouble)_mm256_fnmadd_pd((__m256d)b, (__m256d)c, (__m256d)a); }
+#else
+template <class V>
+inline V minus_product(V a, V b, V c) {
+  return a - b * c;
+}
+#endif
+
 inline vfloat select(vint mask, vfloat v, vfloat w) { return (vfloat)(((vint)v & mask) | ((vint)w & ~mask)); }
 inline vdouble select(vlong mask, vdouble v, vdouble w) { return (vdouble)(((vlong)v & mask) | ((vlong)w & ~mask)); }
 

@@ -170,8 +170,8 @@ def iw_cross_entropy_fwd_kernel(
             alone = tl.sum(soft, 1)[None, :]
         u, its_c = likelihood_of(top, row_total, weighted, alone, z_label, hot[None, :], m[None, :], inside, labels is not None, SOFT)
         its_c = tl.max(its_c, 0)  # the same under every sample
-        l_unit = unit_log_likelihood(u, its_c[None, :])
-        w, its_bound = weigh(l_unit, s[:, None], S, alpha, MODE)
+        l_unit = unit_log_likelihood(u, its_c[None, :], ACC)
+        w, its_bound = weigh(l_unit, s[:, None], S, alpha, ACC, MODE)
         at = s.to(tl.int64)[:, None] * units + p[None, :]
         tl.store(log_p + at, l_unit, (s < S)[:, None] & there[None, :])
         tl.store(weights + at, w, (s < S)[:, None] & there[None, :])
@@ -181,7 +181,7 @@ def iw_cross_entropy_fwd_kernel(
             outside = w * scale.to(ACC)
             if example_weight is not None:
                 outside *= tl.load(example_weight + p // T, there, 0.0)[None, :]
-            factor = factor_of(top, outside, its_c[None, :], row_total)
+            factor = factor_of(top, outside, its_c[None, :], row_total, ACC)
             k = outside * m[None, :]
             is_label = c[None, None, :] == label[None, :, None]
             live = (counted[None, :] & (w != 0))[:, :, None]
@@ -231,8 +231,8 @@ def iw_cross_entropy_reread_kernel(
         tl.debug_barrier()  # NOTE [In place]
         u, its_c = likelihood_of(top, row_total, weighted, alone, z_label, hot, m, inside, labels is not None, SOFT)
         its_c = tl.max(its_c, 0) + tl.zeros((1,), ACC)
-        l_unit = unit_log_likelihood(u, its_c)
-        w, its_bound = weigh(l_unit[:, None], s[:, None], S, alpha, MODE)
+        l_unit = unit_log_likelihood(u, its_c, ACC)
+        w, its_bound = weigh(l_unit[:, None], s[:, None], S, alpha, ACC, MODE)
         w = tl.sum(w, 1)
         at = s.to(tl.int64) * units + p
         tl.store(log_p + at, l_unit, s < S)
@@ -243,7 +243,7 @@ def iw_cross_entropy_reread_kernel(
             outside = w * scale.to(ACC)
             if example_weight is not None:
                 outside *= tl.load(example_weight + p // T)
-            factor, k = factor_of(top, outside, its_c, row_total), outside * m
+            factor, k = factor_of(top, outside, its_c, row_total, ACC), outside * m
             live = counted & (w != 0)
             drow = s.to(tl.int64) * wide(sample_dstride, ALIGN) + (g * wide(group_dstride, ALIGN) + l * wide(lane_dstride, ALIGN))
             for first in range(0, C, BLOCK_C):
@@ -301,7 +301,7 @@ def iw_cross_entropy_statistics_kernel(
     z_label = tl.load(logits + row + label.to(tl.int64) * class_stride, counted & (label >= 0), 0.0).to(ACC)
     u, c = likelihood_of(top, total, weighted, alone, z_label, hot, m, counted, labels is not None, SOFT)
     if not SHARED:
-        u = unit_log_likelihood(u, c)
+        u = unit_log_likelihood(u, c, ACC)
     tl.store(tops + s * P + p, top, there)
     tl.store(totals + s * P + p, total, there)
     tl.store(likelihoods + s * P + p, u, there)
@@ -331,7 +331,7 @@ def iw_cross_entropy_join_kernel(
         counted += tl.where(counts, 1.0, 0.0)
     n, cbar = tl.sum(counted, 0), tl.sum(c, 0)
     cbar = tl.where(n > 0, cbar / tl.where(n > 0, n, 1.0), 0.0)
-    tl.store(log_p + s * B + b, unit_log_likelihood(tl.sum(u, 0), cbar).to(ACC))
+    tl.store(log_p + s * B + b, unit_log_likelihood(tl.sum(u, 0), cbar, tl.float64).to(ACC))
     tl.store(outers + b, cbar.to(ACC), s == 0)
 
 
@@ -350,7 +350,7 @@ def iw_cross_entropy_weights_kernel(
     s, unit = tl.arange(0, BLOCK_S), tl.program_id(0).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
     there = unit < units
     at, mask = s.to(tl.int64)[:, None] * units + unit[None, :], (s < S)[:, None] & there[None, :]
-    w, its_bound = weigh(tl.load(log_p + at, mask, 0.0), s[:, None], S, alpha, MODE)
+    w, its_bound = weigh(tl.load(log_p + at, mask, 0.0), s[:, None], S, alpha, ACC, MODE)
     tl.store(weights + at, w, mask)
     its_outer = tl.load(outers + unit, there, 0.0)
     total = finish_units(unit, there, its_bound, its_outer, scale, example_weight, T, bound, outer, loss, EACH)
@@ -380,7 +380,7 @@ def iw_cross_entropy_gradient_kernel(
         outside *= tl.load(example_weight + p // T, there, 0.0)
     top = tl.load(tops + s * P + p, there, 0.0)
     total, its_c = tl.load(totals + s * P + p, there, 1.0), tl.load(cs + p, there, 0.0)
-    factor, k, live = factor_of(top, outside, its_c, total), outside * m, counted & (w != 0)
+    factor, k, live = factor_of(top, outside, its_c, total, ACC), outside * m, counted & (w != 0)
 
     c = (tl.program_id(0) % class_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = counted[:, None] & (c < C)[None, :]

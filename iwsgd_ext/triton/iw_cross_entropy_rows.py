@@ -5,6 +5,8 @@ import math
 import triton
 import triton.language as tl
 
+from .launch import quotient
+
 MEAN_ALPHA, FINITE_ALPHA, BEST_ALPHA = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 INFINITY = tl.constexpr(float("inf"))
 
@@ -15,18 +17,18 @@ def alpha_mode(alpha: float) -> int:
 
 
 @triton.jit
-def expm1(x):
+def expm1(x, ACC: tl.constexpr):
     """exp(x) - 1 to full precision, x <= 0 (Kahan): the error of exp leaves with its logarithm."""
     u = tl.exp(x)
-    below = tl.where(u == 1, x, (u - 1) * (x / tl.log(tl.where(u == 1, 2.0, u))))
+    below = tl.where(u == 1, x, (u - 1) * quotient(x, tl.log(tl.where(u == 1, 2.0, u)), ACC))
     return tl.where(u < 1e-3, u - 1, below)
 
 
 @triton.jit
-def log1p(x):
+def log1p(x, ACC: tl.constexpr):
     """log(1 + x) to full precision, x > -1, in the same way."""
     u = 1 + x
-    return tl.where(u == 1, x, tl.log(u) * (x / tl.where(u == 1, 1.0, u - 1)))
+    return tl.where(u == 1, x, tl.log(u) * quotient(x, tl.where(u == 1, 1.0, u - 1), ACC))
 
 
 # ---- the target of positions ----
@@ -141,35 +143,37 @@ def gradient_of(e, factor, k, soft, hot, is_label, live, LABELS: tl.constexpr, S
 
 
 @triton.jit
-def factor_of(top, outside, c, total):
+def factor_of(top, outside, c, total, ACC: tl.constexpr):
     """What exp(z - top) is multiplied by. Where all logits are -infinity the softmax is NaN, as torch's."""
-    return tl.where(top == -INFINITY, float("nan"), outside * c / total)
+    return tl.where(top == -INFINITY, float("nan"), quotient(outside * c, total, ACC))
 
 
 @triton.jit
-def unit_log_likelihood(u, c):
-    return tl.where(c > 0, u / tl.where(c > 0, c, 1.0), u)  # without any weight u is 0, or NaN
+def unit_log_likelihood(u, c, ACC: tl.constexpr):
+    return tl.where(c > 0, quotient(u, tl.where(c > 0, c, 1.0), ACC), u)  # without any weight u is 0, or NaN
 
 
 @triton.jit
-def weigh(l, s, S, alpha, MODE: tl.constexpr):
+def weigh(l, s, S, alpha, ACC: tl.constexpr, MODE: tl.constexpr):
     """Importance weights [BLOCK_S, N] and bound [N] of log-likelihoods l [BLOCK_S, N], of which the rows s < S are there."""
-    there = s < S
-    samples = tl.full((), S, l.dtype)
+    there, samples = s < S, tl.full((), S, ACC)
     top = tl.max(tl.where(there, l, -INFINITY), 0)
-    mean = tl.sum(tl.where(there, l, 0.0), 0) / samples
+    mean = quotient(tl.sum(tl.where(there, l, 0.0), 0), samples, ACC)
     nan = mean != mean
     dead = nan | (top == -INFINITY)
-    share = tl.full(l.shape, 1.0, l.dtype) / samples
-    if MODE == MEAN_ALPHA:
-        return share, mean
+    share = quotient(tl.full(l.shape, 1.0, ACC), samples, ACC)
     # One sample has all the weight, whatever its likelihood: its gradient is then torch's.
     alike = tl.where((nan & (S > 1))[None, :], mean[None, :], share)
-    if MODE == BEST_ALPHA:
+    if MODE == MEAN_ALPHA:
+        w, bound = share, mean
+    elif MODE == BEST_ALPHA:
         best = tl.min(tl.where(there & (l == top[None, :]), s, S), 0)  # the first of equals
-        return tl.where(dead[None, :], alike, tl.where(s == best[None, :], 1.0, 0.0)), tl.where(dead, mean, top)
-    below = alpha * tl.where(dead[None, :], 0.0, l - tl.where(dead, 0.0, top)[None, :])
-    # log1p and expm1 keep the bound exact as alpha goes to 0, where it is the mean.
-    excess = tl.sum(tl.where(there, expm1(tl.where(there, below, 0.0)), 0.0), 0)
-    w = tl.exp(below) / (samples + excess)[None, :]
-    return tl.where(dead[None, :], alike, w), tl.where(dead, mean, top + log1p(excess / samples) / alpha)
+        w, bound = tl.where(dead[None, :], alike, tl.where(s == best[None, :], 1.0, 0.0)), tl.where(dead, mean, top)
+    else:
+        below = alpha * tl.where(dead[None, :], 0.0, l - tl.where(dead, 0.0, top)[None, :])
+        # log1p and expm1 keep the bound exact as alpha goes to 0, where it is the mean.
+        excess = tl.sum(tl.where(there, expm1(tl.where(there, below, 0.0), ACC), 0.0), 0)
+        w = quotient(tl.exp(below), (samples + excess)[None, :], ACC)
+        w = tl.where(dead[None, :], alike, w)
+        bound = tl.where(dead, mean, top + quotient(log1p(quotient(excess, samples, ACC), ACC), alpha, ACC))
+    return w, bound

@@ -22,6 +22,12 @@ def wide(units, ALIGN: tl.constexpr):
     return tl.cast(units, tl.int64) * ALIGN
 
 
+@triton.jit
+def quotient(x, y, ACC: tl.constexpr):
+    """x / y, rounded as float32 is: Triton's own division of it is approximate. For what is divided once a row, not once an element."""
+    return tl.div_rn(x, y) if ACC == tl.float32 else x / y
+
+
 def float_bits(value: float) -> int:
     """A float as the bits of a double: Triton takes a Python float as float32, and float64 kernels need all of it."""
     return struct.unpack("q", struct.pack("d", value))[0]

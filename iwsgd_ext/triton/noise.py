@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .address import IN_GROUPS, address_values, call_and_part, position_of, sample_of, tile_of, words_of_row
-from .launch import float_bits, guard, launch, number, wide
+from .launch import float_bits, guard, launch, number, quotient, wide
 from .noise_plan import Tiles
 from .philox import GROUP, field_of, fields, keep, philox
 
