@@ -181,7 +181,7 @@ def iw_cross_entropy_fwd_kernel(
             outside = w * scale.to(ACC)
             if example_weight is not None:
                 outside *= tl.load(example_weight + p // T, there, 0.0)[None, :]
-            factor = factor_of(top, outside, its_c[None, :], row_total, ACC)
+            factor = factor_of(top, outside, its_c[None, :], row_total)
             k = outside * m[None, :]
             is_label = c[None, None, :] == label[None, :, None]
             live = (counted[None, :] & (w != 0))[:, :, None]
@@ -243,7 +243,7 @@ def iw_cross_entropy_reread_kernel(
             outside = w * scale.to(ACC)
             if example_weight is not None:
                 outside *= tl.load(example_weight + p // T)
-            factor, k = factor_of(top, outside, its_c, row_total, ACC), outside * m
+            factor, k = factor_of(top, outside, its_c, row_total), outside * m
             live = counted & (w != 0)
             drow = s.to(tl.int64) * wide(sample_dstride, ALIGN) + (g * wide(group_dstride, ALIGN) + l * wide(lane_dstride, ALIGN))
             for first in range(0, C, BLOCK_C):
@@ -380,7 +380,7 @@ def iw_cross_entropy_gradient_kernel(
         outside *= tl.load(example_weight + p // T, there, 0.0)
     top = tl.load(tops + s * P + p, there, 0.0)
     total, its_c = tl.load(totals + s * P + p, there, 1.0), tl.load(cs + p, there, 0.0)
-    factor, k, live = factor_of(top, outside, its_c, total, ACC), outside * m, counted & (w != 0)
+    factor, k, live = factor_of(top, outside, its_c, total), outside * m, counted & (w != 0)
 
     c = (tl.program_id(0) % class_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = counted[:, None] & (c < C)[None, :]

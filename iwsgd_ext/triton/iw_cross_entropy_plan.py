@@ -21,7 +21,7 @@ class Limits(NamedTuple):
     been measured.
     """
 
-    held_bytes: int  # of a program's logits in float32: 16 registers of 1024 threads; half of it in float64, and again under soft targets
+    held_bytes: int  # of a program's logits in float32: 16 registers of 1024 threads; a quarter of it in float64, half under soft targets
     thread_bytes: int  # of them a thread takes, while there are threads
     registers: int  # a thread's, in the plainest form with 512 threads, so that two programs share a multiprocessor
     row_elements: int  # logits of one step over a row
@@ -85,7 +85,7 @@ def held_plan(shape: Shape, device: Device) -> Held | None:
     block_s, block_c = power_of_two(shape.samples), power_of_two(shape.classes)
     unit_bytes = block_s * block_c * shape.acc_bytes
     units = shape.groups * shape.lanes
-    heavy = (shape.acc_bytes // 4) * (2 if shape.soft else 1)
+    heavy = (shape.acc_bytes // 4) ** 2 * (2 if shape.soft else 1)
     if shape.shared or units == 0 or unit_bytes > limits.held_bytes // heavy:
         return None
     # Small units are taken together, as long as every multiprocessor gets some programs.

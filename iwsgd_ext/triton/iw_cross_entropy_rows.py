@@ -17,18 +17,18 @@ def alpha_mode(alpha: float) -> int:
 
 
 @triton.jit
-def expm1(x, ACC: tl.constexpr):
+def expm1(x):
     """exp(x) - 1 to full precision, x <= 0 (Kahan): the error of exp leaves with its logarithm."""
     u = tl.exp(x)
-    below = tl.where(u == 1, x, (u - 1) * quotient(x, tl.log(tl.where(u == 1, 2.0, u)), ACC))
+    below = tl.where(u == 1, x, (u - 1) * (x / tl.log(tl.where(u == 1, 2.0, u))))
     return tl.where(u < 1e-3, u - 1, below)
 
 
 @triton.jit
-def log1p(x, ACC: tl.constexpr):
+def log1p(x):
     """log(1 + x) to full precision, x > -1, in the same way."""
     u = 1 + x
-    return tl.where(u == 1, x, tl.log(u) * quotient(x, tl.where(u == 1, 1.0, u - 1), ACC))
+    return tl.where(u == 1, x, tl.log(u) * (x / tl.where(u == 1, 1.0, u - 1)))
 
 
 # ---- the target of positions ----
@@ -143,9 +143,9 @@ def gradient_of(e, factor, k, soft, hot, is_label, live, LABELS: tl.constexpr, S
 
 
 @triton.jit
-def factor_of(top, outside, c, total, ACC: tl.constexpr):
+def factor_of(top, outside, c, total):
     """What exp(z - top) is multiplied by. Where all logits are -infinity the softmax is NaN, as torch's."""
-    return tl.where(top == -INFINITY, float("nan"), quotient(outside * c, total, ACC))
+    return tl.where(top == -INFINITY, float("nan"), outside * c / total)
 
 
 @triton.jit
@@ -158,10 +158,10 @@ def weigh(l, s, S, alpha, ACC: tl.constexpr, MODE: tl.constexpr):
     """Importance weights [BLOCK_S, N] and bound [N] of log-likelihoods l [BLOCK_S, N], of which the rows s < S are there."""
     there, samples = s < S, tl.full((), S, ACC)
     top = tl.max(tl.where(there, l, -INFINITY), 0)
-    mean = quotient(tl.sum(tl.where(there, l, 0.0), 0), samples, ACC)
+    mean = tl.sum(tl.where(there, l, 0.0), 0) / samples
     nan = mean != mean
     dead = nan | (top == -INFINITY)
-    share = quotient(tl.full(l.shape, 1.0, ACC), samples, ACC)
+    share = tl.full(l.shape, 1.0, ACC) * (1.0 / samples.to(tl.float64)).to(ACC)  # rounded, where float32's own division is not
     # One sample has all the weight, whatever its likelihood: its gradient is then torch's.
     alike = tl.where((nan & (S > 1))[None, :], mean[None, :], share)
     if MODE == MEAN_ALPHA:
@@ -172,8 +172,8 @@ def weigh(l, s, S, alpha, ACC: tl.constexpr, MODE: tl.constexpr):
     else:
         below = alpha * tl.where(dead[None, :], 0.0, l - tl.where(dead, 0.0, top)[None, :])
         # log1p and expm1 keep the bound exact as alpha goes to 0, where it is the mean.
-        excess = tl.sum(tl.where(there, expm1(tl.where(there, below, 0.0), ACC), 0.0), 0)
-        w = quotient(tl.exp(below), (samples + excess)[None, :], ACC)
+        excess = tl.sum(tl.where(there, expm1(tl.where(there, below, 0.0)), 0.0), 0)
+        w = tl.exp(below) / (samples + excess)[None, :]
         w = tl.where(dead[None, :], alike, w)
-        bound = tl.where(dead, mean, top + quotient(log1p(quotient(excess, samples, ACC), ACC), alpha, ACC))
+        bound = tl.where(dead, mean, top + log1p(excess / samples) / alpha)
     return w, bound

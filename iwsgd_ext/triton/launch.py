@@ -25,7 +25,7 @@ def wide(units, ALIGN: tl.constexpr):
 @triton.jit
 def quotient(x, y, ACC: tl.constexpr):
     """x / y, rounded as float32 is: Triton's own division of it is approximate. For what is divided once a row, not once an element."""
-    return tl.div_rn(x, y) if ACC == tl.float32 else x / y
+    return tl.div_rn(x, y) if tl.float32 == ACC else x / y
 
 
 def float_bits(value: float) -> int:

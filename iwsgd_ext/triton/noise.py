@@ -35,7 +35,7 @@ def threshold_of(thresholds, threshold, position, b, s, there, row_stride, sampl
 def factor_of(threshold, ACC: tl.constexpr):
     """What a kept element of its own threshold is multiplied by, beside the call's scale: 65536 / (65536 - threshold)."""
     left, whole = tl.maximum(65536 - threshold, 1).to(ACC), tl.full((), 65536.0, ACC)
-    return tl.div_rn(whole, left) if tl.float32 == ACC else whole / left  # Triton's own division of float32 is approximate
+    return quotient(whole, left, ACC)
 
 
 @triton.jit(do_not_specialize=EXACT)
