@@ -512,3 +512,13 @@ def test_the_naive_loss_is_what_is_compared_with():
     for level in ("example", "position"):
         got = iw.iw_cross_entropy(logits, target, 2, level=level, **options)
         torch.testing.assert_close(got, naive_loss(logits, target, 2, level=level, **options).loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("n", [1, 63, 1024, 2500])
+def test_upstream_factor(dtype, n):
+    x = torch.randn(n, 1, 1, dtype=dtype)
+    for factor in (1.0, 2.5, math.nan):
+        y = x.clone()
+        torch.ops.iwsgd_triton.iw_cross_entropy_scale_(y, torch.tensor(factor, dtype=dtype))
+        torch.testing.assert_close(y, x * factor, rtol=0, atol=0, equal_nan=True)
