@@ -18,7 +18,7 @@ class _Replay:
     def __init__(self):
         self.context = context = current()
         if context is not None:
-            self.moment = (context.stream, context.expand, context.batch, context._origin is not None)
+            self.moment = context.moment()
 
     def __enter__(self) -> None:
         _stack.suspended.append((_stack.contexts, _stack.task))

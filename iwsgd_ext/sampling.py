@@ -109,10 +109,14 @@ class sampling:
     def __exit__(self, *_) -> None:
         _stack.contexts.remove(self)
 
-    def again(self, stream: int, expand: str, batch: int | None, drawn: bool) -> "sampling":
-        """A copy that draws this context's noise as from an earlier moment: its stream, expansion, B, and whether the seed was there."""
+    def moment(self) -> tuple:
+        """What changes in the course of a context, for :meth:`again`; last, whether the seed is there."""
+        return self.stream, self.expand, self.batch, self.batch_dim, self._origin is not None
+
+    def again(self, stream: int, expand: str, batch: int | None, batch_dim: int, drawn: bool) -> "sampling":
+        """A copy that draws this context's noise as from an earlier moment."""
         context = copy.copy(self)
-        context.stream, context.expand, context.batch = stream, expand, batch
+        context.stream, context.expand, context.batch, context.batch_dim = stream, expand, batch, batch_dim
         context.own, context.frame, context.converted = False, None, []
         if not drawn:
             context._origin, context._replayed_origin = None, self._origin
