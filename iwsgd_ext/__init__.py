@@ -11,6 +11,7 @@ from .iw_cross_entropy import IWCrossEntropyLoss, iw_cross_entropy
 from .likelihood import IWLoss, iw_logmeanexp
 from .sampling import sampling
 from .stats import IWStats, IWSummary
+from .strategies import backward
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ __all__ = [
     "IWSummary",
     "StatsLogger",
     "backend_info",
+    "backward",
     "bound_curve",
     "checkpoint",
     "checkpoint_contexts",

@@ -1,0 +1,391 @@
+"""``iw.backward``: the same gradient of S noise samples paid for in memory or in time, or an estimate of it for less of both.
+
+    batched     one pass over S*B rows
+    loop        S passes over B rows, all graphs kept: the paper's Figure 1
+    streamed    a pass without graph for the weights, then the same passes again, each with its graph and its weights
+    resampled   a pass without graph for the weights, then one pass over samples drawn by them
+
+All four are log-likelihoods [S, units] and a backward through them from d loss / d log_p[s] = -outer w[s] / N (eq 7). Noise is a
+function of its address, so a second pass draws what the first one drew.
+"""
+
+from collections.abc import Sequence
+from contextlib import contextmanager, nullcontext
+from copy import copy
+from itertools import accumulate
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves, tree_map
+
+from . import reference
+from .batch_norm import _PerSample
+from .checks import check, check_number
+from .functional import dropout
+from .iw_cross_entropy import IWCrossEntropyLoss, IWStats
+from .likelihood import as_arguments
+from .sampling import _rank, current, sampling
+
+Strategy = Literal["batched", "streamed", "resampled", "loop"]
+STRATEGIES = ("batched", "streamed", "resampled", "loop")
+STREAM = 2**32 - 1  # no layer's: what a strategy draws for itself
+DIGITS = 32  # binary ones of a uniform random number
+
+
+def backward(
+    model: nn.Module,
+    loss_fn: Any,
+    inputs: Any,
+    targets: Any,
+    *,
+    samples: int,
+    strategy: Strategy = "batched",
+    chunk: int | None = None,
+    keep: int = 1,
+    seed: int | Tensor | None = None,
+    first_example: int | Tensor | None = None,
+    grad_scale: float | Tensor | torch.amp.GradScaler | None = None,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, IWStats]:
+    """Forward and backward of one batch under S noise samples: gradients are added to ``.grad``, as ``loss.backward()`` adds them.
+
+        loss = - sum_b c[b] L[b] / N,    dloss = - sum_b c[b] / N sum_s w[s, b] dl[s, b]      eq 4, 7, 8
+
+    "batched", "streamed" and "loop" give the same loss and gradients up to rounding, for one seed. "resampled" gives the same loss and an
+    unbiased estimate of the gradient: the mean of dl over ``keep`` samples drawn by w, for each example its own, replaces sum_s w[s] dl[s].
+
+    Args:
+        model: a converted model (``iw.convert``), or one whose noise layers are this package's (rows then expand at the first of them). A
+            model that is in eval mode, with all its modules, draws no noise: one pass of B rows, whatever the strategy.
+        loss_fn: IWCrossEntropyLoss ("mean" or "sum"), IWLoss, or an object with ``log_likelihood(outputs, targets, samples)`` that returns
+            log_p [K, units], outer weight [units] and denominator []; its ``alpha``, if it has one, is that of the bound.
+        inputs: what the model is called with: a tensor, a tuple or list of arguments, or a dict of them by name.
+        targets: what the loss is called with after the outputs, likewise; e.g. ``{"target": y, "normalizer": n}``.
+        samples: S; rules over the model's own and the loss's.
+        strategy: "batched", "streamed", "resampled" or "loop".
+        chunk: samples of one pass of "streamed" (default 1), or of the first pass of "resampled" (default S); it need not divide S.
+        keep: samples drawn for each example, with replacement, for "resampled"; may exceed S.
+        seed: the noise's, an int or an int64 tensor of one element; None draws one from torch's default generator, for all passes.
+        first_example: id of the batch's first example, see :class:`iwsgd_ext.sampling`.
+        grad_scale: a factor of the gradients (not of the loss returned): a number, a tensor of one element, or a GradScaler.
+        return_stats: return (loss, :class:`IWStats`); of [S, units] for a loss_fn that is no IWCrossEntropyLoss.
+
+    Returns:
+        The loss, detached.
+
+    Raises:
+        ValueError, TypeError: an argument is not as above; a sampling context is open around the call; BatchNorm that would see other rows
+            than in "batched"; in a strategy of several passes, a model that changes its inputs in place; with "resampled", noise that is
+            not this package's, or a loss whose units are not the examples.
+
+    Example:
+        >>> import torch, iwsgd_ext as iw
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), iw.IWDropout(0.5), nn.Linear(8, 3))
+        >>> x, y, gradients = torch.randn(5, 4), torch.randint(3, (5,)), []
+        >>> for strategy in ("batched", "streamed"):
+        ...     model.zero_grad()
+        ...     loss = iw.backward(model, iw.IWCrossEntropyLoss(64), x, y, samples=64, strategy=strategy, seed=1)
+        ...     gradients.append(model[0].weight.grad)
+        >>> torch.allclose(*gradients, atol=1e-5)
+        True
+    """
+    check(isinstance(strategy, str) and strategy in STRATEGIES, "strategy", f"one of {', '.join(STRATEGIES)}", repr(strategy))
+    sampling(samples, seed=seed, first_example=first_example)  # checks them
+    _check_counts(strategy, samples, chunk, keep)
+    _check_loss(loss_fn)
+    if isinstance(grad_scale, Tensor):
+        check(grad_scale.numel() == 1, "grad_scale", "a tensor of one element", f"shape {tuple(grad_scale.shape)}")
+    elif grad_scale is not None and not isinstance(grad_scale, torch.amp.GradScaler):
+        check_number("grad_scale", grad_scale)
+    if current() is not None:
+        raise ValueError(
+            "iw.backward opens its own sampling context, but one is open here; give samples, seed and first_example to the call"
+        )
+    if not any(module.training for module in model.modules()):
+        samples = 1  # no noise: all samples are one
+    if samples == 1 or (strategy == "streamed" and chunk == samples):
+        strategy = "batched"  # one pass is all there is
+    step = _Step(model, loss_fn, inputs, targets, samples, strategy, seed, first_example, grad_scale)
+    if strategy == "batched":
+        loss, stats = step.fused() if type(loss_fn) is IWCrossEntropyLoss else step.batched()
+    elif strategy == "loop":
+        loss, stats = step.loop()
+    elif strategy == "streamed":
+        loss, stats = step.streamed(chunk or 1)
+    else:
+        loss, stats = step.resampled(chunk or samples, keep)
+    return (loss, stats) if return_stats else loss
+
+
+def _check_counts(strategy: str, samples: int, chunk: int | None, keep: int) -> None:
+    for name, value in (("chunk", 1 if chunk is None else chunk), ("keep", keep)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    check(chunk is None or 1 <= chunk <= samples, "chunk", f"a number of samples in 1 .. samples={samples}", chunk)
+    check(chunk is None or strategy in ("streamed", "resampled"), "chunk", f"None with strategy={strategy!r}", chunk)
+    check(keep >= 1, "keep", "an integer >= 1", keep)
+    check(keep == 1 or strategy == "resampled", "keep", f"1 with strategy={strategy!r}", keep)
+
+
+def _check_loss(loss_fn: Any) -> None:
+    if not hasattr(loss_fn, "log_likelihood"):
+        raise TypeError(f"loss_fn: expected IWCrossEntropyLoss, IWLoss or an object with log_likelihood, got {type(loss_fn).__name__}")
+    if isinstance(loss_fn, IWCrossEntropyLoss):
+        check(loss_fn.options["reduction"] != "none", "loss_fn", "reduction 'mean' or 'sum', one number to go backward from", "'none'")
+        group = loss_fn.options["process_group"]
+        check(group is None, "loss_fn", "process_group=None (samples over ranks: call the loss inside iw.sampling(sample_ids=...))", group)
+
+
+class _Step:
+    """One call of ``backward``: its arguments, and the passes that strategies are made of."""
+
+    def __init__(self, model, loss_fn, inputs, targets, samples: int, strategy: str, seed, first_example, grad_scale):
+        self.model, self.loss_fn, self.inputs, self.targets, self.samples = model, loss_fn, as_arguments(inputs), targets, samples
+        self.strategy, self.first_example, self.grad_scale = strategy, first_example, grad_scale
+        self.given = [v for v in tree_leaves((self.inputs, targets)) if isinstance(v, Tensor) and not v.is_inference()]
+        self.versions = [v._version for v in self.given]
+        on = next((v for v in (*tree_leaves(self.inputs), *model.parameters()) if isinstance(v, Tensor)), torch.empty(0))
+        self.device = on.device
+        self.origin = sampling(samples, seed=seed, first_example=first_example)._origin_on(self.device)  # one seed for all passes
+        self.states: list[_RandomState] = []  # before each first pass
+
+    # Passes
+
+    def outputs(self, samples: int, ids: Tensor | None = None) -> Any:
+        """The model's outputs under the noise samples ``ids`` ([K], [K, B], or None: 0 .. K-1)."""
+        context = sampling(samples, sample_ids=ids, first_example=self.first_example)
+        context._origin = self.origin
+        args, named = self.inputs
+        with context:
+            return self.model(*args, **named)
+
+    def log_likelihood(self, samples: int, ids: Tensor | None = None) -> Tensor:
+        """log_p [K, units] of one pass. Outer weight and denominator, the same for every pass, are kept."""
+        terms = self.loss_fn.log_likelihood(self.outputs(samples, ids), self.targets, samples)
+        if not isinstance(terms, tuple) or len(terms) != 3:
+            raise TypeError(f"loss_fn: expected log_likelihood to return (log_p, outer weight, denominator), got {type(terms).__name__}")
+        log_p, outer, denominator = terms
+        if log_p.dim() != 2 or log_p.shape[0] != samples or outer.shape != log_p.shape[1:]:
+            got = f"{tuple(log_p.shape)} and {tuple(outer.shape)}"
+            raise ValueError(f"loss_fn: expected log_likelihood to return log_p [{samples}, units] and outer weight [units], got {got}")
+        self.outer, self.denominator = outer.detach(), torch.as_tensor(denominator, dtype=log_p.dtype, device=log_p.device).detach()
+        return log_p
+
+    def first_pass(self, start: int, chunk: int, copies: "_Buffers") -> Tensor:
+        """log_p of the samples from ``start`` on. First passes, in the samples' order, write the model's buffers.
+
+        A BatchNorm with joint statistics stands before all noise here, so it sees the same rows in each: it writes once, as in one
+        pass over all samples.
+        """
+        self.states.append(_RandomState(self.device))
+        joint = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and not isinstance(m, _PerSample)]
+        with copies.used(joint) if start else self.batch_norm_watched():
+            log_p = self.log_likelihood(*self.samples_from(start, chunk))
+        if [v._version for v in self.given] != self.versions:
+            raise ValueError(f"inputs: strategy={self.strategy!r} reads them again, but the model or the loss changes them in place")
+        return log_p
+
+    def samples_from(self, start: int, chunk: int) -> tuple[int, Tensor]:
+        """Their number, ``chunk`` or what is left, and their ids."""
+        end = min(start + chunk, self.samples)
+        return end - start, torch.arange(start, end, device=self.device)
+
+    @contextmanager
+    def batch_norm_watched(self):
+        """Refuses statistics of a batch that would hold other rows than in one pass over all samples."""
+        resampled = self.strategy == "resampled"
+        names = {m: name for name, m in self.model.named_modules() if isinstance(m, _BatchNorm)}
+
+        def refuse(module: nn.Module, _: tuple) -> None:
+            context = current()
+            of_batch = module.training or module.running_mean is None
+            if of_batch and context is not None and (context.stream > 0 or context.expand == "none"):
+                raise ValueError(
+                    f"strategy={self.strategy!r}: the BatchNorm {names[module]!r} normalises noisy rows by their own statistics, which "
+                    "here would be those of other rows than in 'batched'. Convert the model with batch_norm='frozen'"
+                    + (", or take 'streamed' and batch_norm='per_sample'" if resampled else " or 'per_sample'")
+                )
+
+        hooks = [m.register_forward_pre_hook(refuse) for m in names if resampled or not isinstance(m, _PerSample)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def terms(self, log_p: Tensor) -> tuple[Tensor, Tensor, IWStats]:
+        """Loss [], its derivative with respect to log_p [S, units], and the statistics."""
+        alpha = getattr(self.loss_fn, "alpha", 1.0)
+        bound, weights = reference.logmeanexp(log_p, alpha), reference.importance_weights(log_p, alpha)
+        outer = self.outer * torch.where(self.denominator == 0, 0, 1 / self.denominator)
+        loss = torch.where((outer == 0) & ~bound.isnan(), 0, -outer * bound).sum()
+        shape = _unit_shape(self.loss_fn, *as_arguments(self.targets)) if type(self.loss_fn) is IWCrossEntropyLoss else bound.shape
+        return loss, -outer * weights, IWStats(*(v.unflatten(-1, shape) for v in (log_p, weights, bound)))
+
+    def scaled(self, gradient: Tensor) -> Tensor:
+        scale = self.grad_scale
+        if isinstance(scale, torch.amp.GradScaler):
+            return scale.scale(gradient)
+        if isinstance(scale, Tensor):
+            scale = scale.detach().reshape(()).to(gradient.dtype)
+        return gradient if scale is None else gradient * scale
+
+    # Strategies: (loss, statistics)
+
+    def fused(self) -> tuple[Tensor, IWStats]:
+        """Batched with the op that computes loss and gradient at once."""
+        args, named = as_arguments(self.targets)
+        criterion = copy(self.loss_fn)
+        criterion.samples, criterion.training, criterion.options = self.samples, True, {**self.loss_fn.options, "return_stats": True}
+        loss, stats = criterion(self.outputs(self.samples), *args, **named)
+        self.scaled(loss).backward()
+        return loss.detach(), stats
+
+    def batched(self) -> tuple[Tensor, IWStats]:
+        log_p = self.log_likelihood(self.samples)
+        loss, dlog_p, stats = self.terms(log_p.detach())
+        log_p.backward(self.scaled(dlog_p))
+        return loss, stats
+
+    def loop(self) -> tuple[Tensor, IWStats]:
+        copies = _Buffers(self.model)
+        log_p = [self.first_pass(s, 1, copies) for s in range(self.samples)]
+        loss, dlog_p, stats = self.terms(torch.cat(log_p).detach())
+        torch.autograd.backward(log_p, self.scaled(dlog_p).split(1))
+        return loss, stats
+
+    def streamed(self, chunk: int) -> tuple[Tensor, IWStats]:
+        copies, leaves = _Buffers(self.model), _Leaves()
+        self.inputs, self.targets = leaves.of(self.inputs), leaves.of(self.targets)
+        no_sync = getattr(self.model, "no_sync", nullcontext)  # DistributedDataParallel's: gradients travel once, with the last backward
+        *starts, last = range(0, self.samples, chunk)
+        with torch.no_grad():
+            log_p = [self.first_pass(start, chunk, copies) for start in starts]
+        torch.clear_autocast_cache()  # where torch has not pytorch#165068: casts of weights that were made without a graph
+        with no_sync():
+            of_last = self.first_pass(last, chunk, copies)  # with its graph: it need not be replayed
+            loss, dlog_p, stats = self.terms(torch.cat([*log_p, of_last.detach()]))
+            *gradients, gradient = self.scaled(dlog_p).split(chunk)
+            *counts, last_counts = torch.stack([(d != 0).any() for d in dlog_p.split(chunk)]).tolist()  # the one wait for the device
+            if last_counts or not any(counts):
+                of_last.backward(gradient)
+            del of_last
+        if no_sync is not nullcontext:
+            counts[-1] = True
+        replays = [i for i, weighs in enumerate(counts) if weighs]
+        after = _RandomState(self.device)
+        try:
+            with copies.used():
+                for i in replays:
+                    self.states[i].restore()
+                    with nullcontext() if i == replays[-1] else no_sync():
+                        self.log_likelihood(*self.samples_from(starts[i], chunk)).backward(gradients[i])
+        finally:
+            after.restore()
+        leaves.pass_on()
+        return loss, stats
+
+    def resampled(self, chunk: int, keep: int) -> tuple[Tensor, IWStats]:
+        copies = _Buffers(self.model)
+        with torch.no_grad():
+            log_p = torch.cat([self.first_pass(start, chunk, copies) for start in range(0, self.samples, chunk)])
+        torch.clear_autocast_cache()  # where torch has not pytorch#165068: casts of weights that were made without a graph
+        if not self.states[0].is_current():
+            raise ValueError(
+                "strategy='resampled': the model drew torch's random numbers, which a second pass cannot draw again; see iw.audit"
+            )
+        loss, dlog_p, stats = self.terms(log_p)
+        if stats.bound.dim() > 1:
+            raise ValueError("strategy='resampled': expected a loss of level='example', as an example keeps one noise sample whole")
+        with copies.used():
+            log_p = self.log_likelihood(keep, self.drawn(stats.weights, keep))
+        # The sum over s of w is 1, or NaN where it should be seen.
+        log_p.backward(self.scaled(dlog_p.sum(0) / keep).expand_as(log_p))
+        return loss, stats
+
+    def drawn(self, weights: Tensor, keep: int) -> Tensor:
+        """Ids [keep, B] of samples drawn by their weights [S, B]: the first whose cumulative weight exceeds a uniform random number."""
+        examples = weights.shape[1]
+        ones = torch.ones(examples, DIGITS, dtype=torch.float64, device=weights.device)
+        first = _rank() * examples if self.first_example is None else self.first_example
+        digits = dropout(ones, 0.5, samples=keep, seed=self.origin[:1], stream=STREAM, first_example=first)  # 0 or 2, fair coins
+        place = 0.5 ** torch.arange(2, DIGITS + 2, dtype=torch.float64, device=weights.device)
+        uniform = (digits.view(keep, examples, DIGITS) * place).sum(-1)  # in [0, 1)
+        cumulative = torch.stack(list(accumulate(weights.double())))  # in this order on every device
+        return (cumulative[:, None] <= uniform * cumulative[-1]).sum(0)
+
+
+def _unit_shape(loss_fn: IWCrossEntropyLoss, args: tuple, named: dict) -> tuple[int, ...]:
+    """The shape of the loss' units: [B], or [B, d1, ...] at level "position"."""
+    target = named["target"] if named else args[0]
+    positions = target.shape[1 if target.dtype == torch.int64 else 2 :] if loss_fn.options["level"] == "position" else ()
+    return (target.shape[0], *positions)
+
+
+class _Buffers:
+    """Copies of a model's buffers as they are now. A replay writes them in the buffers' place: each as the first pass wrote its own."""
+
+    def __init__(self, model: nn.Module):
+        copies: dict[int, Tensor] = {}
+        self.copies: dict[nn.Module, dict[str, Tensor]] = {}
+        for module in model.modules():
+            for buffer in module._buffers.values():
+                if buffer is not None and id(buffer) not in copies:
+                    copies[id(buffer)] = buffer.clone()
+            self.copies[module] = {name: copies[id(buffer)] for name, buffer in module._buffers.items() if buffer is not None}
+
+    @contextmanager
+    def used(self, modules: Sequence[nn.Module] | None = None):
+        """The copies stand in all modules, or in those given."""
+        owners = self.copies if modules is None else modules
+        originals = [(m, name, m._buffers[name]) for m in owners for name in self.copies[m]]
+        for module, name, _ in originals:
+            module._buffers[name] = self.copies[module][name]
+        try:
+            yield
+        finally:
+            for module, name, buffer in originals:
+                self.copies[module][name] = module._buffers[name]  # a model may have put another tensor there
+                module._buffers[name] = buffer
+
+
+class _Leaves:
+    """Stand-ins for tensors that a graph outside computed: that graph can be gone through once only, after the last pass."""
+
+    def __init__(self):
+        self.pairs: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def of(self, tree: Any) -> Any:
+        def leaf(v: Any) -> Any:
+            if not isinstance(v, Tensor) or not v.requires_grad:
+                return v
+            return self.pairs.setdefault(id(v), (v, v.detach().requires_grad_()))[1]
+
+        return tree_map(leaf, tree)
+
+    def pass_on(self) -> None:
+        pairs = [(v, leaf.grad) for v, leaf in self.pairs.values() if leaf.grad is not None]
+        if pairs:
+            torch.autograd.backward(*zip(*pairs, strict=True))
+
+
+class _RandomState:
+    """torch's generators, for noise that is not this package's: where a pass begins, so that a replay draws the same."""
+
+    def __init__(self, device: torch.device):
+        self.device = device if device.type == "cuda" else None
+        self.states = self._now()
+
+    def _now(self) -> list[Tensor]:
+        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(self.device)] if self.device is not None else [])]
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.states[0])
+        if self.device is not None:
+            torch.cuda.set_rng_state(self.states[1], self.device)
+
+    def is_current(self) -> bool:
+        return all(torch.equal(a, b) for a, b in zip(self.states, self._now(), strict=True))
