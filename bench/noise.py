@@ -16,7 +16,7 @@ def run(dtype: torch.dtype, seconds: float) -> list[dict]:
     y = torch.empty(SAMPLES, ELEMENTS, dtype=dtype)
     dy = torch.randn(SAMPLES, ELEMENTS).to(dtype)
     dx = torch.empty(1, ELEMENTS, dtype=dtype)
-    address = (make_origin(7, 0, 0, x.device), None, SAMPLES, 0, 0, int(P * 65536), ELEMENTS, 1)
+    address = (make_origin(7, 0, 0, x.device), None, SAMPLES, 0, 0, ELEMENTS, 1, int(P * 65536), None, 1 / (1 - int(P * 65536) / 65536))
 
     def copy():
         for s in range(SAMPLES):

@@ -62,12 +62,28 @@ struct Layout {
   int64_t positions, share;
 };
 
+// What becomes of an element: scale * x + shift where it is kept, fill where it is dropped.
+struct Rule {
+  uint32_t threshold;
+  double scale, shift, fill;
+  // [rows, positions]; null: `threshold` for all. An element's own keep_scale is then a factor beside scale.
+  const int32_t* thresholds;
+  int64_t threshold_rows;  // 1 for all rows, B by example, or K*B by row
+
+  IWSGD_HD bool plain() const { return thresholds == nullptr && shift == 0.0 && fill == 0.0; }
+
+  // The thresholds of all positions of row (s, b).
+  IWSGD_HD const int32_t* of_row(int64_t s, int64_t b, int64_t examples, int64_t positions) const {
+    return thresholds + (threshold_rows == 1 ? 0 : threshold_rows == examples ? b : s * examples + b) * positions;
+  }
+};
+
 // One call of the noise op. y is [O, samples * B, I]; x is [O, B, I] where expand, else as y.
 struct Draw {
   Layout layout;
   CallAddress address;
   int64_t samples;
-  uint32_t threshold;
+  Rule rule;
   bool expand;
 
   // Where element 0 of row (o, s, b) starts, in y and in x.

@@ -10,21 +10,25 @@ namespace iwsgd {
 
 template <class Device>
 struct NoiseOp {
-  // x or dy is [O, rows, I]
+  // What the three ops have in common, in the order of their schemas; x or dy is [O, rows, I].
   static Draw draw_of(const Tensor& x, const Tensor& origin, const std::optional<Tensor>& sample_ids, int64_t samples, int64_t stream,
-                      int64_t first_example, int64_t threshold, int64_t positions, int64_t share, bool expand) {
+                      int64_t first_example, int64_t positions, int64_t share, int64_t threshold, const std::optional<Tensor>& thresholds,
+                      double scale, double shift, double fill, bool expand) {
     return {{x.size(0), expand ? x.size(1) : x.size(1) / samples, x.size(2), positions, share},
             {origin.const_data_ptr<int64_t>(), sample_ids ? sample_ids->const_data_ptr<int64_t>() : nullptr,
              sample_ids && sample_ids->dim() == 2, stream, first_example},
             samples,
-            static_cast<uint32_t>(threshold),
+            {static_cast<uint32_t>(threshold), scale, shift, fill, thresholds ? thresholds->const_data_ptr<int32_t>() : nullptr,
+             thresholds ? thresholds->size(0) : 0},
             expand};
   }
 
   static void noise_out(Tensor x, Tensor origin, std::optional<Tensor> sample_ids, int64_t samples, int64_t stream,
-                        int64_t first_example, int64_t threshold, int64_t positions, int64_t share, bool expand, Tensor out) {
+                        int64_t first_example, int64_t positions, int64_t share, int64_t threshold, std::optional<Tensor> thresholds,
+                        double scale, double shift, double fill, bool expand, Tensor out) {
     x = torch::stable::contiguous(x);
-    const Draw draw = draw_of(x, origin, sample_ids, samples, stream, first_example, threshold, positions, share, expand);
+    const Draw draw = draw_of(x, origin, sample_ids, samples, stream, first_example, positions, share, threshold, thresholds, scale, shift,
+                              fill, expand);
     dispatch_floating(x, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       Device::template forward<T>(draw, data<T>(x), mutable_data<T>(out), x);
@@ -32,17 +36,19 @@ struct NoiseOp {
   }
 
   static Tensor noise(Tensor x, Tensor origin, std::optional<Tensor> sample_ids, int64_t samples, int64_t stream, int64_t first_example,
-                      int64_t threshold, int64_t positions, int64_t share, bool expand) {
+                      int64_t positions, int64_t share, int64_t threshold, std::optional<Tensor> thresholds, double scale, double shift,
+                      double fill, bool expand) {
     Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1) * (expand ? samples : 1), x.size(2)});
-    noise_out(x, origin, sample_ids, samples, stream, first_example, threshold, positions, share, expand, out);
+    noise_out(x, origin, sample_ids, samples, stream, first_example, positions, share, threshold, thresholds, scale, shift, fill, expand, out);
     return out;
   }
 
   static Tensor noise_sum(Tensor dy, Tensor origin, std::optional<Tensor> sample_ids, int64_t samples, int64_t stream,
-                          int64_t first_example, int64_t threshold, int64_t positions, int64_t share) {
+                          int64_t first_example, int64_t positions, int64_t share, int64_t threshold, std::optional<Tensor> thresholds,
+                          double scale) {
     dy = torch::stable::contiguous(dy);
     Tensor dx = torch::stable::new_empty(dy, {dy.size(0), dy.size(1) / samples, dy.size(2)});
-    Draw draw = draw_of(dy, origin, sample_ids, samples, stream, first_example, threshold, positions, share, false);
+    Draw draw = draw_of(dy, origin, sample_ids, samples, stream, first_example, positions, share, threshold, thresholds, scale, 0, 0, false);
     draw.expand = true;
     dispatch_floating(dy, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;

@@ -1,14 +1,28 @@
 """Importance weighted SGD for PyTorch: S noise samples per training example, through fused kernels."""
 
 from . import backend, functional, plots
+from .attention import IWMultiheadAttention, scaled_dot_product_attention
 from .backend import backend_info, set_backend
 from .checkpoint import checkpoint, checkpoint_contexts
 from .convert import convert, revert
 from .diagnostics import StatsLogger
-from .dropout import IWDropout, IWDropout1d, IWDropout2d, IWDropout3d, IWDropPath
+from .drop_connect import IWDropConnect
+from .dropout import (
+    IWAdaptiveDropout,
+    IWAlphaDropout,
+    IWDropout,
+    IWDropout1d,
+    IWDropout2d,
+    IWDropout3d,
+    IWDropPath,
+    IWFeatureAlphaDropout,
+)
 from .evaluation import BoundCurve, bound_curve, predict
+from .gaussian import IWGaussianDropout, IWGaussianNoise
 from .iw_cross_entropy import IWCrossEntropyLoss, iw_cross_entropy
 from .likelihood import IWLoss, iw_logmeanexp
+from .multinomial import IWMultinomialDropout
+from .recurrent import IWGRU, IWLSTM, IWRNN
 from .sampling import sampling
 from .stats import IWStats, IWSummary
 from .strategies import backward
@@ -18,14 +32,25 @@ __version__ = "0.1.0"
 backend.load()
 
 __all__ = [
+    "IWGRU",
+    "IWLSTM",
+    "IWRNN",
     "BoundCurve",
+    "IWAdaptiveDropout",
+    "IWAlphaDropout",
     "IWCrossEntropyLoss",
+    "IWDropConnect",
     "IWDropPath",
     "IWDropout",
     "IWDropout1d",
     "IWDropout2d",
     "IWDropout3d",
+    "IWFeatureAlphaDropout",
+    "IWGaussianDropout",
+    "IWGaussianNoise",
     "IWLoss",
+    "IWMultiheadAttention",
+    "IWMultinomialDropout",
     "IWStats",
     "IWSummary",
     "StatsLogger",
@@ -42,5 +67,6 @@ __all__ = [
     "predict",
     "revert",
     "sampling",
+    "scaled_dot_product_attention",
     "set_backend",
 ]

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 NAMES = ("reference", "cpu", "cuda")
-OPS = ("noise", "noise_sum", "noise_out", "iw_cross_entropy", "iw_cross_entropy_")  # a backend has them all
+# a backend has them all
+OPS = ("noise", "noise_sum", "noise_out", "gaussian", "gaussian_sum", "multinomial", "iw_cross_entropy", "iw_cross_entropy_")
 HOW_TO_BUILD = {
     "cpu": "it is built from source where a C++ compiler is found: pip install --no-build-isolation --force-reinstall --no-deps .",
     "cuda": "it is built from source where torch has CUDA and nvcc is found, or with IWSGD_CUDA=1: "

@@ -31,10 +31,43 @@ def check_alpha(alpha: float) -> None:
     check(alpha >= 0.0, "alpha", "a number >= 0 or inf", alpha)  # false for NaN
 
 
-def check_probability(p: float) -> None:
+def check_probability(p: float, name: str = "p") -> None:
     if isinstance(p, bool) or not isinstance(p, int | float):
-        raise TypeError(f"p: expected a number in [0, 1], got {type(p).__name__}")
-    check(0.0 <= p <= 1.0, "p", "a probability in [0, 1]", p)
+        raise TypeError(f"{name}: expected a number in [0, 1], got {type(p).__name__}")
+    check(0.0 <= p <= 1.0, name, "a probability in [0, 1]", p)
+
+
+def check_rate(p: float) -> None:
+    """A probability of noise that is scaled by 1 / (1 - p), so that 1 has no limit."""
+    check_probability(p)
+    check(p < 1.0, "p", "a probability in [0, 1)", p)
+
+
+def check_std(std: float) -> None:
+    check_number("std", std)
+    check(0.0 <= std < float("inf"), "std", "a finite number >= 0", std)
+
+
+def check_probabilities(probabilities: Tensor, shape: torch.Size | None = None) -> None:
+    """Those of one example's elements, up to their sum, and of that shape if given. On a GPU the values are checked without a wait."""
+    if not isinstance(probabilities, Tensor):
+        raise TypeError(f"probabilities: expected a tensor or None, got {type(probabilities).__name__}")
+    if not probabilities.is_floating_point():
+        raise TypeError(f"probabilities: expected a floating-point tensor, got {probabilities.dtype}")
+    if shape is not None and probabilities.shape != shape:
+        raise ValueError(f"probabilities: expected the shape of one example, {tuple(shape)}, got {tuple(probabilities.shape)}")
+    valid = ((probabilities >= 0) & (probabilities < float("inf"))).all() & ((probabilities > 0).any() | (probabilities.numel() == 0))
+    if probabilities.device.type == "cpu" and not torch.compiler.is_compiling():
+        check(bool(valid), "probabilities", "finite numbers >= 0 that are not all 0", "others")
+    else:
+        torch._assert_async(valid)
+
+
+def check_layer_input(layer: torch.nn.Module, x: Tensor) -> None:
+    name = f"input of {type(layer).__name__}"
+    check_dtype(name, x)
+    if x.dim() == 0:
+        raise ValueError(f"{name}: expected at least one dimension, which holds the rows, got a scalar")
 
 
 def check_dtype(name: str, x: Tensor) -> None:

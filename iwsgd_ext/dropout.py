@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
-from .checks import check_dtype, check_probability
-from .noise import Unit
+from .checks import check_layer_input, check_probability
+from .noise import Law, Unit, alpha_law, dropout_law
 from .sampling import draw
 
 
@@ -21,12 +21,17 @@ class _Dropout(nn.modules.dropout._DropoutNd):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        check_dtype(f"input of {type(self).__name__}", x)
-        if x.dim() == 0:
-            raise ValueError(f"input of {type(self).__name__}: expected at least one dimension, which holds the rows, got a scalar")
+        self._check(x)
+        return draw(x, self.law(), self.unit, self.batch_dim, self)
+
+    def law(self) -> Law:
+        """What the noise makes of an element."""
+        return dropout_law(self.p)
+
+    def _check(self, x: Tensor) -> None:
+        check_layer_input(self, x)
         if self.dims is not None and x.dim() not in self.dims:
             raise ValueError(f"input of {type(self).__name__}: expected {self.expected}, got {x.dim()}-D {tuple(x.shape)}")
-        return draw(x, self.p, self.unit, self.batch_dim, self)
 
     def extra_repr(self) -> str:
         return f"p={self.p}" + (f", batch_dim={self.batch_dim}" if self.batch_dim is not None else "")
@@ -114,3 +119,74 @@ class IWDropPath(_Dropout):
     """
 
     unit = "row"
+
+
+class IWAlphaDropout(_Dropout):
+    """:class:`torch.nn.AlphaDropout` with S noise samples per example: dropped elements take the value that keeps SELU's statistics.
+
+        y = keep ? a * x + b : a * alpha' + b        alpha' = -1.7581, a = ((1-p)(1 + p alpha'^2))^(-1/2), b = -a p alpha'
+
+    so that an input of mean 0 and variance 1 keeps both (Klambauer et al. 2017, section 3); a and b are those of the rounded p. p = 0
+    is the identity, p = 1 gives zeros, as in torch.
+
+    Example:
+        >>> import torch, iwsgd_ext as iw
+        >>> with iw.sampling(4, seed=0):
+        ...     y = iw.IWAlphaDropout(0.2)(torch.randn(1000, 50))
+        >>> y.shape, bool(y.mean().abs() < 0.02), bool((y.std() - 1).abs() < 0.02)
+        (torch.Size([4000, 50]), True, True)
+    """
+
+    def law(self) -> Law:
+        return alpha_law(self.p)
+
+
+class IWFeatureAlphaDropout(IWAlphaDropout):
+    """:class:`torch.nn.FeatureAlphaDropout` with S noise samples per example: whole channels of [B, C, ...] are dropped.
+
+    Example:
+        >>> import torch, iwsgd_ext as iw
+        >>> with iw.sampling(4, seed=0):
+        ...     y = iw.IWFeatureAlphaDropout(0.2)(torch.ones(2, 3, 5))
+        >>> bool((y.amax(2) == y.amin(2)).all())
+        True
+    """
+
+    unit, dims, expected = "channel", (2, 3, 4, 5), "[B, C, ...]"
+
+
+class IWAdaptiveDropout(_Dropout):
+    """Dropout whose probability is given with each input: one for every feature, or for every element, say from another network.
+
+        y[s, b, i] = x[b, i] * keep[s, b, i] / (1 - p[b, i])        keep ~ Bernoulli(1 - p[b, i])
+
+    (adaptive dropout, Ba and Frey 2013, whose rates a second network computes; with rates that are fixed, dropout by feature). Kept
+    values are scaled by the inverse of their own 1 - p. A mask has no derivative by its rate, so p must not require grad: train the
+    network that gives the rates by an objective of its own.
+
+    Shape:
+        x as :class:`IWDropout`; p floating-point, values in [0, 1] (rounded to multiples of 1/65536), of a shape that broadcasts to x,
+        its rows 1, B, or as x's. Outside of [0, 1] it raises a ValueError on the CPU and trips a device assert on a GPU.
+
+    Example:
+        >>> import torch, iwsgd_ext as iw
+        >>> rates = torch.tensor([0.0, 0.5, 1.0])
+        >>> with iw.sampling(4, seed=0):
+        ...     y = iw.IWAdaptiveDropout()(torch.ones(2, 3), rates)
+        >>> sorted(set(y[:, 0].tolist())), sorted(set(y[:, 1].tolist())), sorted(set(y[:, 2].tolist()))
+        ([1.0], [0.0, 2.0], [0.0])
+    """
+
+    def __init__(self, *, batch_dim: int | None = None):
+        super().__init__(0.0, batch_dim=batch_dim)
+
+    def forward(self, x: Tensor, p: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        self._check(x)
+        if not isinstance(p, Tensor):
+            raise TypeError(f"p: expected a tensor of probabilities, got {type(p).__name__}; IWDropout takes a number")
+        return draw(x, p, self.unit, self.batch_dim, self)
+
+    def extra_repr(self) -> str:
+        return f"batch_dim={self.batch_dim}" if self.batch_dim is not None else ""

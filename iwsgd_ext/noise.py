@@ -13,31 +13,33 @@ from torch import Tensor
 
 from . import backend, reference
 
-Unit = Literal["element", "channel", "row"]  # what shares one draw: nothing, a channel, or a whole example
+# What shares one draw: nothing, a channel, a whole example, or what has the same last index (a feature at all positions).
+Unit = Literal["element", "channel", "row", "feature"]
 
-_ADDRESS = (
-    "Tensor origin, Tensor? sample_ids, SymInt samples, SymInt stream, SymInt first_example, int threshold, SymInt positions, SymInt share"
-)
+_ADDRESS = "Tensor origin, Tensor? sample_ids, SymInt samples, SymInt stream, SymInt first_example, SymInt positions, SymInt share"
+_LAW = "int threshold, Tensor? thresholds, float scale"
 # Exact strides: the kernels take memory order as given, so a compiler must not change it behind them.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-torch.library.define("iwsgd_ext::noise", f"(Tensor x, {_ADDRESS}, bool expand) -> Tensor", tags=_TAGS)
-torch.library.define("iwsgd_ext::noise_sum", f"(Tensor dy, {_ADDRESS}) -> Tensor", tags=_TAGS)
-torch.library.define("iwsgd_ext::noise_out", f"(Tensor x, {_ADDRESS}, bool expand, Tensor(a!) out) -> ()", tags=_TAGS)
+torch.library.define("iwsgd_ext::noise", f"(Tensor x, {_ADDRESS}, {_LAW}, float shift, float fill, bool expand) -> Tensor", tags=_TAGS)
+torch.library.define("iwsgd_ext::noise_sum", f"(Tensor dy, {_ADDRESS}, {_LAW}) -> Tensor", tags=_TAGS)
+torch.library.define(
+    "iwsgd_ext::noise_out", f"(Tensor x, {_ADDRESS}, {_LAW}, float shift, float fill, bool expand, Tensor(a!) out) -> ()", tags=_TAGS
+)
 torch.library.define("iwsgd_ext::draw_origin", "(int call, *, Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 
 
 @torch.library.register_fake("iwsgd_ext::noise")
-def _(x, origin, sample_ids, samples, stream, first_example, threshold, positions, share, expand):
+def _(x, origin, sample_ids, samples, stream, first_example, positions, share, threshold, thresholds, scale, shift, fill, expand):
     return x.new_empty(x.shape[0], x.shape[1] * samples if expand else x.shape[1], x.shape[2])
 
 
 @torch.library.register_fake("iwsgd_ext::noise_sum")
-def _(dy, origin, sample_ids, samples, stream, first_example, threshold, positions, share):
+def _(dy, origin, sample_ids, samples, *_):
     return dy.new_empty(dy.shape[0], dy.shape[1] // samples, dy.shape[2])
 
 
 @torch.library.register_fake("iwsgd_ext::noise_out")
-def _(x, origin, sample_ids, samples, stream, first_example, threshold, positions, share, expand, out):
+def _(*_):
     return None
 
 
@@ -84,11 +86,6 @@ def make_origin(seed: int | Tensor, stream: int | Tensor, first_example: int | T
     return torch.stack(list(parts))
 
 
-def threshold_of(p: float) -> int:
-    """The 16-bit threshold of a dropout probability: floor(p * 65536 + 0.5), so that the effective p is off by 2^-17 at most."""
-    return int(p * reference.FIELD_RANGE + 0.5)
-
-
 class Rows(NamedTuple):
     """How a tensor's memory maps to [O, B, I], and back: the dimension of its rows, and whether it is channels_last."""
 
@@ -129,8 +126,71 @@ class Rows(NamedTuple):
             return numel, 1
         if unit == "row":
             return 1, max(numel, 1)
+        if unit == "feature":  # of row-major memory whose last dimension does not hold the rows
+            return shape[-1], 1
         channel = 1 if self.batch_dim == 0 else 0
         return shape[channel], max(_product(shape[d] for d in inside[inside.index(channel) + 1 :]), 1)
+
+
+class Law(NamedTuple):
+    """What Bernoulli noise makes of an element: scale * x + shift where it is kept, ``fill`` where it is dropped.
+
+    It is dropped where its 16-bit field is less than the threshold: the call's, or in ``thresholds`` (int32 [R, positions]) its
+    position's own.
+    """
+
+    threshold: int
+    thresholds: Tensor | None
+    scale: float
+    shift: float  # no default: the compiler takes a default for a value that may change
+    fill: float
+
+
+def dropout_law(p: float) -> Law:
+    """Dropped elements are 0, kept ones are divided by the probability that the threshold really keeps."""
+    threshold = _threshold_of(p)
+    return Law(threshold, None, reference.keep_scale(threshold), 0.0, 0.0)
+
+
+def alpha_law(p: float) -> Law:
+    """Alpha dropout (Klambauer et al. 2017, section 3): dropped elements take SELU's limit at minus infinity, then an affine map gives
+    mean 0 and variance 1 back to what had them."""
+    threshold = _threshold_of(p)
+    if threshold in (0, reference.FIELD_RANGE):  # torch's own conventions: the identity, and zeros
+        return dropout_law(p)
+    q, limit = 1 - threshold / reference.FIELD_RANGE, -1.7580993408473766
+    scale = (q + limit**2 * q * (1 - q)) ** -0.5
+    shift = -scale * limit * (1 - q)
+    return Law(threshold, None, scale, shift, scale * limit + shift)
+
+
+def rates_law(p: Tensor, x: Tensor, rows: Rows, unit: Unit, examples: int) -> Law:
+    """Dropout where each element has its own probability, with p as :func:`iwsgd_ext.functional.dropout` takes it."""
+    if not p.is_floating_point():
+        raise TypeError(f"p: expected a floating-point tensor, got {p.dtype}")
+    if p.requires_grad:
+        raise ValueError("p: expected a tensor that does not require grad: a mask has no derivative by its rate; p.detach() says so")
+    inside = [d for d in rows.order(x.dim()) if d != rows.batch_dim]
+    drawn = inside if unit == "element" else [] if unit == "row" else [1 if rows.batch_dim == 0 else 0]
+    fits = [{1, x.shape[d], examples} if d == rows.batch_dim else {1, x.shape[d]} if d in drawn else {1} for d in range(x.dim())]
+    values = p.to(device=x.device, dtype=torch.float64)
+    values = values[(None,) * (x.dim() - p.dim())] if p.dim() <= x.dim() else values
+    if p.dim() > x.dim() or any(values.shape[d] not in fits[d] for d in range(x.dim())):
+        raise ValueError(f"p: expected a shape that broadcasts to what is drawn ({unit}) of {tuple(x.shape)}, got {tuple(p.shape)}")
+    valid = ((values >= 0) & (values <= 1)).all()
+    if values.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not valid:
+            raise ValueError(f"p: expected probabilities in [0, 1], got values from {values.min().item()} to {values.max().item()}")
+    else:
+        torch._assert_async(valid, "p: expected probabilities in [0, 1]")
+    shape = [x.shape[d] if d in drawn else values.shape[d] for d in range(x.dim())]
+    values = values.expand(shape).permute(rows.batch_dim, *inside).reshape(shape[rows.batch_dim], _product(shape[d] for d in drawn))
+    return Law(0, (values * reference.FIELD_RANGE + 0.5).floor().to(torch.int32), 1.0, 0.0, 0.0)
+
+
+def _threshold_of(p: float) -> int:
+    """The 16-bit threshold of a dropout probability: floor(p * 65536 + 0.5), so that the effective p is off by 2^-17 at most."""
+    return int(p * reference.FIELD_RANGE + 0.5)
 
 
 def _is_dense(x: Tensor, order: Sequence[int]) -> bool:
@@ -152,42 +212,45 @@ def _product(sizes) -> int:
 
 
 class Noise(torch.autograd.Function):
-    """y = keep * scale * x, [K*B, ...] from x [B, ...] where ``expand``, else row by row."""
+    """y = keep ? scale * x + shift : fill, [K*B, ...] from x [B, ...] where ``expand``, else row by row.
+
+    call: samples, stream, first_example, positions, share; threshold, scale, shift, fill. (Flat, as the compiler wants it.)
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, rows: Rows, expand: bool, origin: Tensor, sample_ids: Tensor | None, *address: int) -> Tensor:
-        ctx.save_for_backward(origin, sample_ids)
-        ctx.rows, ctx.expand, ctx.address = rows, expand, address
-        y = _op(x.device, "noise")(rows.flatten(x), origin, sample_ids, *address, expand)
+    def forward(ctx, x: Tensor, rows: Rows, expand: bool, origin: Tensor, sample_ids: Tensor | None, thresholds: Tensor | None, *call):
+        ctx.save_for_backward(origin, sample_ids, thresholds)
+        ctx.rows, ctx.expand, ctx.call = rows, expand, call
+        *address, threshold, scale, shift, fill = call
+        op = _op(x.device, "noise")
+        y = op(rows.flatten(x), origin, sample_ids, *address, threshold, thresholds, scale, shift, fill, expand)
         return rows.unflatten(y, x.shape)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        origin, sample_ids = ctx.saved_tensors
+        linear = (*ctx.call[:-2], 0.0, 0.0)  # the derivative of an affine map
         # noise_sum undoes an expansion; without one, noise is its own transpose
-        dx = (
-            NoiseSum.apply(dy, ctx.rows, origin, sample_ids, *ctx.address)
-            if ctx.expand
-            else Noise.apply(dy, ctx.rows, False, origin, sample_ids, *ctx.address)
-        )
-        return dx, None, None, None, None, *[None] * len(ctx.address)
+        if ctx.expand:
+            dx = NoiseSum.apply(dy, ctx.rows, *ctx.saved_tensors, *linear)
+        else:
+            dx = Noise.apply(dy, ctx.rows, False, *ctx.saved_tensors, *linear)
+        return dx, *[None] * (5 + len(linear))
 
 
 class NoiseSum(torch.autograd.Function):
     """dx = sum over samples of keep * scale * dy, [B, ...] from dy [K*B, ...]: the transpose of an expanding :class:`Noise`."""
 
     @staticmethod
-    def forward(ctx, dy: Tensor, rows: Rows, origin: Tensor, sample_ids: Tensor | None, *address: int) -> Tensor:
-        ctx.save_for_backward(origin, sample_ids)
-        ctx.rows, ctx.address = rows, address
-        dx = _op(dy.device, "noise_sum")(rows.flatten(dy), origin, sample_ids, *address)
+    def forward(ctx, dy: Tensor, rows: Rows, origin: Tensor, sample_ids: Tensor | None, thresholds: Tensor | None, *call):
+        ctx.save_for_backward(origin, sample_ids, thresholds)
+        ctx.rows, ctx.call = rows, call
+        *address, threshold, scale, _, _ = call
+        dx = _op(dy.device, "noise_sum")(rows.flatten(dy), origin, sample_ids, *address, threshold, thresholds, scale)
         return rows.unflatten(dx, dy.shape)
 
     @staticmethod
     def backward(ctx, dx: Tensor):
-        origin, sample_ids = ctx.saved_tensors
-        dy = Noise.apply(dx, ctx.rows, True, origin, sample_ids, *ctx.address)
-        return dy, None, None, None, *[None] * len(ctx.address)
+        return Noise.apply(dx, ctx.rows, True, *ctx.saved_tensors, *ctx.call), *[None] * (4 + len(ctx.call))
 
 
 def _op(device: torch.device, name: str):
@@ -196,7 +259,7 @@ def _op(device: torch.device, name: str):
 
 def noise(
     x: Tensor,
-    threshold: int,
+    law: Law | Tensor,
     unit: Unit,
     *,
     samples: int,
@@ -208,16 +271,20 @@ def noise(
     batch_dim: int,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Dropout noise at a given address; arguments are taken as valid (see ``functional`` for the public forms)."""
-    if threshold == 0 and out is None and (not expand or samples == 1):
-        return x
+    """Bernoulli noise at a given address, its law or each element's dropout probability given; other arguments are taken as valid (see
+    ``functional`` for the public forms)."""
     rows = Rows.of(x, batch_dim)
-    address = (samples, stream, first_example, threshold, *rows.positions(x.shape, unit))
+    if isinstance(law, Tensor):
+        law = rates_law(law, x, rows, unit, x.shape[batch_dim] // (1 if expand else samples))
+    if law.threshold == 0 and law.thresholds is None and out is None and (not expand or samples == 1):
+        return x
+    address = (samples, stream, first_example, *rows.positions(x.shape, unit))
     if out is None:
-        return Noise.apply(x, rows, expand, origin, sample_ids, *address)
+        threshold, thresholds, *affine = law
+        return Noise.apply(x, rows, expand, origin, sample_ids, thresholds, *address, threshold, *affine)
     if backend.backend_of(x.device) == "reference":
-        y = reference.noise(rows.flatten(x), origin, sample_ids, *address, expand)
+        y = reference.noise(rows.flatten(x), origin, sample_ids, *address, *law, expand)
         return out.copy_(rows.unflatten(y, x.shape))
-    torch.ops.iwsgd_ext.noise_out(rows.flatten(x), origin, sample_ids, *address, expand, rows.flatten(out))
+    torch.ops.iwsgd_ext.noise_out(rows.flatten(x), origin, sample_ids, *address, *law, expand, rows.flatten(out))
     torch.autograd.graph.increment_version(out)
     return out

@@ -37,17 +37,23 @@ def fields(words: Tensor) -> Tensor:
     return torch.stack([words & 0xFFFF, words >> 16], -1).flatten(-2)
 
 
-def keep_mask(
-    origin: Tensor, sample_ids: Tensor | None, samples: int, stream: int, first_example: int, threshold: int, examples: int, positions: int
+def draw_words(
+    origin: Tensor, sample_ids: Tensor | None, samples: int, stream: int, first_example: int, examples: int, words: int
 ) -> Tensor:
-    """True where an element is kept: bool [samples, examples, positions]. Arguments as in :func:`noise`."""
+    """The first random words of each row: int64 [samples, examples, words], four of each Philox call. Arguments as in :func:`noise`."""
     device = origin.device
     sample = torch.arange(samples, device=device) if sample_ids is None else sample_ids
     sample = sample[:, None, None] if sample.dim() == 1 else sample[:, :, None]
     example = (torch.arange(examples, device=device) + (origin[2] + first_example))[:, None]
-    group = torch.arange((positions + GROUP - 1) // GROUP, device=device)
-    words = philox(group, example & LOW, sample & LOW, (origin[1] + stream) & LOW, origin[0])
-    return fields(words).flatten(-2)[..., :positions] >= threshold
+    group = torch.arange((words + 3) // 4, device=device)
+    drawn = philox(group, example & LOW, sample & LOW, (origin[1] + stream) & LOW, origin[0])
+    return drawn.flatten(-2)[..., :words]
+
+
+def draw_fields(*call: int | Tensor | None, positions: int) -> Tensor:
+    """The 16-bit field of each element: int64 [samples, examples, positions]; ``call`` as in :func:`draw_words`."""
+    words = draw_words(*call, (positions + GROUP - 1) // GROUP * 4)
+    return fields(words.unflatten(-1, (-1, 4))).flatten(-2)[..., :positions]
 
 
 def keep_scale(threshold: int) -> float:
@@ -55,12 +61,22 @@ def keep_scale(threshold: int) -> float:
     return FIELD_RANGE / (FIELD_RANGE - threshold) if threshold < FIELD_RANGE else 0.0
 
 
-def _keep(x: Tensor, examples: int, samples: int, address: tuple) -> Tensor:
-    origin, sample_ids, _, stream, first_example, threshold, positions, share = address
-    mask = keep_mask(origin, sample_ids, samples, stream, first_example, threshold, examples, positions)  # [K, B, P]
-    outer, inner = x.shape[0], x.shape[2]
+def _keep(x: Tensor, address: tuple, threshold: int, thresholds: Tensor | None) -> tuple[Tensor, Tensor | float]:
+    """(whether to keep each element of x [O, K or 1, B, I], and by which factor beside the call's), for K samples."""
+    origin, sample_ids, samples, stream, first_example, positions, share = address
+    outer, _, examples, inner = x.shape
     position = torch.arange(outer * inner, device=x.device) // share % max(positions, 1)
-    return mask[:, :, position].view(samples, examples, outer, inner).permute(2, 0, 1, 3)  # [O, K, B, I]
+
+    def of_elements(values: Tensor) -> Tensor:  # [K or 1, B or 1, P] -> [O, K or 1, B or 1, I]
+        return values[:, :, position].unflatten(2, (outer, inner)).permute(2, 0, 1, 3)
+
+    drawn = draw_fields(origin, sample_ids, samples, stream, first_example, examples, positions=positions)
+    if thresholds is None:
+        return of_elements(drawn >= threshold), 1.0
+    rows = thresholds.shape[0]
+    of_row = thresholds.view(*((1, rows) if rows in (1, examples) else (samples, examples)), positions)
+    kept = of_elements(drawn >= of_row)
+    return kept, FIELD_RANGE / (FIELD_RANGE - of_elements(of_row)).clamp(min=1).to(_accumulated(x.dtype))
 
 
 def noise(
@@ -70,31 +86,38 @@ def noise(
     samples: int,
     stream: int,
     first_example: int,
-    threshold: int,
     positions: int,
     share: int,
+    threshold: int,
+    thresholds: Tensor | None,
+    scale: float,
+    shift: float,
+    fill: float,
     expand: bool,
 ) -> Tensor:
-    """Dropout noise: y = keep * scale * x with the keep mask of the call's address (eq 1, g multiplicative).
+    """Bernoulli noise with the keep mask of the call's address (eq 1): scale * x + shift where kept, ``fill`` where dropped.
 
     Args:
         x: [O, B, I] where expand, else [O, K*B, I]: the examples' dimension stands second.
         origin: int64 [3]: seed, stream and first example; the next two are added to the stream and first_example given here.
         sample_ids: int64 [K] or [K, B], the noise samples' ids; None is 0 .. K-1.
         samples: K, noise samples in this pass.
-        threshold: drop where a 16-bit field is less than this, in 0 .. 65536.
         positions, share: element (o, i) of an example has position ((o * I + i) // share) % positions.
+        threshold: drop where a 16-bit field is less than this, in 0 .. 65536.
+        thresholds: int32 [R, positions], a threshold for each position, for all rows (R = 1), for each example (R = B) or for each row
+            (R = K*B), instead of ``threshold``. ``scale`` is then multiplied by each one's own keep_scale.
         expand: draw K noises for each example, or one for each row of K*B.
 
     Returns:
         [O, K*B, I].
     """
-    address = (origin, sample_ids, samples, stream, first_example, threshold, positions, share)
+    address = (origin, sample_ids, samples, stream, first_example, positions, share)
     examples = x.shape[1] if expand else x.shape[1] // samples
     outer, inner = x.shape[0], x.shape[2]
-    x = x.view(outer, 1, examples, inner) if expand else x.reshape(outer, samples, examples, inner)
-    y = _multiply(x, keep_scale(threshold))
-    y = torch.where(_keep(y[:, 0], examples, samples, address), y, torch.zeros((), dtype=y.dtype, device=y.device))
+    y = (x.view(outer, 1, examples, inner) if expand else x.reshape(outer, samples, examples, inner)).to(_accumulated(x.dtype))
+    kept, own_scale = _keep(y, address, threshold, thresholds)
+    y = y * (scale * own_scale)
+    y = torch.where(kept, y + shift if shift else y, torch.full((), fill, dtype=y.dtype, device=y.device))
     return y.to(x.dtype).reshape(outer, samples * examples, inner).contiguous()
 
 
@@ -105,22 +128,118 @@ def noise_sum(
     samples: int,
     stream: int,
     first_example: int,
-    threshold: int,
     positions: int,
     share: int,
+    threshold: int,
+    thresholds: Tensor | None,
+    scale: float,
 ) -> Tensor:
     """The gradient of an expanding :func:`noise`: dx = sum over the noise samples of keep * scale * dy, [O, B, I]."""
-    address = (origin, sample_ids, samples, stream, first_example, threshold, positions, share)
+    address = (origin, sample_ids, samples, stream, first_example, positions, share)
     outer, rows, inner = dy.shape
-    dy = dy.reshape(outer, samples, rows // samples, inner)
-    y = _multiply(dy, 1.0)
-    y = torch.where(_keep(y[:, 0], rows // samples, samples, address), y, torch.zeros((), dtype=y.dtype, device=y.device))
-    return (y.sum(1) * keep_scale(threshold)).to(dy.dtype).contiguous()
+    y = dy.reshape(outer, samples, rows // samples, inner).to(_accumulated(dy.dtype))
+    kept, own_scale = _keep(y, address, threshold, thresholds)
+    y = torch.where(kept, y if thresholds is None else y * own_scale, torch.zeros((), dtype=y.dtype, device=y.device))
+    return (y.sum(1) * scale).to(dy.dtype).contiguous()
 
 
-def _multiply(x: Tensor, scale: float) -> Tensor:
-    """x * scale in float32 (float64 for float64)."""
-    return x.to(torch.promote_types(x.dtype, torch.float32)) * scale
+def _accumulated(dtype: torch.dtype) -> torch.dtype:
+    """What is computed in: float32, and float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def normals(words: Tensor) -> Tensor:
+    """Standard normal numbers (Box and Muller, 1958) of words [..., 2n], as float64 [..., 2n]: two of each two words a, b.
+
+    With u = (a + 1/2) / 2^32 and v = (b + 1/2) / 2^32, which are never 0 or 1: sqrt(-2 ln u) cos(2 pi v), sqrt(-2 ln u) sin(2 pi v).
+    """
+    u, v = ((words.double().unflatten(-1, (-1, 2)) + 0.5) / 2**32).unbind(-1)
+    radius, angle = (-2 * u.log()).sqrt(), 2 * torch.pi * v
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], -1).flatten(-2)
+
+
+def _normals_of(x: Tensor, examples: int, samples: int, address: tuple) -> Tensor:
+    """The normal number of each element, [O, K, B, I], for x [O, rows, I]."""
+    *row, positions, share = address
+    outer, inner = x.shape[0], x.shape[2]
+    z = normals(draw_words(*row, examples, (positions + 3) // 4 * 4))  # [K, B, P]
+    position = torch.arange(outer * inner, device=x.device) // share % max(positions, 1)
+    z = z[:, :, position].view(samples, examples, outer, inner).permute(2, 0, 1, 3)
+    return z.to(_accumulated(x.dtype))
+
+
+def gaussian(
+    x: Tensor,
+    origin: Tensor,
+    sample_ids: Tensor | None,
+    samples: int,
+    stream: int,
+    first_example: int,
+    positions: int,
+    share: int,
+    std: float,
+    multiply: bool,
+    expand: bool,
+) -> Tensor:
+    """Gaussian noise: y = x * (1 + std * z), or x + std * z, with z the standard normal number of each element's address (eq 1).
+
+    Args:
+        x: [O, B, I] where expand, else [O, K*B, I]: the examples' dimension stands second.
+        origin, sample_ids, samples, positions, share: as in :func:`noise`.
+        std: the noise's standard deviation.
+        multiply: whether the noise multiplies or is added.
+        expand: draw K noises for each example, or one for each row of K*B.
+
+    Returns:
+        [O, K*B, I].
+    """
+    examples = x.shape[1] if expand else x.shape[1] // samples
+    outer, inner = x.shape[0], x.shape[2]
+    z = _normals_of(x, examples, samples, (origin, sample_ids, samples, stream, first_example, positions, share))
+    x = x.view(outer, 1, examples, inner) if expand else x.reshape(outer, samples, examples, inner)
+    y = x.to(z.dtype) * (1 + std * z) if multiply else x.to(z.dtype) + std * z
+    return y.to(x.dtype).reshape(outer, samples * examples, inner).contiguous()
+
+
+def gaussian_sum(
+    dy: Tensor,
+    origin: Tensor,
+    sample_ids: Tensor | None,
+    samples: int,
+    stream: int,
+    first_example: int,
+    positions: int,
+    share: int,
+    std: float,
+) -> Tensor:
+    """The gradient of an expanding, multiplying :func:`gaussian`: dx = sum over the noise samples of (1 + std * z) * dy, [O, B, I]."""
+    z = _normals_of(dy, dy.shape[1] // samples, samples, (origin, sample_ids, samples, stream, first_example, positions, share))
+    return (dy.reshape(z.shape).to(z.dtype) * (1 + std * z)).sum(1).to(dy.dtype).contiguous()
+
+
+def multinomial(
+    origin: Tensor,
+    sample_ids: Tensor | None,
+    samples: int,
+    stream: int,
+    first_example: int,
+    examples: int,
+    bounds: Tensor,
+    draws: int,
+) -> Tensor:
+    """How often each of F features comes up in ``draws`` draws: counts int32 [K, B, F].
+
+    Args:
+        origin, sample_ids, samples: as in :func:`noise`.
+        bounds: int64 [F], or [K, F] for each sample: the features' probabilities summed up, times 2^32 (the last is 2^32). A word draws the
+            first feature whose bound is above it.
+        draws: draw j takes word j % 4 of group j // 4.
+    """
+    words = draw_words(origin, sample_ids, samples, stream, first_example, examples, draws)  # [K, B, draws]
+    features = bounds.shape[-1]
+    drawn = torch.searchsorted(bounds.expand(samples, features).contiguous(), words.flatten(1), right=True).view(words.shape)
+    counts = torch.zeros(samples, examples, features, dtype=torch.int32, device=bounds.device)
+    return counts.scatter_add_(2, drawn, torch.ones_like(drawn, dtype=torch.int32))
 
 
 def logmeanexp(l: Tensor, alpha: float) -> Tensor:
@@ -183,7 +302,7 @@ def iw_cross_entropy(
         loss (one value, or [units]), log-likelihoods [S, units], importance weights [S, units], bound L [units], outer
         weight over the denominator [units] (loss = -sum outer L), and dlogits [S*B, C, T] (or [0]) for an upstream gradient of one.
     """
-    acc = torch.promote_types(logits.dtype, torch.float32)
+    acc = _accumulated(logits.dtype)
     rows, classes, positions = logits.shape
     batch = rows // samples
     # along the last dimension, where torch adds up in several partial sums

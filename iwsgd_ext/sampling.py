@@ -3,14 +3,14 @@
 import copy
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 import torch
 from torch import Tensor, nn
 
 from .checks import check_integer, check_sample_ids, check_samples
-from .noise import Unit, draw_origin, make_origin, noise, threshold_of
+from .noise import Law, Unit, draw_origin, make_origin, noise
 
 # The compiler takes integers that it reaches from globals for constants: it would compile a block anew for each stream. This names
 # the contexts' counters as dynamic, so that one graph serves all streams.
@@ -30,7 +30,7 @@ class _Stack(threading.local):
 
 
 _stack = _Stack()
-_drawn_in_context: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # layers; see NOTE [Recompute]
+_drawn_in_context: weakref.WeakSet[nn.Module | Callable] = weakref.WeakSet()  # layers; see NOTE [Recompute]
 
 
 class sampling:
@@ -117,8 +117,8 @@ class sampling:
             context._origin, context._replayed_origin = None, self._origin
         return context
 
-    def draw(self, x: Tensor, p: float, unit: Unit, batch_dim: int | None) -> Tensor:
-        """The noise of one layer's call: expands ``x`` or keeps its rows, and takes the next stream."""
+    def place(self, x: Tensor, batch_dim: int | None) -> dict:
+        """One layer's call, whatever the law of its noise: the address, and whether ``x`` is expanded. Takes the next stream."""
         batch_dim = self.batch_dim if batch_dim is None else batch_dim
         if not -x.dim() <= batch_dim < x.dim():
             raise ValueError(f"batch_dim: expected a dimension of the input in [{-x.dim()}, {x.dim()}), got {batch_dim}")
@@ -134,18 +134,40 @@ class sampling:
             if ids.dim() == 2 and ids.shape[1] != examples:
                 raise ValueError(f"sample_ids: expected [{self.samples}, {examples}] for {examples} examples, got {tuple(ids.shape)}")
         first = self.first_example
-        return noise(
-            x,
-            threshold_of(p),
-            unit,
-            samples=self.samples,
-            origin=origin,
-            sample_ids=ids,
-            stream=stream,
-            first_example=_rank() * examples if first is None else 0 if isinstance(first, Tensor) else first,
-            expand=expand,
-            batch_dim=batch_dim,
-        )
+        return {
+            "samples": self.samples,
+            "origin": origin,
+            "sample_ids": ids,
+            "stream": stream,
+            "first_example": _rank() * examples if first is None else 0 if isinstance(first, Tensor) else first,
+            "expand": expand,
+            "batch_dim": batch_dim,
+        }
+
+    def place_weight(self, weight: Tensor) -> dict:
+        """The same for one noise of a weight for each sample, with ``weight`` [1, ...] as the only example: its id is 0 on all ranks."""
+        ids = self.sample_ids if self.sample_ids is None else self.sample_ids.to(weight.device)
+        if ids is not None and ids.dim() == 2:
+            raise ValueError(
+                f"sample_ids: expected [{self.samples}] where weights are noisy, as all examples share a sample's, got {tuple(ids.shape)}"
+            )
+        origin = self._origin_on(weight.device)
+        if isinstance(self.first_example, Tensor):
+            origin = torch.cat([origin[:2], origin.new_zeros(1)])
+        stream, self.stream = self.stream, self.stream + 1
+        return {
+            "samples": self.samples,
+            "origin": origin,
+            "sample_ids": ids,
+            "stream": stream,
+            "first_example": 0,
+            "expand": True,
+            "batch_dim": 0,
+        }
+
+    def examples(self, rows: int) -> int:
+        """B, where a noise layer's input holds ``rows`` rows; for layers of several inputs, of which some may be expanded."""
+        return self._expansion(rows)[1]
 
     def _expansion(self, rows: int) -> tuple[bool, int]:
         """(whether to expand, number of examples) for a tensor of ``rows`` rows."""
@@ -212,8 +234,8 @@ def _has_ended(frame: FrameType) -> bool:
 # thread is another. The running backward pass has a number: a context that was entered inside of it, or put there again by
 # iw.checkpoint, is right; any other is not. A layer that never saw a context draws from torch's generator, whose state
 # torch.utils.checkpoint restores, as nn.Dropout does: that is right too.
-def check_not_recomputed(context: sampling | None, layer: nn.Module | None) -> None:
-    """Raises where a layer is called during backward without the context of its forward."""
+def check_not_recomputed(context: sampling | None, layer: nn.Module | Callable | None) -> None:
+    """Raises where a layer (a module, or a function that draws noise) is called during backward without the context of its forward."""
     task = graph_task()
     if task == NO_TASK:
         if context is not None and layer is not None and not torch.compiler.is_compiling():
@@ -223,7 +245,7 @@ def check_not_recomputed(context: sampling | None, layer: nn.Module | None) -> N
         return
     if context is None and layer is not None and not torch.compiler.is_compiling() and layer not in _drawn_in_context:
         return
-    name = "A noise layer" if layer is None else f"{type(layer).__name__}({layer.extra_repr()})"
+    name = f"{type(layer).__name__}({layer.extra_repr()})" if isinstance(layer, nn.Module) else getattr(layer, "__name__", "A noise layer")
     raise RuntimeError(
         f"{name} is computed again during backward (activation checkpointing) without the sampling context of its forward: it would draw "
         "other noise. Use iw.checkpoint(function, *args) instead of torch.utils.checkpoint.checkpoint(function, *args), or give "
@@ -241,16 +263,16 @@ def _traced_graph_task() -> int:
     return torch._C._current_graph_task_id()  # at the time of tracing: a recompute outside of a context is another graph than a forward
 
 
-def ambient(layer: nn.Module | None = None) -> sampling:
+def ambient(layer: nn.Module | Callable | None = None) -> sampling:
     """The innermost context, or, outside of any, a new one of one fresh noise sample: what a layer's torch namesake draws."""
     context = current()
     check_not_recomputed(context, layer)
     return sampling(1) if context is None else context
 
 
-def draw(x: Tensor, p: float, unit: Unit, batch_dim: int | None, layer: nn.Module | None = None) -> Tensor:
-    """A layer's noise: as the context says, or, outside of any, one fresh noise sample."""
-    return ambient(layer).draw(x, p, unit, batch_dim)
+def draw(x: Tensor, law: Law | Tensor, unit: Unit, batch_dim: int | None, layer: nn.Module | Callable | None = None) -> Tensor:
+    """A layer's dropout noise: as the context says, or, outside of any, one fresh noise sample."""
+    return noise(x, law, unit, **ambient(layer).place(x, batch_dim))
 
 
 def _rank() -> int:

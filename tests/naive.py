@@ -35,9 +35,9 @@ def effective_scale(p: float) -> float:
 
 
 @functools.lru_cache(maxsize=4096)
-def random_fields(seed: int, stream: int, sample: int, example: int, positions: int, first_group: int = 0) -> np.ndarray:
-    """The 16-bit fields of one row's positions: eight to a call, field j is bits 16*(j%2) .. +16 of word j//2."""
-    groups = (np.arange((positions + 7) // 8, dtype=np.uint64) + np.uint64(first_group)) % np.uint64(WORD)
+def random_words(seed: int, stream: int, sample: int, example: int, words: int, first_group: int = 0) -> np.ndarray:
+    """The first 32-bit words of one row, four to a call, as uint64 [words]."""
+    groups = (np.arange((words + 3) // 4, dtype=np.uint64) + np.uint64(first_group)) % np.uint64(WORD)
     c = [groups, *(np.full_like(groups, v % WORD) for v in (example, sample, stream))]
     k0, k1 = seed % WORD, (seed >> 32) % WORD
     low, shift = np.uint64(WORD - 1), np.uint64(32)
@@ -45,9 +45,31 @@ def random_fields(seed: int, stream: int, sample: int, example: int, positions: 
         p0, p1 = c[0] * np.uint64(MULTIPLIERS[0]), c[2] * np.uint64(MULTIPLIERS[1])
         c = [(p1 >> shift) ^ c[1] ^ np.uint64(k0), p1 & low, (p0 >> shift) ^ c[3] ^ np.uint64(k1), p0 & low]
         k0, k1 = (k0 + WEYL[0]) % WORD, (k1 + WEYL[1]) % WORD
-    words = np.stack(c, 1)
-    fields = np.stack([words & np.uint64(0xFFFF), words >> np.uint64(16)], 2).reshape(-1)
+    return np.stack(c, 1).reshape(-1)[:words]
+
+
+@functools.lru_cache(maxsize=4096)
+def random_fields(seed: int, stream: int, sample: int, example: int, positions: int, first_group: int = 0) -> np.ndarray:
+    """The 16-bit fields of one row's positions: eight to a call, field j is bits 16*(j%2) .. +16 of word j//2."""
+    words = random_words(seed, stream, sample, example, (positions + 7) // 8 * 4, first_group)
+    fields = np.stack([words & np.uint64(0xFFFF), words >> np.uint64(16)], 1).reshape(-1)
     return fields[:positions].astype(np.int64)
+
+
+def normals(seed: int, stream: int, sample: int, example: int, positions: int) -> np.ndarray:
+    """The standard normal numbers of one row's positions, float64: four to a call, of words (0, 1) and (2, 3) by Box and Muller's rule."""
+    words = random_words(seed, stream, sample, example, (positions + 3) // 4 * 4).astype(np.float64)
+    u, v = (words[0::2] + 0.5) / WORD, (words[1::2] + 0.5) / WORD
+    radius = np.sqrt(-2 * np.log(u))
+    return np.stack([radius * np.cos(2 * math.pi * v), radius * np.sin(2 * math.pi * v)], 1).reshape(-1)[:positions]
+
+
+def counts(seed: int, stream: int, sample: int, example: int, bounds: list[int], draws: int) -> np.ndarray:
+    """How often each feature comes up in one row's draws: draw j is word j, and the first feature whose bound is above it."""
+    drawn = np.zeros(len(bounds), dtype=np.int64)
+    for word in random_words(seed, stream, sample, example, draws).tolist():
+        drawn[next(f for f, bound in enumerate(bounds) if bound > word)] += 1
+    return drawn
 
 
 def naive_mask(seed: int, stream: int, sample: int, example: int, positions: int, p: float) -> np.ndarray:
@@ -75,21 +97,34 @@ def in_channels_last_order(x: Tensor) -> bool:
     return last is not None and x.is_contiguous(memory_format=last) and not x.is_contiguous()
 
 
-def naive_keep(
-    x: Tensor, p, *, samples, seed, stream=0, sample_ids=None, first_example=0, expand=True, batch_dim=0, unit="element"
+def naive_rows(
+    row, x: Tensor, *, samples, seed, stream=0, sample_ids=None, first_example=0, expand=True, batch_dim=0, unit="element"
 ) -> Tensor:
-    """The keep mask of a noise call on ``x``, bool, with K*B rows in ``batch_dim``: one row after another, sample-major."""
+    """What a noise call on ``x`` draws, with K*B rows in ``batch_dim``: one row after another, sample-major.
+
+    row(seed, stream, sample, example, positions) draws those of one example.
+    """
     rows = x.shape[batch_dim]
     examples = rows if expand else rows // samples
     position, positions = row_positions(tuple(x.shape), batch_dim, unit, in_channels_last_order(x))
-    kept = []
+    drawn = []
     for s in range(samples):
         for b in range(examples):
             sample = s if sample_ids is None else sample_ids[s]
             sample = int(sample[b] if isinstance(sample, list | Tensor) and np.ndim(sample) else sample)
-            kept.append(naive_mask(seed, stream, sample, first_example + b, positions, p)[position])
-    mask = np.stack(kept) if kept else np.zeros((0, *position.shape), dtype=bool)
-    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(mask, 0, batch_dim)))
+            drawn.append(row(seed, stream, sample, first_example + b, positions)[position])
+    rows = np.stack(drawn) if drawn else np.zeros((0, *position.shape), dtype=row(0, 0, 0, 0, 1).dtype)
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(rows, 0, batch_dim)))
+
+
+def naive_keep(x: Tensor, p, **address) -> Tensor:
+    """The keep mask of a noise call on ``x``, bool, with K*B rows in ``batch_dim``."""
+    return naive_rows(lambda *row: naive_mask(*row, p), x, **address)
+
+
+def naive_normals(x: Tensor, **address) -> Tensor:
+    """The standard normal numbers of a noise call on ``x``, float64, with K*B rows in ``batch_dim``."""
+    return naive_rows(normals, x, **address)
 
 
 def naive_noise(x: Tensor, p: float, *, samples: int, expand: bool = True, batch_dim: int = 0, **address) -> Tensor:

@@ -3,6 +3,7 @@
 import copy
 import functools
 import threading
+from contextlib import nullcontext
 
 import naive
 import pytest
@@ -25,6 +26,19 @@ OURS = {
     "checkpoint": lambda f, *a: iw.checkpoint(f, *a),
     "checkpoint-reentrant": lambda f, *a: iw.checkpoint(f, *a, use_reentrant=True),
     "checkpoint-without-rng": lambda f, *a: iw.checkpoint(f, *a, preserve_rng_state=False),
+}
+
+
+LAYERS = {
+    "alpha": (iw.IWAlphaDropout(0.5), lambda layer, x: layer(x)),
+    "feature alpha": (iw.IWFeatureAlphaDropout(0.5), lambda layer, x: layer(x)),
+    "gaussian dropout": (iw.IWGaussianDropout(0.5), lambda layer, x: layer(x)),
+    "gaussian noise": (iw.IWGaussianNoise(0.5), lambda layer, x: layer(x)),
+    "multinomial": (iw.IWMultinomialDropout(0.5), lambda layer, x: layer(x)),
+    "recurrent": (iw.IWLSTM(6, 6, 2, dropout=0.5, batch_first=True), lambda layer, x: layer(x)[0]),
+    "weights": (iw.IWDropConnect(6, 6), lambda layer, x: layer(x)),
+    "attention": (iw.IWMultiheadAttention(6, 2, dropout=0.5, batch_first=True), lambda layer, x: layer(x, x, x)[0]),
+    "scaled_dot_product_attention": (None, lambda _, x: iw.scaled_dot_product_attention(x, x, x, dropout_p=0.5)),
 }
 
 
@@ -316,6 +330,28 @@ class TestRefusal:
                 y = PLAIN[form](nn.Sequential(nn.Tanh(), cls(0.5), nn.Tanh()), x)
             with pytest.raises(RuntimeError, match=cls.__name__ + r"\(p=0.5\)"):
                 y.sum().backward()
+
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_every_other_layer(self, name):
+        """Refused, replayed, and, where it never saw a context, as torch's namesake: in one."""
+        layer, call = LAYERS[name]
+        x = torch.randn(4, 3, 6, requires_grad=True)
+
+        def function(x):
+            return torch.tanh(call(layer, torch.tanh(x)))
+
+        def result(ck, seed):
+            torch.manual_seed(1)
+            with nullcontext() if seed is None else iw.sampling(S, seed=seed):
+                y = ck(function, x)
+            return y.detach(), *torch.autograd.grad(y.square().sum(), x)
+
+        for ck in PLAIN["non-reentrant"], OURS["checkpoint"]:
+            assert_equal(result(ck, None), result(direct, None))
+        for ck in OURS["context_fn"], OURS["checkpoint"]:
+            assert_equal(result(ck, 9), result(direct, 9))
+        with pytest.raises(RuntimeError, match=f"{type(layer).__name__}.* computed again during backward|^{name} is computed again"):
+            result(PLAIN["non-reentrant"], 9)
 
     @pytest.mark.parametrize("form", PLAIN)
     def test_batch_norm_per_sample(self, form):

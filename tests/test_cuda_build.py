@@ -17,7 +17,12 @@ sys.path.insert(0, str(ROOT / "tools"))
 import ptxas_report  # noqa: E402
 
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-OPS = {"iw_cross_entropy.cu": ("iw_cross_entropy", "iw_cross_entropy_"), "noise.cu": ("noise", "noise_out", "noise_sum")}
+OPS = {
+    "gaussian.cu": ("gaussian", "gaussian_sum"),
+    "iw_cross_entropy.cu": ("iw_cross_entropy", "iw_cross_entropy_"),
+    "multinomial.cu": ("multinomial",),
+    "noise.cu": ("noise", "noise_out", "noise_sum"),
+}
 
 pytestmark = [
     pytest.mark.slow,

@@ -272,7 +272,9 @@ def test_instruction_set_in_use():
     assert iw.backend_info()["build"]["isa"] == os.environ["IWSGD_ISA"]
 
 
-WITH_ISA = "test_instruction_set_in_use or cpu-native and (TestSizes or TestLayouts or TestValues or test_channels)"
+WITH_ISA = (
+    "test_instruction_set_in_use or cpu-native and (TestSizes or TestLayouts or TestValues or test_channels or test_rates or test_alpha)"
+)
 
 
 @pytest.mark.slow
@@ -283,7 +285,19 @@ def test_every_instruction_set(isa):
     if not isinstance(build, dict) or isa not in build["machine_isas"]:
         pytest.skip(f"no {isa} here")
     environment = {**os.environ, "IWSGD_ISA": isa, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", WITH_ISA, __file__]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        WITH_ISA,
+        __file__,
+        str(Path(__file__).with_name("test_noise_laws.py")),
+    ]
     run = subprocess.run(command, env=environment, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
 

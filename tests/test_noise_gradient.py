@@ -110,7 +110,7 @@ def test_kept_for_backward_is_the_address(device, backend):
 
 def address(device, samples=2, sample_ids=None, stream=1):
     """The arguments that the bare ops share, for 5 positions of one element."""
-    return torch.tensor([3, 0, 0], device=device), sample_ids, samples, stream, 0, 20000, 5, 1
+    return torch.tensor([3, 0, 0], device=device), sample_ids, samples, stream, 0, 5, 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -119,19 +119,23 @@ def test_opcheck(device, backend, dtype):
         pytest.skip("the reference is plain torch")
     ids = torch.tensor([[2, 0, 1], [5, 4, 1]], device=device)
     x, y = torch.randn(1, 3, 5, device=device).to(dtype), torch.randn(1, 6, 5, device=device).to(dtype)
-    for sample_ids in (None, ids[:, 0].contiguous(), ids):
-        arguments = address(device, sample_ids=sample_ids)
-        torch.library.opcheck(OPS.noise, (x, *arguments, True))
-        torch.library.opcheck(OPS.noise, (y, *arguments, False))
+    thresholds = torch.full((3, 5), 20000, dtype=torch.int32, device=device)
+    for sample_ids, law in ((None, (20000, None, 1.5)), (ids[:, 0].contiguous(), (20000, None, 2.0)), (ids, (0, thresholds, 1.0))):
+        arguments = (*address(device, sample_ids=sample_ids), *law)
+        torch.library.opcheck(OPS.noise, (x, *arguments, 0.0, 0.5, True))
+        torch.library.opcheck(OPS.noise, (y, *arguments, 0.5, 0.0, False))
         torch.library.opcheck(OPS.noise_sum, (y, *arguments))
-        torch.library.opcheck(OPS.noise_out, (x, *arguments, True, torch.zeros_like(y)))
+        torch.library.opcheck(OPS.noise_out, (x, *arguments, 0.0, 0.0, True, torch.zeros_like(y)))
 
 
 def test_meta_device_gives_shapes():
-    x = torch.empty(5, 6, 7, device="meta")
-    y = OPS.noise(x, torch.empty(3, dtype=torch.int64, device="meta"), None, 3, 0, 0, 9, 7, 1, True)
+    x, arguments = (
+        torch.empty(5, 6, 7, device="meta"),
+        (torch.empty(3, dtype=torch.int64, device="meta"), None, 3, 0, 0, 7, 1, 9, None, 1.0),
+    )
+    y = OPS.noise(x, *arguments, 0.0, 0.0, True)
     assert y.shape == (5, 18, 7)
-    assert OPS.noise_sum(y, torch.empty(3, dtype=torch.int64, device="meta"), None, 3, 0, 0, 9, 7, 1).shape == (5, 6, 7)
+    assert OPS.noise_sum(y, *arguments).shape == (5, 6, 7)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["dense", "channels_last"])

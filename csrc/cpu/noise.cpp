@@ -37,30 +37,40 @@ void for_each_chunk(const Draw& draw, const Body& body) {
 
 template <class T>
 void noise_fwd_cpu(const Draw& draw, const T* x, T* y) {
+  const Rule& rule = draw.rule;
   for_each_chunk(draw, [&](int64_t o, int64_t b, int64_t begin, int64_t end) {
-    if (draw.threshold > 0 && draw.threshold < kFieldRange) {
+    if (rule.thresholds != nullptr) {
+      IWSGD_ISA_CALL(noise_rates_chunk, draw, o, b, begin, end, x, y);
+      return;
+    }
+    const bool identity = rule.threshold == 0 && rule.scale == 1.0 && rule.plain();
+    if (!identity && rule.threshold < kFieldRange) {
       IWSGD_ISA_CALL(noise_chunk, draw, o, b, begin, end, x, y);
       return;
     }
     for (int64_t s = 0; s < draw.samples; ++s) {  // p = 0 is the identity and p = 1 gives zeros, exactly
-      const std::size_t bytes = static_cast<std::size_t>(end - begin) * sizeof(T);
       T* to = y + draw.row(o, s, b) + begin;
-      if (draw.threshold == 0)
-        std::memcpy(to, x + draw.input_row(o, s, b) + begin, bytes);
+      if (identity)
+        std::memcpy(to, x + draw.input_row(o, s, b) + begin, static_cast<std::size_t>(end - begin) * sizeof(T));
       else
-        std::memset(static_cast<void*>(to), 0, bytes);
+        std::fill(to, to + (end - begin), from_acc<T>(static_cast<acc_t<T>>(rule.fill)));
     }
   });
 }
 
 template <class T>
 void noise_bwd_cpu(const Draw& draw, const T* dy, T* dx) {
-  if (draw.threshold >= kFieldRange) {
+  const bool rates = draw.rule.thresholds != nullptr;
+  if (!rates && draw.rule.threshold >= kFieldRange) {
     std::memset(static_cast<void*>(dx), 0, draw.layout.outer * draw.layout.examples * draw.layout.inner * sizeof(T));
     return;
   }
   for_each_chunk(draw, [&](int64_t o, int64_t b, int64_t begin, int64_t end) {
-    IWSGD_ISA_CALL(noise_sum_chunk, draw, o, b, begin, end, dy, dx);
+    if (rates) {
+      IWSGD_ISA_CALL(noise_rates_sum_chunk, draw, o, b, begin, end, dy, dx);
+    } else {
+      IWSGD_ISA_CALL(noise_sum_chunk, draw, o, b, begin, end, dy, dx);
+    }
   });
 }
 

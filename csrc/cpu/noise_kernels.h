@@ -1,73 +1,8 @@
 // The noise op on one row, for one instruction set: keep bits are made 64 at a time and applied to data of any type and
 // layout. Forward and backward share the bits, so that the mask rule stands once per instruction set.
+#include "philox_simd.h"
 
 // ---- keep bits: one byte per group of kGroup elements, 64 elements at a time ----
-//
-// NOTE [Shared rounds] The counter is (group, example, sample, stream). A Philox round mixes word 0 with word 3 and word 2
-// with word 1, so that of the ten rounds the first two multiplications that a group takes part in see nothing of example
-// and sample: they are done once for all rows (struct Groups), and those of example and sample once for all groups
-// (struct Row). Eight rounds are left for each row and group: 48 vector operations instead of 60 per 64 elements.
-//
-// Each 32-bit word sits in a 64-bit lane of its own, whose upper half is garbage that no operation reads: one
-// multiplication then gives both halves of a product in place.
-
-typedef uint64_t vwords __attribute__((vector_size(kBytes)));
-constexpr int kVectors = 64 / kBytes;  // that hold one word of eight groups
-
-inline vwords multiply_low(vwords a, uint32_t m) {
-#if IWSGD_AVX512
-  return (vwords)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(m));
-#elif IWSGD_AVX2
-  return (vwords)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(m));
-#elif IWSGD_X86
-  return (vwords)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(m));
-#else
-  return (a & 0xFFFFFFFFu) * uint64_t(m);
-#endif
-}
-
-struct Keys {
-  uint32_t k0[kPhiloxRounds], k1[kPhiloxRounds];
-  explicit Keys(uint64_t seed) {
-    for (uint32_t i = 0; i < kPhiloxRounds; ++i) {
-      k0[i] = static_cast<uint32_t>(seed) + i * kPhiloxW0;
-      k1[i] = static_cast<uint32_t>(seed >> 32) + i * kPhiloxW1;
-    }
-  }
-};
-
-// Eight groups after the part of rounds 0 and 1 that knows only group, stream and key.
-struct Groups {
-  vwords p0[kVectors], p1[kVectors];
-  Groups(uint32_t group, uint32_t stream, const Keys& keys) {
-    for (int v = 0; v < kVectors; ++v) {
-      // The order of the groups within the lanes is the one that words_to_bits undoes.
-#if IWSGD_AVX512
-      const vwords order = {0, 4, 1, 5, 2, 6, 3, 7};
-#elif IWSGD_AVX2
-      const vwords order = {0, 2, 1, 3};
-#else
-      const vwords order = {0, 1};
-#endif
-      p0[v] = multiply_low(order + (group + 8 / kVectors * v), kPhiloxM0);
-      p1[v] = multiply_low((p0[v] >> 32) ^ (stream ^ keys.k1[0]), kPhiloxM1);
-    }
-  }
-};
-
-// One row after the part of rounds 0 and 1 that knows only example, sample and key.
-struct Row {
-  uint64_t x0, x2, c3;  // 64 bits wide, so that a vector unit broadcasts them straight from memory
-  Row() = default;
-  Row(const RowAddress& row, const Keys& keys) {
-    const uint64_t p1 = static_cast<uint64_t>(kPhiloxM1) * row.sample;
-    const uint32_t c0 = static_cast<uint32_t>(p1 >> 32) ^ row.example ^ keys.k0[0];
-    const uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * c0;
-    x0 = (p1 & 0xFFFFFFFFu) ^ keys.k0[1];
-    x2 = (p0 >> 32) ^ keys.k1[1];
-    c3 = p0 & 0xFFFFFFFFu;
-  }
-};
 
 // The keep bits of 64 elements. AVX-512 holds them where its masks live: a way through the integer registers costs a fifth
 // of the whole kernel.
@@ -83,9 +18,9 @@ struct Bits {
 #endif
 };
 
-// Bit i is set where field i of the eight groups reaches the threshold. w01 and w23: words 0 and 1, and words 2 and 3, of
-// the groups, in Groups' lane order.
-inline Bits words_to_bits(const vwords* w01, const vwords* w23, uint32_t threshold) {
+// Bit i is set where field i of the eight groups reaches the threshold.
+inline Bits words_to_bits(const Drawn& drawn, uint32_t threshold) {
+  const vwords *w01 = drawn.w01, *w23 = drawn.w23;
   const auto t16 = static_cast<int16_t>(threshold);
 #if IWSGD_AVX512
   const __m512i t = _mm512_set1_epi16(t16);
@@ -129,24 +64,7 @@ inline Bits words_to_bits(const vwords* w01, const vwords* w23, uint32_t thresho
 
 // The keep bits of 64 elements. threshold < kFieldRange.
 inline Bits keep_64(const Groups& groups, const Row& row, const Keys& keys, uint32_t threshold) {
-  constexpr uint64_t kLow = 0xFFFFFFFFu;
-  vwords w01[kVectors], w23[kVectors];
-  for (int v = 0; v < kVectors; ++v) {
-    vwords c0 = (groups.p1[v] >> 32) ^ row.x0, c1 = groups.p1[v], c2 = groups.p0[v] ^ row.x2, c3 = splat<vwords>(row.c3);
-#pragma GCC unroll 10
-    for (int round = 2; round < kPhiloxRounds - 1; ++round) {
-      const vwords p0 = multiply_low(c0, kPhiloxM0), p1 = multiply_low(c2, kPhiloxM1);
-      c0 = (p1 >> 32) ^ c1 ^ uint64_t(keys.k0[round]);
-      c2 = (p0 >> 32) ^ c3 ^ uint64_t(keys.k1[round]);
-      c1 = p1;
-      c3 = p0;
-    }
-    // The last round leaves its two words side by side: a product with its halves swapped is (high, low).
-    const vwords p0 = multiply_low(c0, kPhiloxM0), p1 = multiply_low(c2, kPhiloxM1);
-    w01[v] = (p1 >> 32 | p1 << 32) ^ ((c1 & kLow) ^ uint64_t(keys.k0[kPhiloxRounds - 1]));
-    w23[v] = (p0 >> 32 | p0 << 32) ^ ((c3 & kLow) ^ uint64_t(keys.k1[kPhiloxRounds - 1]));
-  }
-  return words_to_bits(w01, w23, threshold);
+  return words_to_bits(draw_8(groups, row, keys), threshold);
 }
 
 // The keep bits of `groups` groups from `group` on, to memory; writes whole blocks of eight bytes.
@@ -177,19 +95,40 @@ inline void sweep(int64_t n, Vector&& vector, Single&& single) {
   for (; i < n; ++i) single(i);
 }
 
-// y[i] = bit i ? x[i] * scale : 0, for n <= 64
+// What becomes of elements by the bits that keep them: scale * x, or 0.
 template <class T>
-inline void apply(uint64_t bits, const T* x, T* y, int64_t n, acc_t<T> scale) {
-  const auto k = splat<vec<acc_t<T>>>(scale);
+struct Scaled {
+  using A = acc_t<T>;
+  A scale;
+  explicit Scaled(const Rule& rule) : scale(static_cast<A>(rule.scale)) {}
+  vec<A> operator()(vec<A> x, uint32_t bits) const { return keep_lanes(x * splat<vec<A>>(scale), bits); }
+  T one(T x, uint64_t bit) const { return keep_one<T>(to_acc(x) * scale, bit); }
+};
+
+// scale * x + shift, or fill.
+template <class T>
+struct Affine {
+  using A = acc_t<T>;
+  A scale, shift, fill;
+  explicit Affine(const Rule& rule)
+      : scale(static_cast<A>(rule.scale)), shift(static_cast<A>(rule.shift)), fill(static_cast<A>(rule.fill)) {}
+  vec<A> operator()(vec<A> x, uint32_t bits) const {
+    return keep_lanes(x * splat<vec<A>>(scale) + splat<vec<A>>(shift), bits) + keep_lanes(splat<vec<A>>(fill), ~bits);
+  }
+  T one(T x, uint64_t bit) const { return bit & 1u ? from_acc<T>(to_acc(x) * scale + shift) : from_acc<T>(fill); }
+};
+
+// y[i] = what becomes of x[i] by bit i, for n <= 64
+template <class T, class Becomes>
+inline void apply(uint64_t bits, const T* x, T* y, int64_t n, const Becomes& becomes) {
   sweep<lanes<acc_t<T>>>(
-      n, [&](int64_t i) { store(y + i, keep_lanes(load(x + i) * k, static_cast<uint32_t>(bits >> i))); },
-      [&](int64_t i) { y[i] = keep_one<T>(to_acc(x[i]) * scale, bits >> i); });
+      n, [&](int64_t i) { store(y + i, becomes(load(x + i), static_cast<uint32_t>(bits >> i))); },
+      [&](int64_t i) { y[i] = becomes.one(x[i], bits >> i); });
 }
-template <class T>
-inline void apply_64(Bits bits, const T* x, T* y, acc_t<T> scale) {
-  const auto k = splat<vec<acc_t<T>>>(scale);
+template <class T, class Becomes>
+inline void apply_64(Bits bits, const T* x, T* y, const Becomes& becomes) {
 #pragma GCC unroll 32
-  for (int i = 0; i < 64; i += lanes<acc_t<T>>) store(y + i, keep_lanes(load(x + i) * k, bits.from(i)));
+  for (int i = 0; i < 64; i += lanes<acc_t<T>>) store(y + i, becomes(load(x + i), bits.from(i)));
 }
 
 // sum[i] += bit i ? g[i] : 0, for n <= 64
@@ -293,7 +232,7 @@ constexpr int64_t kTogether = 8;
 template <class Whole, class Rest>
 inline void for_each_64(const Draw& draw, int64_t o, int64_t b, int64_t begin, int64_t end, Whole&& whole, Rest&& rest) {
   const Keys keys(draw.address.seed());
-  const uint32_t stream = draw.address.row(0, 0, 1).stream, threshold = draw.threshold;
+  const uint32_t stream = draw.address.row(0, 0, 1).stream, threshold = draw.rule.threshold;
   const auto group = static_cast<uint32_t>((o * draw.layout.inner + begin) % draw.layout.positions / kGroup);
   const int64_t samples = draw.samples;
   for (int64_t s0 = 0; s0 < samples; s0 += kTogether) {
@@ -311,10 +250,9 @@ inline void for_each_64(const Draw& draw, int64_t o, int64_t b, int64_t begin, i
   }
 }
 
-// y = keep * scale * x for all noise samples of one chunk of one example.
-template <class T>
-void noise_chunk(const Draw& draw, int64_t o, int64_t b, int64_t begin, int64_t end, const T* x, T* y) {
-  const auto scale = static_cast<acc_t<T>>(keep_scale(draw.threshold));
+// One chunk of one example under all noise samples.
+template <class T, class Becomes>
+void noise_chunk(const Draw& draw, int64_t o, int64_t b, int64_t begin, int64_t end, const T* x, T* y, const Becomes& becomes) {
   const int64_t x_step = draw.input_row(o, 1, b) - draw.input_row(o, 0, b), y_step = draw.row(o, 1, b) - draw.row(o, 0, b);
   x += draw.input_row(o, 0, b);
   y += draw.row(o, 0, b);
@@ -322,24 +260,29 @@ void noise_chunk(const Draw& draw, int64_t o, int64_t b, int64_t begin, int64_t 
     for_each_64(
         draw, o, b, begin, end,
         [=](const auto& bits, int64_t first, int64_t last, int64_t i) {
-          for (int64_t s = first; s < last; ++s) apply_64(bits(s), x + s * x_step + i, y + s * y_step + i, scale);
+          for (int64_t s = first; s < last; ++s) apply_64(bits(s), x + s * x_step + i, y + s * y_step + i, becomes);
         },
-        [=](uint64_t bits, int64_t s, int64_t i, int64_t n) { apply(bits, x + s * x_step + i, y + s * y_step + i, n, scale); });
+        [=](uint64_t bits, int64_t s, int64_t i, int64_t n) { apply(bits, x + s * x_step + i, y + s * y_step + i, n, becomes); });
     return;
   }
   for (int64_t s = 0; s < draw.samples; ++s) {
     const T* from = x + s * x_step + begin;
     T* to = y + s * y_step + begin;
     for_each_run(
-        draw.layout, draw.address.row(s, b, draw.layout.examples), draw.threshold, o, begin, end,
-        [&](uint64_t bits, int64_t offset, int64_t n) { apply(bits, from + offset, to + offset, n, scale); },
+        draw.layout, draw.address.row(s, b, draw.layout.examples), draw.rule.threshold, o, begin, end,
+        [&](uint64_t bits, int64_t offset, int64_t n) { apply(bits, from + offset, to + offset, n, becomes); },
         [&](uint32_t bit, int64_t offset, int64_t n) {
-          if (bit)
-            scaled(from + offset, to + offset, n, scale);
-          else
-            std::memset(static_cast<void*>(to + offset), 0, n * sizeof(T));
+          const uint64_t bits = bit ? ~uint64_t(0) : 0;
+          for (int64_t i = offset; i < offset + n; i += 64) apply(bits, from + i, to + i, std::min<int64_t>(offset + n - i, 64), becomes);
         });
   }
+}
+template <class T>
+void noise_chunk(const Draw& draw, int64_t o, int64_t b, int64_t begin, int64_t end, const T* x, T* y) {
+  if (draw.rule.plain())
+    noise_chunk(draw, o, b, begin, end, x, y, Scaled<T>(draw.rule));
+  else
+    noise_chunk(draw, o, b, begin, end, x, y, Affine<T>(draw.rule));
 }
 
 // dx = scale * sum over noise samples of keep * dy for one chunk of one example.
@@ -363,12 +306,14 @@ void noise_sum_chunk(const Draw& draw, int64_t o, int64_t b, int64_t begin, int6
     for (int64_t s = 0; s < draw.samples; ++s) {
       const T* from = dy + s * step + begin;
       for_each_run(
-          draw.layout, draw.address.row(s, b, draw.layout.examples), draw.threshold, o, begin, end,
+          draw.layout, draw.address.row(s, b, draw.layout.examples), draw.rule.threshold, o, begin, end,
           [&](uint64_t bits, int64_t offset, int64_t n) { accumulate(bits, from + offset, sum + offset, n); },
           [&](uint32_t bit, int64_t offset, int64_t n) {
             for (int64_t i = 0; bit && i < n; i += 64) accumulate(~uint64_t(0), from + offset + i, sum + offset + i, std::min<int64_t>(n - i, 64));
           });
     }
   }
-  scaled(sum, dx + draw.example(o, b) + begin, end - begin, static_cast<acc_t<T>>(keep_scale(draw.threshold)));
+  scaled(sum, dx + draw.example(o, b) + begin, end - begin, static_cast<acc_t<T>>(draw.rule.scale));
 }
+
+#include "noise_rates_kernels.h"

@@ -7,6 +7,7 @@
 #include "common.cuh"
 #include "../noise_op.h"
 #include "noise_kernels.cuh"
+#include "noise_rule_kernels.cuh"
 
 namespace iwsgd {
 namespace {
@@ -28,6 +29,20 @@ __global__ void __launch_bounds__(kBlock) noise_bwd_kernel(const __grid_constant
   noise_bwd<T, V, kGroups>(work, dy, dx, scale, blockIdx.x, static_cast<int>(threadIdx.x));
 }
 
+// Blocks on a multiprocessor at once: left to itself, the compiler aims at four and spills.
+template <class T>
+constexpr int kRuleBlocks = sizeof(T) == 8 ? 2 : 3;
+
+template <class T, int V, bool kExpand>
+__global__ void __launch_bounds__(kBlock, kRuleBlocks<T>) noise_rule_fwd_kernel(const __grid_constant__ NoiseWork work, const T* x, T* y, int part) {
+  noise_rule_fwd<T, V, kExpand>(work, x, y, part, blockIdx.x, static_cast<int>(blockIdx.y), static_cast<int>(threadIdx.x));
+}
+
+template <class T, int V>
+__global__ void __launch_bounds__(kBlock, kRuleBlocks<T>) noise_rule_bwd_kernel(const __grid_constant__ NoiseWork work, const T* dy, T* dx) {
+  noise_rule_bwd<T, V>(work, dy, dx, blockIdx.x, static_cast<int>(threadIdx.x));
+}
+
 // Calls body with two types: the elements of an access as a std::integral_constant, and whether packs are known to be groups.
 // Only the 16-bit types gain by knowing: of the others the bits go through a shuffle.
 template <class T, class Body>
@@ -42,23 +57,44 @@ void with_layout(const NoiseWork& work, std::initializer_list<const void*> tenso
 
 dim3 dimensions(const NoiseGrid& grid) { return {static_cast<unsigned>(grid.blocks), static_cast<unsigned>(grid.parts), 1}; }
 
+// Calls body with the elements of an access, as a std::integral_constant.
+template <class T, class Body>
+void with_access(const NoiseWork& work, std::initializer_list<const void*> tensors, const Body& body) {
+  if (rows_are_aligned(work.draw.layout, sizeof(T), tensors))
+    body(std::integral_constant<int, kVector<T>>{});
+  else
+    body(std::integral_constant<int, 1>{});
+}
+
 template <class T>
 void noise_fwd_cuda(const Draw& draw, const T* x, T* y, cudaStream_t stream) {
   const NoiseWork work(draw);
   if (work.total == 0) return;
-  if (draw.threshold >= kFieldRange) {  // p = 1 gives zeros, exactly
+  const NoiseGrid grid = noise_grid(work, true);
+  const int part = static_cast<int>(grid.part);
+  if (!draw.rule.plain()) {
+    with_access<T>(work, {x, y}, [&](auto vector) {
+      constexpr int V = decltype(vector)::value;
+      if (draw.expand)
+        noise_rule_fwd_kernel<T, V, true><<<dimensions(grid), kBlock, 0, stream>>>(work, x, y, part);
+      else
+        noise_rule_fwd_kernel<T, V, false><<<dimensions(grid), kBlock, 0, stream>>>(work, x, y, part);
+    });
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    return;
+  }
+  if (draw.rule.threshold >= kFieldRange) {  // p = 1 gives zeros, exactly
     STD_CUDA_CHECK(cudaMemsetAsync(y, 0, draw.samples * draw.layout.outer * work.step * sizeof(T), stream));
     return;
   }
-  const NoiseGrid grid = noise_grid(work, true);
-  const auto scale = static_cast<acc_t<T>>(keep_scale(draw.threshold));
+  const auto scale = static_cast<acc_t<T>>(draw.rule.scale);
   with_layout<T>(work, {x, y}, [&](auto vector, auto groups) {
     constexpr int V = decltype(vector)::value;
     constexpr bool kGroups = decltype(groups)::value;
     if (draw.expand)
-      noise_fwd_kernel<T, V, kGroups, true><<<dimensions(grid), kBlock, 0, stream>>>(work, x, y, scale, static_cast<int>(grid.part));
+      noise_fwd_kernel<T, V, kGroups, true><<<dimensions(grid), kBlock, 0, stream>>>(work, x, y, scale, part);
     else
-      noise_fwd_kernel<T, V, kGroups, false><<<dimensions(grid), kBlock, 0, stream>>>(work, x, y, scale, static_cast<int>(grid.part));
+      noise_fwd_kernel<T, V, kGroups, false><<<dimensions(grid), kBlock, 0, stream>>>(work, x, y, scale, part);
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
@@ -67,12 +103,19 @@ template <class T>
 void noise_bwd_cuda(const Draw& draw, const T* dy, T* dx, cudaStream_t stream) {
   const NoiseWork work(draw);
   if (work.total == 0) return;
-  if (draw.threshold >= kFieldRange) {
+  const NoiseGrid grid = noise_grid(work, false);
+  if (draw.rule.thresholds != nullptr) {
+    with_access<T>(work, {dy, dx}, [&](auto vector) {
+      noise_rule_bwd_kernel<T, decltype(vector)::value><<<dimensions(grid), kBlock, 0, stream>>>(work, dy, dx);
+    });
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    return;
+  }
+  if (draw.rule.threshold >= kFieldRange) {
     STD_CUDA_CHECK(cudaMemsetAsync(dx, 0, draw.layout.outer * work.step * sizeof(T), stream));
     return;
   }
-  const NoiseGrid grid = noise_grid(work, false);
-  const auto scale = static_cast<acc_t<T>>(keep_scale(draw.threshold));
+  const auto scale = static_cast<acc_t<T>>(draw.rule.scale);
   with_layout<T>(work, {dy, dx}, [&](auto vector, auto groups) {
     noise_bwd_kernel<T, decltype(vector)::value, decltype(groups)::value><<<dimensions(grid), kBlock, 0, stream>>>(work, dy, dx, scale);
   });

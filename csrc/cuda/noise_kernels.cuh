@@ -118,7 +118,7 @@ struct PackNoise {
   // Bit j: whether element j of the pack is kept by noise sample s. ids: the call's address.
   IWSGD_HD uint32_t bits(const NoiseWork& work, const CallAddress& ids, int s) const {
     const Layout& layout = work.draw.layout;
-    const uint32_t sample = ids.row(s, b, layout.examples).sample, threshold = work.draw.threshold;
+    const uint32_t sample = ids.row(s, b, layout.examples).sample, threshold = work.draw.rule.threshold;
     uint32_t drawn = keep_bits(philox(group, row.example, sample, keys), threshold);
     if constexpr (kGroups) return drawn;
     if (work.groups) return drawn;

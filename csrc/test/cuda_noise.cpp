@@ -1,6 +1,7 @@
 // The CUDA noise kernels without CUDA: their launch arithmetic, and their bodies run thread by thread over the whole grid, every
 // element compared with keep_group. What it cannot see: the device's own conversions and shuffles, and the launch itself.
 #include "../cuda/noise_kernels.cuh"
+#include "../cuda/noise_rule_kernels.cuh"
 
 #include <cmath>
 #include <string>
@@ -32,7 +33,7 @@ void dividers() {
 }
 
 NoiseWork work_of(int64_t outer, int64_t examples, int64_t inner, int64_t samples) {
-  return NoiseWork(Draw{{outer, examples, inner, outer * inner, 1}, {nullptr, nullptr, false, 0, 0}, samples, 1, true});
+  return NoiseWork(Draw{{outer, examples, inner, outer * inner, 1}, {nullptr, nullptr, false, 0, 0}, samples, Rule{1, 1.0, 0.0, 0.0, nullptr, 0}, true});
 }
 
 void grids() {
@@ -167,10 +168,26 @@ class Trial {
     backward();
   }
 
+  // The kernels of noise_rule_kernels.cuh: an affine map, and thresholds for all rows, by example, and by row.
+  void run_rules() {
+    rule_.scale = 0.75, rule_.shift = 0.3125, rule_.fill = -1.5;
+    rule_forward<true>();
+    rule_forward<false>();
+    const Layout& l = c_.layout;
+    for (const int64_t rows : {int64_t(1), l.examples, l.examples * c_.samples}) {
+      std::vector<int32_t> thresholds(rows * l.positions);
+      for (int32_t& t : thresholds) t = static_cast<int32_t>(random_.below(10) == 0 ? random_.below(2) * kFieldRange : random_.below(kFieldRange));
+      rule_ = {0, 1.0, 0.0, 0.0, thresholds.data(), rows};
+      rule_forward<true>();
+      rule_forward<false>();
+      rule_backward();
+    }
+  }
+
  private:
   Draw draw(bool expand) const {
     const CallAddress address{origin_, c_.ids == Ids::none ? nullptr : ids_.data(), c_.ids == Ids::per_example, 5, 1000};
-    return {c_.layout, address, c_.samples, c_.threshold, expand};
+    return {c_.layout, address, c_.samples, rule_, expand};
   }
 
   // Calls body(o, s, b, i, kept) for every element, with what keep_group says about it.
@@ -183,9 +200,16 @@ class Trial {
           for (int64_t i = 0; i < l.inner; ++i) {
             const int64_t position = (o * l.inner + i) / l.share % l.positions;
             const RowAddress row = draw.address.row(s, b, l.examples);
-            const uint32_t bits = keep_group(row, static_cast<uint32_t>(position / kGroup), draw.threshold);
+            const uint32_t threshold = threshold_of(draw, s, b, position);
+            const uint32_t bits = keep_group(row, static_cast<uint32_t>(position / kGroup), threshold);
             body(o, s, b, i, (bits >> position % kGroup & 1u) != 0);
           }
+  }
+
+  static uint32_t threshold_of(const Draw& draw, int64_t s, int64_t b, int64_t position) {
+    const Rule& rule = draw.rule;
+    const Layout& l = draw.layout;
+    return rule.thresholds == nullptr ? rule.threshold : static_cast<uint32_t>(rule.of_row(s, b, l.examples, l.positions)[position]);
   }
 
   void fill(T* x, int64_t n) {
@@ -201,7 +225,7 @@ class Trial {
     const int64_t inputs = c_.layout.outer * work.step, outputs = inputs * c_.samples;
     Buffer<T> x(kExpand ? inputs : outputs, offset_), y(outputs, offset_);
     fill(x.data(), kExpand ? inputs : outputs);
-    const auto scale = static_cast<acc_t<T>>(keep_scale(c_.threshold));
+    const auto scale = static_cast<acc_t<T>>(rule_.scale);
     const NoiseGrid grid = noise_grid(work, true);
     for (int64_t block = 0; block < grid.blocks; ++block)
       for (int part = 0; part < grid.parts; ++part)
@@ -220,7 +244,7 @@ class Trial {
     const int64_t inputs = c_.layout.outer * work.step, outputs = inputs * c_.samples;
     Buffer<T> dy(outputs, offset_), dx(inputs, offset_);
     fill(dy.data(), outputs);
-    const auto scale = static_cast<acc_t<T>>(keep_scale(c_.threshold));
+    const auto scale = static_cast<acc_t<T>>(rule_.scale);
     const NoiseGrid grid = noise_grid(work, false);
     for (int64_t block = 0; block < grid.blocks; ++block)
       for (int thread = 0; thread < kBlock; ++thread) noise_bwd<T, V, kGroups>(work, dy.data(), dx.data(), scale, block, thread);
@@ -235,6 +259,62 @@ class Trial {
     CHECK(dy.guarded() && dx.guarded(), where("backward"), " writes outside");
   }
 
+  // What a kept element is multiplied by.
+  acc_t<T> factor(const Draw& draw, int64_t o, int64_t s, int64_t b, int64_t i) const {
+    const Layout& l = draw.layout;
+    const uint32_t own = draw.rule.thresholds == nullptr ? 0 : threshold_of(draw, s, b, (o * l.inner + i) / l.share % l.positions);
+    return static_cast<acc_t<T>>(draw.rule.scale) * (acc_t<T>(kFieldRange) / acc_t<T>(std::max<int64_t>(1, int64_t(kFieldRange) - own)));
+  }
+
+  // One unit in the last place: the compiler may join a product and a sum, here or there.
+  static bool close(T a, T b) {
+    const double x = static_cast<double>(to_acc(a)), y = static_cast<double>(to_acc(b));
+    return same(a, b) || x == y || (std::isnan(x) && std::isnan(y)) || std::abs(x - y) <= 1e-6 * std::max(1.0, std::abs(y)) ||
+           (sizeof(T) == 2 && std::abs(x - y) <= std::abs(y) / 128);
+  }
+
+  template <bool kExpand>
+  void rule_forward() {
+    const Draw draw = this->draw(kExpand);
+    const NoiseWork work(draw);
+    const int64_t inputs = c_.layout.outer * work.step, outputs = inputs * c_.samples;
+    Buffer<T> x(kExpand ? inputs : outputs, offset_), y(outputs, offset_);
+    fill(x.data(), kExpand ? inputs : outputs);
+    const NoiseGrid grid = noise_grid(work, true);
+    for (int64_t block = 0; block < grid.blocks; ++block)
+      for (int part = 0; part < grid.parts; ++part)
+        for (int thread = 0; thread < kBlock; ++thread)
+          noise_rule_fwd<T, V, kExpand>(work, x.data(), y.data(), static_cast<int>(grid.part), block, part, thread);
+    expected(draw, [&](int64_t o, int64_t s, int64_t b, int64_t i, bool kept) {
+      const acc_t<T> value = to_acc(x.data()[draw.input_row(o, s, b) + i]) * factor(draw, o, s, b, i) + static_cast<acc_t<T>>(rule_.shift);
+      const T want = from_acc<T>(kept ? value : static_cast<acc_t<T>>(rule_.fill));
+      CHECK(close(y.data()[draw.row(o, s, b) + i], want), where("rule forward"), " at ", o, " ", s, " ", b, " ", i);
+    });
+    CHECK(x.guarded() && y.guarded(), where("rule forward"), " writes outside");
+  }
+
+  void rule_backward() {
+    const Draw draw = this->draw(true);
+    const NoiseWork work(draw);
+    const int64_t inputs = c_.layout.outer * work.step, outputs = inputs * c_.samples;
+    Buffer<T> dy(outputs, offset_), dx(inputs, offset_);
+    fill(dy.data(), outputs);
+    const NoiseGrid grid = noise_grid(work, false);
+    for (int64_t block = 0; block < grid.blocks; ++block)
+      for (int thread = 0; thread < kBlock; ++thread) noise_rule_bwd<T, V>(work, dy.data(), dx.data(), block, thread);
+    std::vector<acc_t<T>> sum(static_cast<std::size_t>(inputs));
+    expected(draw, [&](int64_t o, int64_t s, int64_t b, int64_t i, bool kept) {
+      if (kept) sum[draw.example(o, b) + i] += to_acc(dy.data()[draw.row(o, s, b) + i]) * factor(draw, o, s, b, i);
+    });
+    // Kept elements can be 65536 times as large as those that cancel them.
+    for (int64_t i = 0; i < inputs; ++i) CHECK(near(dx.data()[i], sum[i]), where("rule backward"), " at ", i);
+    CHECK(dy.guarded() && dx.guarded(), where("rule backward"), " writes outside");
+  }
+  static bool near(T a, acc_t<T> want) {
+    const double x = static_cast<double>(to_acc(a)), y = static_cast<double>(to_acc(from_acc<T>(want)));
+    return x == y || (std::isnan(x) && std::isnan(y)) || std::abs(x - y) <= 0.5 + std::abs(y) / 128;
+  }
+
   std::string where(const char* kernel) const {
     return std::string(c_.name) + ", " + std::to_string(sizeof(T)) + "-byte elements, accesses of " + std::to_string(V) + ", offset " +
            std::to_string(offset_) + ", " + (kGroups ? "groups, " : "") + kernel;
@@ -243,6 +323,7 @@ class Trial {
   const Case& c_;
   int64_t offset_;
   test::Random& random_;
+  Rule rule_{c_.threshold, keep_scale(c_.threshold), 0.0, 0.0, nullptr, 0};
   int64_t origin_[3];
   std::vector<int64_t> ids_;
 };
@@ -254,10 +335,12 @@ void trials(const Case& c, test::Random& random) {
   constexpr int kWide = kVector<T>;
   if (rows_are_aligned(c.layout, sizeof(T), {aligned})) {
     Trial<T, kWide, false>(c, 0, random).run();
+    Trial<T, kWide, false>(c, 0, random).run_rules();
     if constexpr (kWide == kGroup)
       if (packs_are_groups(c.layout)) Trial<T, kWide, true>(c, 0, random).run();
   }
   for (const int64_t offset : {0, 1}) Trial<T, 1, false>(c, offset, random).run();
+  Trial<T, 1, false>(c, 1, random).run_rules();
 }
 
 int main() {

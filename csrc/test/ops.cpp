@@ -98,16 +98,18 @@ class Noise {
 
   Tensor forward(const Tensor& x, bool expand) const {
     return torch::stable::detail::to<Tensor>(call("iwsgd_ext::noise", x, origin_, sample_ids_, c_.samples, kStream, kFirstExample,
-                                                  int64_t(c_.threshold), c_.positions, c_.share, expand));
+                                                  c_.positions, c_.share, int64_t(c_.threshold), std::optional<Tensor>(), scale(), 0.0, 0.0,
+                                                  expand));
   }
   void forward_out(const Tensor& x, bool expand, const Tensor& out) const {
-    call("iwsgd_ext::noise_out", x, origin_, sample_ids_, c_.samples, kStream, kFirstExample, int64_t(c_.threshold), c_.positions, c_.share,
-         expand, out);
+    call("iwsgd_ext::noise_out", x, origin_, sample_ids_, c_.samples, kStream, kFirstExample, c_.positions, c_.share,
+         int64_t(c_.threshold), std::optional<Tensor>(), scale(), 0.0, 0.0, expand, out);
   }
   Tensor sum(const Tensor& dy) const {
     return torch::stable::detail::to<Tensor>(call("iwsgd_ext::noise_sum", dy, origin_, sample_ids_, c_.samples, kStream, kFirstExample,
-                                                  int64_t(c_.threshold), c_.positions, c_.share));
+                                                  c_.positions, c_.share, int64_t(c_.threshold), std::optional<Tensor>(), scale()));
   }
+  double scale() const { return keep_scale(c_.threshold); }
 
   static constexpr int64_t kStream = 3, kFirstExample = 1000;
 

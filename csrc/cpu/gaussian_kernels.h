@@ -1,0 +1,173 @@
+// Gaussian noise on one row, for one instruction set: normal numbers are made 32 at a time into a buffer that the first cache holds,
+// and applied from there. Forward and backward share them.
+#include "philox_simd.h"
+#include "simd_math.h"
+
+// ---- normal numbers: eight calls of the generator, 32 elements at a time ----
+
+#if IWSGD_AVX512
+inline vfloat vsqrt(vfloat x) { return (vfloat)_mm512_sqrt_ps((__m512)x); }
+inline vfloat interleave_low(vfloat a, vfloat b) { return (vfloat)_mm512_unpacklo_ps((__m512)a, (__m512)b); }
+inline vfloat interleave_high(vfloat a, vfloat b) { return (vfloat)_mm512_unpackhi_ps((__m512)a, (__m512)b); }
+#elif IWSGD_AVX2
+inline vfloat vsqrt(vfloat x) { return (vfloat)_mm256_sqrt_ps((__m256)x); }
+inline vfloat interleave_low(vfloat a, vfloat b) { return (vfloat)_mm256_unpacklo_ps((__m256)a, (__m256)b); }
+inline vfloat interleave_high(vfloat a, vfloat b) { return (vfloat)_mm256_unpackhi_ps((__m256)a, (__m256)b); }
+#elif IWSGD_X86
+inline vfloat vsqrt(vfloat x) { return (vfloat)_mm_sqrt_ps((__m128)x); }
+inline vfloat interleave_low(vfloat a, vfloat b) { return (vfloat)_mm_unpacklo_ps((__m128)a, (__m128)b); }
+inline vfloat interleave_high(vfloat a, vfloat b) { return (vfloat)_mm_unpackhi_ps((__m128)a, (__m128)b); }
+#else
+inline vfloat vsqrt(vfloat x) {
+  for (int i = 0; i < kLanes; ++i) x[i] = std::sqrt(x[i]);
+  return x;
+}
+inline vfloat interleave_low(vfloat a, vfloat b) { return vfloat{a[0], b[0], a[1], b[1]}; }
+inline vfloat interleave_high(vfloat a, vfloat b) { return vfloat{a[2], b[2], a[3], b[3]}; }
+#endif
+
+// normal_pair<float> of the words in each lane: NOTE [Normals in float32].
+inline Pair<vfloat> normal_pairs(vint a, vint b) {
+  const vint upper = a >> 31;
+  const vfloat d = __builtin_convertvector(a, vfloat) * 0x1p-32f + 0x1p-33f;
+  const vint bits = (vint)(d + (vfloat)((vint)splat<vfloat>(1.0f) & upper));
+  const vint e = (bits - kSqrtHalf) >> 23;
+  const vint near_one = (vint)(d > splat<vfloat>(-0.25f)) & upper;
+  const vfloat f = select(near_one, d, (vfloat)(bits - (e << 23)) - 1.0f);
+  vfloat log = f * kLog7 + kLog6;
+  log = log * f + kLog5;
+  log = log * f + kLog4;
+  log = log * f + kLog3;
+  log = log * f + kLog2;
+  log = log * f + kLog1;
+  log = log * f + kLog0;
+  const vfloat r = vsqrt(__builtin_convertvector(e, vfloat) * kLn2 + log * f);
+
+  const vint turned = b + 0x20000000;
+  const vfloat h = (vfloat)((turned >> 7 & 0x7FFFFF) | 0x3F800000) - 1.5f, h2 = h * h;
+  vfloat s = h2 * kSin7 + kSin5;
+  s = s * h2 + kSin3;
+  s = (s * h2 + kSin1) * h;
+  vfloat c = h2 * kCos6 + kCos4;
+  c = c * h2 + kCos2;
+  c = c * h2 + 1.0f;
+  const vint odd = turned << 1 >> 31, sign = splat<vint>(INT32_MIN);
+  const vint cos_sign = (turned + 0x40000000) & sign, sin_sign = turned & sign;
+  return {r * (vfloat)((vint)select(odd, s, c) ^ cos_sign), r * (vfloat)((vint)select(odd, c, s) ^ sin_sign)};
+}
+
+// The 32 numbers of eight groups.
+inline void store_normals(const Drawn& drawn, float* z) {
+  constexpr uint64_t kLow = 0xFFFFFFFFu;
+  for (int v = 0; v < kVectors; ++v, z += 2 * kLanes) {
+    // Words 0 and 2 of a group side by side, and words 1 and 3: of the pairs that come out, interleaving makes whole groups, in order.
+    const vwords w01 = drawn.w01[v], w23 = drawn.w23[v];
+    const Pair<vfloat> pairs = normal_pairs((vint)((w01 & kLow) | w23 << 32), (vint)(w01 >> 32 | (w23 & ~kLow)));
+    store(z, interleave_low(pairs.first, pairs.second));
+    store(z + kLanes, interleave_high(pairs.first, pairs.second));
+  }
+}
+inline void store_normals(const Drawn& drawn, double* z) {  // float64 is for checking, not for speed
+  uint32_t words[32];
+  store_words(drawn, words);
+  for (int i = 0; i < 32; i += 2) {
+    const Pair<double> pair = normal_pair<double>(words[i], words[i + 1]);
+    z[i] = pair.first;
+    z[i + 1] = pair.second;
+  }
+}
+
+constexpr int64_t kChunk = 2048;  // elements, at most, of one piece of work
+
+// What the numbers of a chunk's elements are put into: room for a start inside a group, and for whole blocks of 32.
+template <class A>
+using Buffer = A[kChunk + 64];
+
+// The numbers of n positions from `position` on: a pointer into the buffer.
+template <class A>
+inline const A* normals(const RowAddress& address, int64_t position, int64_t n, Buffer<A>& buffer) {
+  const Keys keys(address.seed);
+  const Row row(address, keys);
+  const int64_t group = position / kNormals, before = position % kNormals;
+  for (int64_t i = 0; i < before + n; i += 32)
+    store_normals(draw_8(Groups(static_cast<uint32_t>(group + i / kNormals), address.stream, keys), row, keys), buffer + i);
+  return buffer + before;
+}
+
+// The numbers of elements [begin, end) of the inner dimension at outer index o.
+template <class A>
+inline const A* normals(const Layout& layout, const RowAddress& row, int64_t o, int64_t begin, int64_t end, Buffer<A>& buffer) {
+  const int64_t first = o * layout.inner + begin, last = o * layout.inner + end;
+  const int64_t position = first / layout.share % layout.positions;
+  if (layout.share == 1 && position + (end - begin) <= layout.positions) return normals(row, position, end - begin, buffer);
+  Buffer<A> drawn;
+  A* z = buffer;
+  for (int64_t index = first; index < last;) {
+    const int64_t at = index / layout.share % layout.positions, offset = index % layout.share;
+    // positions up to where they wrap, or the chunk ends
+    const int64_t n = std::min((last - index + offset + layout.share - 1) / layout.share, layout.positions - at);
+    const A* of_position = normals(row, at, n, drawn);
+    const int64_t stop = std::min(last, index - offset + n * layout.share);
+    for (int64_t left = layout.share - offset; index < stop; left = layout.share, ++of_position) {
+      const int64_t run = std::min(left, stop - index);
+      std::fill(z, z + run, *of_position);
+      z += run;
+      index += run;
+    }
+  }
+  return buffer;
+}
+
+// ---- one chunk: elements [begin, end) of the inner dimension at outer index o, of one example ----
+
+// Calls body(i) for vectors of L elements as long as they are left of n, and single(i) for the rest.
+template <int L, class Vector, class Single>
+inline void each(int64_t n, Vector&& vector, Single&& single) {
+  int64_t i = 0;
+  for (; i + L <= n; i += L) vector(i);
+  for (; i < n; ++i) single(i);
+}
+
+// y = x * (1 + std * z), or x + std * z, for all noise samples.
+template <class T>
+void gaussian_chunk(const Gaussian& call, int64_t o, int64_t b, int64_t begin, int64_t end, const T* x, T* y) {
+  using A = acc_t<T>;
+  using V = vec<A>;
+  const Draw& draw = call.draw;
+  const auto std = static_cast<A>(call.std);
+  alignas(64) Buffer<A> buffer;
+  for (int64_t s = 0; s < draw.samples; ++s) {
+    const A* z = normals(draw.layout, draw.address.row(s, b, draw.layout.examples), o, begin, end, buffer);
+    const T* from = x + draw.input_row(o, s, b) + begin;
+    T* to = y + draw.row(o, s, b) + begin;
+    if (call.multiply)
+      each<lanes<A>>(
+          end - begin, [&](int64_t i) { store(to + i, load(from + i) * (load(z + i) * splat<V>(std) + A(1))); },
+          [&](int64_t i) { to[i] = from_acc<T>(to_acc(from[i]) * (z[i] * std + A(1))); });
+    else
+      each<lanes<A>>(
+          end - begin, [&](int64_t i) { store(to + i, load(from + i) + load(z + i) * splat<V>(std)); },
+          [&](int64_t i) { to[i] = from_acc<T>(to_acc(from[i]) + z[i] * std); });
+  }
+}
+
+// dx = sum over noise samples of dy * (1 + std * z).
+template <class T>
+void gaussian_sum_chunk(const Gaussian& call, int64_t o, int64_t b, int64_t begin, int64_t end, const T* dy, T* dx) {
+  using A = acc_t<T>;
+  using V = vec<A>;
+  const Draw& draw = call.draw;
+  const auto std = static_cast<A>(call.std);
+  alignas(64) Buffer<A> buffer;
+  alignas(64) A sum[kChunk];
+  std::fill(sum, sum + (end - begin), A(0));
+  for (int64_t s = 0; s < draw.samples; ++s) {
+    const A* z = normals(draw.layout, draw.address.row(s, b, draw.layout.examples), o, begin, end, buffer);
+    const T* from = dy + draw.row(o, s, b) + begin;
+    each<lanes<A>>(
+        end - begin, [&](int64_t i) { store(sum + i, load(sum + i) + load(from + i) * (load(z + i) * splat<V>(std) + A(1))); },
+        [&](int64_t i) { sum[i] += to_acc(from[i]) * (z[i] * std + A(1)); });
+  }
+  T* to = dx + draw.example(o, b) + begin;
+  each<lanes<A>>(end - begin, [&](int64_t i) { store(to + i, load(sum + i)); }, [&](int64_t i) { to[i] = from_acc<T>(sum[i]); });
+}

@@ -1,0 +1,140 @@
+// The Box-Muller rule in float32 against float64, and each instruction set's numbers against the rule.
+#include "../gaussian.h"
+
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+#include <vector>
+
+#include "../dtypes.h"
+#define ISA_KERNELS "gaussian_kernels.h"
+#include "../cpu/for_each_isa.h"
+
+#include "check.h"
+
+using namespace iwsgd;
+
+constexpr double kTolerance = 5e-6;  // of float32; the contract between backends is 5e-5
+
+// Words where the rule changes its way, or where a short formula would give an infinity, 0 or a coarse step.
+std::vector<uint32_t> edges() {
+  std::vector<uint32_t> words{0xB504F333u, 0x5A82799Au};  // sqrt(1/2) and its half: where the logarithm changes its exponent
+  for (int bit = 0; bit < 32; ++bit) words.push_back(uint32_t(1) << bit);
+  for (uint32_t eighth = 0; eighth < 8; ++eighth) words.push_back(eighth << 29);
+  const std::size_t n = words.size();
+  for (std::size_t i = 0; i < n; ++i)
+    for (uint32_t step = 1; step < 200; step = step * 3 + 1) {
+      words.push_back(words[i] + step);
+      words.push_back(words[i] - step);
+      words.push_back(~words[i] - step);
+    }
+  return words;
+}
+
+void near(float got, double want, const char* isa, uint32_t a, uint32_t b) {
+  CHECK(std::abs(got - want) <= kTolerance, isa, ": words ", a, " ", b, ": ", got, ", not ", want);
+}
+
+void rule() {
+  const auto pair = [](uint32_t a, uint32_t b) {
+    const Pair<double> want = normal_pair<double>(a, b);
+    const Pair<float> got = normal_pair<float>(a, b);
+    CHECK(std::isfinite(want.first) && std::isfinite(want.second), a, " ", b);
+    near(got.first, want.first, "float32", a, b);
+    near(got.second, want.second, "float32", a, b);
+  };
+  const std::vector<uint32_t> words = edges();
+  for (const uint32_t a : words)
+    for (const uint32_t b : words) pair(a, b);
+  test::Random random;
+  for (int trial = 0; trial < 3000000; ++trial) pair(random.word() >> random.below(32), random.word());
+  for (int trial = 0; trial < 1000000; ++trial) pair(~(random.word() >> random.below(32)), random.word());
+
+  // By hand: u = 1/2 + 2^-33 at no turn, and at a quarter turn
+  const double r = std::sqrt(-2 * std::log(0.5 + std::ldexp(1, -33)));
+  near(normal_pair<float>(0x80000000u, 0).first, r, "hand", 0x80000000u, 0);
+  near(normal_pair<float>(0x80000000u, 0x40000000u).second, r, "hand", 0x80000000u, 0x40000000u);
+  near(normal_pair<float>(0x80000000u, 0x80000000u).first, -r, "hand", 0x80000000u, 0x80000000u);
+  near(normal_pair<float>(0x80000000u, 0xC0000000u).second, -r, "hand", 0x80000000u, 0xC0000000u);
+  CHECK(normal_pair<float>(0, 0).first > 6.76f && normal_pair<float>(0, 0).first < 6.77f, "the largest: ", normal_pair<float>(0, 0).first);
+  CHECK(normal_pair<float>(0xFFFFFFFFu, 0).first > 0, "the smallest is not 0");
+}
+
+// One instruction set's forms, under one type.
+struct Forms {
+  const char* isa;
+  void (*words)(const uint64_t* w01, const uint64_t* w23, float* z);  // of eight groups each
+  void (*floats)(const RowAddress&, int64_t position, int64_t n, float* z);
+  void (*doubles)(const RowAddress&, int64_t position, int64_t n, double* z);
+};
+
+#define FORMS(ISA)                                                                \
+  Forms {                                                                         \
+    #ISA,                                                                         \
+        [](const uint64_t* w01, const uint64_t* w23, float* z) {                  \
+          ISA::Drawn drawn;                                                       \
+          std::memcpy(drawn.w01, w01, sizeof drawn.w01);                          \
+          std::memcpy(drawn.w23, w23, sizeof drawn.w23);                          \
+          ISA::store_normals(drawn, z);                                           \
+        },                                                                        \
+        [](const RowAddress& row, int64_t position, int64_t n, float* z) {        \
+          ISA::Buffer<float> buffer;                                              \
+          std::copy_n(ISA::normals(row, position, n, buffer), n, z);              \
+        },                                                                        \
+        [](const RowAddress& row, int64_t position, int64_t n, double* z) {       \
+          ISA::Buffer<double> buffer;                                             \
+          std::copy_n(ISA::normals(row, position, n, buffer), n, z);              \
+        }                                                                         \
+  }
+
+void forms(const Forms& forms) {
+  const std::vector<uint32_t> words = edges();
+  float z[32];
+  for (const uint32_t a : words)
+    for (const uint32_t b : words) {
+      uint64_t w01[8], w23[8];
+      std::fill(w01, w01 + 8, a | static_cast<uint64_t>(b) << 32);
+      std::fill(w23, w23 + 8, b | static_cast<uint64_t>(a) << 32);
+      forms.words(w01, w23, z);
+      const Pair<double> first = normal_pair<double>(a, b), second = normal_pair<double>(b, a);
+      for (int i = 0; i < 32; i += 4) {
+        near(z[i], first.first, forms.isa, a, b);
+        near(z[i + 1], first.second, forms.isa, a, b);
+        near(z[i + 2], second.first, forms.isa, b, a);
+        near(z[i + 3], second.second, forms.isa, b, a);
+      }
+    }
+
+  test::Random random;
+  std::vector<float> floats;
+  std::vector<double> doubles;
+  for (int trial = 0; trial < 3000; ++trial) {
+    const RowAddress row{random.next() >> random.below(64), random.word() >> random.below(32), random.word() >> random.below(32),
+                         random.word() >> random.below(32)};
+    const int64_t n = 1 + random.below(200);
+    const int64_t position = (static_cast<int64_t>(random.word() >> random.below(32)) * kNormals + random.below(kNormals)) - (trial % 2) * n;
+    if (position < 0) continue;
+    floats.resize(n);
+    doubles.resize(n);
+    forms.floats(row, position, n, floats.data());
+    forms.doubles(row, position, n, doubles.data());
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t at = position + i;
+      const Words drawn = philox({static_cast<uint32_t>(at / kNormals), row.example, row.sample, row.stream}, row.seed);
+      const double want = normal<double>(drawn, static_cast<int>(at % kNormals));
+      CHECK(std::abs(doubles[i] - want) <= 1e-14 * 8, forms.isa, ": float64, position ", at, ": ", doubles[i], ", not ", want);
+      CHECK(std::abs(floats[i] - want) <= kTolerance, forms.isa, ": float32, position ", at, ": ", floats[i], ", not ", want);
+    }
+  }
+}
+
+int main() {
+  rule();
+  forms(FORMS(baseline));
+#if defined(IWSGD_X86)
+  if (machine_isa() >= Isa::avx2) forms(FORMS(avx2));
+  if (machine_isa() >= Isa::avx512) forms(FORMS(avx512));
+#endif
+  std::cout << "up to " << kIsaNames[static_cast<int>(machine_isa())] << "\n";
+  return test::report();
+}

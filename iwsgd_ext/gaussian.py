@@ -1,0 +1,197 @@
+"""Gaussian noise, multiplicative or additive: S standard normal numbers for each element, made where they are used, never stored.
+
+``gaussian`` applies them and ``gaussian_sum`` is the gradient of a multiplication (and each is the other's second derivative); an
+addition's gradient needs no noise. Saved for backward: the address, nothing that grows with the tensor.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .checks import check_layer_input, check_rate, check_std
+from .noise import Rows, Unit, _op
+from .sampling import ambient
+
+_ADDRESS = "Tensor origin, Tensor? sample_ids, SymInt samples, SymInt stream, SymInt first_example, SymInt positions, SymInt share"
+# Exact strides: the kernels take memory order as given, so a compiler must not change it behind them.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+torch.library.define("iwsgd_ext::gaussian", f"(Tensor x, {_ADDRESS}, float std, bool multiply, bool expand) -> Tensor", tags=_TAGS)
+torch.library.define("iwsgd_ext::gaussian_sum", f"(Tensor dy, {_ADDRESS}, float std) -> Tensor", tags=_TAGS)
+
+
+@torch.library.register_fake("iwsgd_ext::gaussian")
+def _(x, origin, sample_ids, samples, stream, first_example, positions, share, std, multiply, expand):
+    return x.new_empty(x.shape[0], x.shape[1] * samples if expand else x.shape[1], x.shape[2])
+
+
+@torch.library.register_fake("iwsgd_ext::gaussian_sum")
+def _(dy, origin, sample_ids, samples, stream, first_example, positions, share, std):
+    return dy.new_empty(dy.shape[0], dy.shape[1] // samples, dy.shape[2])
+
+
+class Multiply(torch.autograd.Function):
+    """y = x * (1 + std * z), [K*B, ...] from x [B, ...] where ``expand``, else row by row."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rows: Rows, expand: bool, std: float, origin: Tensor, sample_ids: Tensor | None, *address: int) -> Tensor:
+        ctx.save_for_backward(origin, sample_ids)
+        ctx.rows, ctx.expand, ctx.std, ctx.address = rows, expand, std, address
+        y = _op(x.device, "gaussian")(rows.flatten(x), origin, sample_ids, *address, std, True, expand)
+        return rows.unflatten(y, x.shape)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        origin, sample_ids = ctx.saved_tensors
+        # MultiplySum undoes an expansion; without one, Multiply is its own transpose
+        dx = (
+            MultiplySum.apply(dy, ctx.rows, ctx.std, origin, sample_ids, *ctx.address)
+            if ctx.expand
+            else Multiply.apply(dy, ctx.rows, False, ctx.std, origin, sample_ids, *ctx.address)
+        )
+        return dx, *[None] * (5 + len(ctx.address))
+
+
+class MultiplySum(torch.autograd.Function):
+    """dx = sum over samples of (1 + std * z) * dy, [B, ...] from dy [K*B, ...]: the transpose of an expanding :class:`Multiply`."""
+
+    @staticmethod
+    def forward(ctx, dy: Tensor, rows: Rows, std: float, origin: Tensor, sample_ids: Tensor | None, *address: int) -> Tensor:
+        ctx.save_for_backward(origin, sample_ids)
+        ctx.rows, ctx.std, ctx.address = rows, std, address
+        dx = _op(dy.device, "gaussian_sum")(rows.flatten(dy), origin, sample_ids, *address, std)
+        return rows.unflatten(dx, dy.shape)
+
+    @staticmethod
+    def backward(ctx, dx: Tensor):
+        origin, sample_ids = ctx.saved_tensors
+        dy = Multiply.apply(dx, ctx.rows, True, ctx.std, origin, sample_ids, *ctx.address)
+        return dy, *[None] * (4 + len(ctx.address))
+
+
+class Add(torch.autograd.Function):
+    """y = x + std * z, [K*B, ...] from x [B, ...] where ``expand``, else row by row. dx = sum over samples of dy: plain torch."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rows: Rows, expand: bool, std: float, origin: Tensor, sample_ids: Tensor | None, *address: int) -> Tensor:
+        ctx.batch_dim, ctx.samples = rows.batch_dim, address[0] if expand else None
+        y = _op(x.device, "gaussian")(rows.flatten(x), origin, sample_ids, *address, std, False, expand)
+        return rows.unflatten(y, x.shape)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        # torch adds up 16-bit types in float32
+        dx = dy if ctx.samples is None else dy.unflatten(ctx.batch_dim, (ctx.samples, -1)).sum(ctx.batch_dim)
+        return dx, *[None] * 10
+
+
+def gaussian(
+    x: Tensor,
+    std: float,
+    multiply: bool,
+    *,
+    samples: int,
+    origin: Tensor,
+    sample_ids: Tensor | None,
+    stream: int,
+    first_example: int,
+    expand: bool,
+    batch_dim: int,
+    unit: Unit = "element",
+) -> Tensor:
+    """Gaussian noise at a given address; arguments are taken as valid (see ``functional`` for the public forms)."""
+    if std == 0 and (not expand or samples == 1):
+        return x
+    rows = Rows.of(x, batch_dim)
+    address = (samples, stream, first_example, *rows.positions(x.shape, unit))
+    return (Multiply if multiply else Add).apply(x, rows, expand, float(std), origin, sample_ids, *address)
+
+
+class IWGaussianDropout(nn.modules.dropout._DropoutNd):
+    """Gaussian dropout with S noise samples per example: multiplication by N(1, p / (1 - p)), as much noise as dropout's.
+
+        y[s, b] = x[b] * (1 + sqrt(p / (1 - p)) z[s, b])        z ~ N(0, 1), independent elements (eq 1)
+
+    Activations are unbiased. In eval mode the layer is the identity. In training outside of any context: one fresh sample, no expansion.
+    There are no parameters and no buffers. (Srivastava et al., JMLR 2014, section 10; Keras' GaussianDropout.)
+
+    Args:
+        p: rate of the dropout with the same variance, in [0, 1).
+        batch_dim: dimension that holds the rows; None takes the context's (0 by default).
+
+    Shape:
+        [B, ...] -> [S*B, ...] for the first noise layer, [S*B, ...] -> [S*B, ...] after it; float32, float64, bfloat16, float16.
+
+    Raises:
+        ValueError: p outside of [0, 1); rows that are neither B nor S*B.
+        TypeError: an input that is not floating-point.
+
+    Example:
+        >>> import torch, iwsgd_ext as iw
+        >>> noise = iw.IWGaussianDropout(0.5)
+        >>> with iw.sampling(3, seed=1):
+        ...     y = noise(torch.ones(2, 1000))
+        >>> y.shape, round(y.mean().item()), round(y.std().item())
+        (torch.Size([6, 1000]), 1, 1)
+    """
+
+    def __init__(self, p: float = 0.5, *, batch_dim: int | None = None):
+        check_rate(p)
+        super().__init__(p)
+        self.batch_dim = batch_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        check_layer_input(self, x)
+        return gaussian(x, gaussian_std(self.p), True, **ambient(self).place(x, self.batch_dim))
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}" + (f", batch_dim={self.batch_dim}" if self.batch_dim is not None else "")
+
+
+class IWGaussianNoise(nn.Module):
+    """Additive Gaussian noise with S noise samples per example.
+
+        y[s, b] = x[b] + std z[s, b]        z ~ N(0, 1), independent elements (eq 1)
+
+    In eval mode the layer is the identity. In training outside of any context: one fresh sample, no expansion. There are no parameters
+    and no buffers. Its gradient with respect to x is the sum over the samples of the upstream gradient, and draws nothing.
+
+    Args:
+        std: standard deviation, >= 0, in units of x.
+        batch_dim: dimension that holds the rows; None takes the context's (0 by default).
+
+    Shape:
+        [B, ...] -> [S*B, ...] for the first noise layer, [S*B, ...] -> [S*B, ...] after it; float32, float64, bfloat16, float16.
+
+    Raises:
+        ValueError: std negative or not finite; rows that are neither B nor S*B.
+        TypeError: an input that is not floating-point.
+
+    Example:
+        >>> import torch, iwsgd_ext as iw
+        >>> noise = iw.IWGaussianNoise(2.0)
+        >>> with iw.sampling(3, seed=1):
+        ...     y = noise(torch.zeros(2, 1000))
+        >>> y.shape, round(y.std().item())
+        (torch.Size([6, 1000]), 2)
+    """
+
+    def __init__(self, std: float = 1.0, *, batch_dim: int | None = None):
+        check_std(std)
+        super().__init__()
+        self.std = std
+        self.batch_dim = batch_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        check_layer_input(self, x)
+        return gaussian(x, self.std, False, **ambient(self).place(x, self.batch_dim))
+
+    def extra_repr(self) -> str:
+        return f"std={self.std}" + (f", batch_dim={self.batch_dim}" if self.batch_dim is not None else "")
+
+
+def gaussian_std(p: float) -> float:
+    """The standard deviation of dropout's noise, whose mean is 1: sqrt(p / (1 - p))."""
+    return (p / (1 - p)) ** 0.5

@@ -1,0 +1,188 @@
+"""Multinomial dropout: the factor of a feature is how often it came up in a number of draws, over how often it does on average.
+
+The op gives counts, from the address alone; their use is plain torch, and backward draws them again.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .checks import check_layer_input, check_probabilities, check_rate
+from .noise import _op
+from .sampling import ambient
+
+WORD = 2**32
+torch.library.define(
+    "iwsgd_ext::multinomial",
+    "(Tensor origin, Tensor? sample_ids, SymInt samples, SymInt stream, SymInt first_example, SymInt examples, Tensor bounds, int draws) "
+    "-> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.register_fake("iwsgd_ext::multinomial")
+def _(origin, sample_ids, samples, stream, first_example, examples, bounds, draws):
+    return bounds.new_empty(samples, examples, bounds.shape[-1], dtype=torch.int32)
+
+
+def bounds_of(probabilities: Tensor) -> Tensor:
+    """Probabilities [..., F], of any sum, summed up and times 2^32: int64 [..., F], the last 2^32.
+
+    The sums are of integers, so that every device and every number of threads has the same.
+    """
+    features = probabilities.shape[-1]
+    p = probabilities.detach().double()
+    p = torch.where(p.amax(-1, keepdim=True) > 0, p, torch.ones_like(p))  # nothing is likely: everything is as likely
+    # p of the largest p, in as many bits as leave their sum exact in a float64
+    parts = (p / p.amax(-1, keepdim=True) * 2.0 ** (52 - features.bit_length())).round().long()
+    total = parts.cumsum(-1)
+    return (total.double() / total[..., -1:].double() * WORD).long()
+
+
+def uniform_bounds(features: int, device: torch.device) -> Tensor:
+    """:func:`bounds_of` equal probabilities, int64 [features]."""
+    return (torch.arange(1, features + 1, device=device) * WORD + features - 1) // features
+
+
+def second_moments(x: Tensor, samples: int) -> Tensor:
+    """Evolutional dropout's probabilities (Li, Gong and Yang 2016, up to their sum): the root mean square of each feature.
+
+    Args:
+        x: [K*B, F], with K samples, each of which has probabilities of its own.
+
+    Returns:
+        float64 [K, F].
+    """
+    return x.detach().unflatten(0, (samples, -1)).double().square().mean(1).sqrt()
+
+
+def one_example(x: Tensor, batch_dim: int) -> torch.Size:
+    """The shape of one row of x."""
+    return x.shape[:batch_dim] + x.shape[batch_dim + 1 :]
+
+
+class MultinomialNoise(torch.autograd.Function):
+    """y = x * counts / (draws * probability), [K*B, F] from x [B, F] where ``expand``, else row by row."""
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, bounds: Tensor, draws: int, expand: bool, origin: Tensor, sample_ids: Tensor | None, *address: int
+    ) -> Tensor:
+        ctx.save_for_backward(bounds, origin, sample_ids)
+        ctx.draws, ctx.expand, ctx.address = draws, expand, address
+        factors = _factors(x, bounds, draws, expand, origin, sample_ids, address)
+        x = x.unflatten(0, (1 if expand else address[0], -1))
+        return _times(x, factors).to(x.dtype).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        bounds, origin, sample_ids = ctx.saved_tensors
+        factors = _factors(dy, bounds, ctx.draws, False, origin, sample_ids, ctx.address)
+        dx = _times(dy.unflatten(0, (ctx.address[0], -1)), factors)
+        dx = (dx.sum(0) if ctx.expand else dx.flatten(0, 1)).to(dy.dtype)
+        return dx, *[None] * (5 + len(ctx.address))
+
+
+def _times(x: Tensor, factors: Tensor) -> Tensor:
+    """x * factors, and 0 where the factor is, whatever x holds."""
+    return torch.where(factors == 0, factors.new_zeros(()), x.to(factors.dtype) * factors)
+
+
+def _factors(x, bounds, draws, expand, origin, sample_ids, address) -> Tensor:
+    """counts / (draws * probability) for rows x, [K, B, F], in float32 (float64 for float64)."""
+    samples, stream, first_example = address
+    examples = x.shape[0] if expand else x.shape[0] // samples
+    counts = _op(x.device, "multinomial")(origin, sample_ids, samples, stream, first_example, examples, bounds, draws)
+    width = bounds.diff(dim=-1, prepend=torch.zeros_like(bounds[..., :1]))
+    scale = torch.where(width > 0, WORD / (width.double() * draws), 0.0).to(torch.promote_types(x.dtype, torch.float32))
+    return counts * (scale if bounds.dim() == 1 else scale[:, None])
+
+
+def multinomial_noise(
+    x: Tensor,
+    probabilities: Tensor | str | None,
+    draws: int | float,
+    *,
+    samples: int,
+    origin: Tensor,
+    sample_ids: Tensor | None,
+    stream: int,
+    first_example: int,
+    expand: bool,
+    batch_dim: int,
+) -> Tensor:
+    """Multinomial dropout at a given address; arguments are taken as valid (see ``functional.multinomial_dropout``).
+
+    ``probabilities`` may be "evolutional" (see :func:`second_moments`), ``draws`` a float that is multiplied by the number of features.
+    """
+    moved = x.movedim(batch_dim, 0)
+    rows = moved.flatten(1) if x.dim() > 1 else moved[:, None]
+    features = rows.shape[1]
+    if x.numel() == 0:
+        return torch.cat([x] * samples, batch_dim) if expand else x
+    if isinstance(draws, float):
+        draws = max(1, round(draws * features))
+    if probabilities is None:
+        bounds = uniform_bounds(features, x.device)
+    elif isinstance(probabilities, Tensor):
+        bounds = bounds_of(probabilities.to(x.device).flatten())
+    else:
+        bounds = bounds_of(second_moments(rows, 1)[0] if expand else second_moments(rows, samples))
+    y = MultinomialNoise.apply(rows, bounds, draws, expand, origin, sample_ids, samples, stream, first_example)
+    return y.view(y.shape[0], *moved.shape[1:]).movedim(0, batch_dim)
+
+
+class IWMultinomialDropout(nn.modules.dropout._DropoutNd):
+    """Multinomial dropout (Li, Gong and Yang 2016) with S noise samples per example: k draws of features, with replacement.
+
+        y[s, b, f] = x[b, f] * n[s, b, f] / (k q[f])        n ~ Mult(k; q), k = round((1 - p) F)   (eq 1)
+
+    F is the number of elements of one example, whose probabilities q sum up to 1. Activations are unbiased; a feature of larger q is
+    dropped more rarely and scaled less. In eval mode the layer is the identity. In training outside of any context: one fresh sample,
+    no expansion. There are no parameters, and a state_dict is empty.
+
+    Args:
+        p: k = round((1 - p) F), at least 1: as many draws as there are elements that dropout of this rate keeps. In [0, 1).
+        probabilities: q up to its sum, of the shape of one example, >= 0; None is uniform; "evolutional" takes the root mean square of each
+            feature over the batch, by noise sample where rows are expanded already (so that samples in chunks draw the same).
+        batch_dim: dimension that holds the rows; None takes the context's (0 by default).
+
+    Shape:
+        [B, ...] -> [S*B, ...] for the first noise layer, [S*B, ...] -> [S*B, ...] after it; float32, float64, bfloat16, float16.
+
+    Raises:
+        ValueError: p outside of [0, 1); probabilities of another shape, negative, or all 0; rows that are neither B nor S*B.
+        TypeError: an input that is not floating-point.
+
+    Example:
+        >>> import torch, iwsgd_ext as iw
+        >>> noise = iw.IWMultinomialDropout(0.5)
+        >>> with iw.sampling(3, seed=1):
+        ...     y = noise(torch.ones(2, 8))
+        >>> y.sum(1).tolist()  # 4 draws of features that count 2 each
+        [8.0, 8.0, 8.0, 8.0, 8.0, 8.0]
+    """
+
+    def __init__(self, p: float = 0.5, *, probabilities: Tensor | str | None = None, batch_dim: int | None = None):
+        check_rate(p)
+        super().__init__(p)
+        self.evolutional = isinstance(probabilities, str)
+        if self.evolutional and probabilities != "evolutional":
+            raise ValueError(f"probabilities: expected a tensor, None or 'evolutional', got {probabilities!r}")
+        if not self.evolutional and probabilities is not None:
+            check_probabilities(probabilities)
+        self.register_buffer("probabilities", None if self.evolutional else probabilities, persistent=False)
+        self.batch_dim = batch_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        check_layer_input(self, x)
+        address = ambient(self).place(x, self.batch_dim)
+        probabilities = "evolutional" if self.evolutional else self.probabilities
+        if isinstance(probabilities, Tensor):
+            check_probabilities(probabilities, one_example(x, address["batch_dim"]))
+        return multinomial_noise(x, probabilities, 1.0 - self.p, **address)
+
+    def extra_repr(self) -> str:
+        evolutional = ", probabilities='evolutional'" if self.evolutional else ""
+        return f"p={self.p}{evolutional}" + (f", batch_dim={self.batch_dim}" if self.batch_dim is not None else "")
