@@ -2,6 +2,7 @@
 
 from . import backend, functional, plots
 from .attention import IWMultiheadAttention, scaled_dot_product_attention
+from .audit import Audit, audit
 from .backend import backend_info, set_backend
 from .checkpoint import checkpoint, checkpoint_contexts
 from .convert import convert, revert
@@ -35,6 +36,7 @@ __all__ = [
     "IWGRU",
     "IWLSTM",
     "IWRNN",
+    "Audit",
     "BoundCurve",
     "IWAdaptiveDropout",
     "IWAlphaDropout",
@@ -54,6 +56,7 @@ __all__ = [
     "IWStats",
     "IWSummary",
     "StatsLogger",
+    "audit",
     "backend_info",
     "backward",
     "bound_curve",

@@ -41,8 +41,8 @@ class _PerSample(_BatchNormMode):
         if context is None or context.samples == 1:
             return forward(x)
         if _is_expanded(context, x.shape[0], type(self).__name__):
-            samples = context.samples
-            return torch.cat([forward(rows) for rows in x.unflatten(0, (samples, x.shape[0] // samples)).unbind()])
+            by_sample = x.reshape(context.samples, x.shape[0] // context.samples, *x.shape[1:])
+            return torch.cat([forward(rows) for rows in by_sample.unbind()])
         if self.running_mean is None:
             return forward(x)
         # Rows that all samples share: K updates with the same statistics are one step, drawn out. From r, one update goes to

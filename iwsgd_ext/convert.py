@@ -1,21 +1,20 @@
-"""Swapping the noise layers of a model, in place, and making its training forward draw S noise samples by itself."""
+"""Swapping the noise of a model, in place, and making its training forward draw S noise samples by itself."""
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from .batch_norm import swapped_class, to_swap
-from .dropout import IWDropout, IWDropout1d, IWDropout2d, IWDropout3d, _Dropout
+from .dry_run import DryRun, as_arguments, dry_run
+from .functional_dropout import Call, FunctionalDropout, Watch
 from .sampling import current, sampling
+from .scan import scan
+from .swaps import SWAPS, draws, swap, unreached_modules, unswap
 
-SWAPS = {nn.Dropout: IWDropout, nn.Dropout1d: IWDropout1d, nn.Dropout2d: IWDropout2d, nn.Dropout3d: IWDropout3d}
-_SWAPPED_FROM = "_iw_swapped_from"  # on a swapped layer: the class to give back
 _CONVERSION = "_iw_conversion"  # on a converted model
 
 
@@ -24,44 +23,53 @@ def convert(
     samples: int,
     *,
     expand: str = "auto",
-    example_inputs: Tensor | Sequence[Any] | None = None,
+    example_inputs: Tensor | Sequence[Any] | Mapping[str, Any] | None = None,
     expand_args: Sequence[int | str] | None = None,
     batch_norm: str = "joint",
+    batch_dim: int | None = None,
+    strict: bool = False,
 ) -> nn.Module:
-    """Swaps every nn.Dropout, Dropout1d, Dropout2d and Dropout3d of a model for its IW form, in place, and lets the model open its own
+    """Swaps every noise layer of a model for its IW form, in place, catches its functional dropout, and lets the model open its own
     sampling context: in training ``model(x)`` of B rows returns S*B rows, sample-major; in eval mode nothing changes.
 
     Layers keep their identity (references, hooks, names and the state_dict stay valid); the model can be deep-copied, pickled and
-    compiled. An ``iw.sampling`` context around the model rules over its seed, sample ids and number of samples.
+    compiled. An ``iw.sampling`` context around the model rules over its seed, sample ids and number of samples. ``F.dropout`` and its
+    family are noise of the context during the training forward. :func:`audit` says what was found.
 
     Args:
-        model: any module with at least one dropout layer.
+        model: any module with at least one dropout layer or one call of functional dropout.
         samples: S.
         expand: where one row becomes S rows.
             "first": at the first noise layer that each branch meets, so that the trunk before it is computed once. A path that goes
             round all noise and joins later does not fit; it needs "input".
             "input": at the model's inputs, always right: every tensor argument with the first one's number of rows is expanded.
             a submodule's name: at that submodule's inputs. A noise layer called before it raises.
-            "auto": a dry run on fake tensors of ``example_inputs`` takes "first" where shapes fit, else "input"; without example inputs,
-            "input". The dry run proves that shapes fit, not that rows mean the same: a model that mixes examples (say, attention over
-            the batch) fits and is still wrong under any expansion.
-        example_inputs: a tensor or a sequence of positional arguments, for "auto".
+            "auto": dry runs on fake tensors of ``example_inputs`` take "first" where shapes fit, else the innermost module around the
+            first noise at whose inputs they fit, else "input"; without example inputs, "input". A dry run proves that shapes fit, not
+            that rows mean the same: a model that mixes examples (say, attention over the batch) fits and is still wrong under
+            any expansion.
+        example_inputs: a tensor, a sequence of positional arguments or a mapping of keyword arguments, for a dry run: it chooses
+            "auto" and finds every functional dropout. Without them the first training forward outside of torch.compile looks.
         expand_args: with "input" or a name, which arguments to expand instead: positions and keyword names.
         batch_norm: what BatchNorm layers (SyncBatchNorm and subclasses too) normalise over in training.
             "joint": all S*B rows, as torch's layer does when it meets them.
             "per_sample": the B rows of each sample, and running statistics as S successive updates, also where the trunk is shared: what
             a loop over samples does.
             "frozen": the running statistics, and none are written.
+        batch_dim: the dimension that holds the rows: 1 for time-major models (nn.Transformer's and nn.LSTM's default). None takes that of a
+            context around the model, or 0.
+        strict: raise where noise is not reached, instead of warning.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: samples < 1, a model that is converted already or has no noise layer, an unknown submodule's name, a BatchNorm that
-            ``batch_norm`` does not suit.
+        ValueError: samples < 1, a model that is converted already or has no noise, an unknown submodule's name, a BatchNorm that
+            ``batch_norm`` does not suit, with ``strict`` noise that is not reached.
 
     Warns:
-        UserWarning: the model holds dropout that swapping modules does not reach (attention's, recurrent layers', alpha dropout).
+        UserWarning: the model draws noise that is not reached (inside other libraries' kernels, by torch.rand, ...), here where it is
+            known, else in the first training forward.
 
     Example:
         >>> import torch, iwsgd_ext as iw
@@ -71,33 +79,30 @@ def convert(
         >>> model(torch.ones(2, 4)).shape, model.eval()(torch.ones(2, 4)).shape
         (torch.Size([10, 3]), torch.Size([2, 3]))
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    sampling(samples)  # checks it
-    for name, module in model.named_modules():
-        if hasattr(module, _CONVERSION):
-            raise ValueError(f"model: expected one that is not converted, but {name or 'it'} is; iw.revert(model) undoes it")
-    modules = list(model.modules())
-    if not any(type(m) in SWAPS or isinstance(m, _Dropout) for m in modules):
-        raise ValueError("model: expected at least one of " + ", ".join(c.__name__ for c in SWAPS) + ", found none in its modules")
-    names = {name for name, _ in model.named_modules() if name}
-    if expand not in ("auto", "first", "input") and expand not in names:
-        raise ValueError(f"expand: expected 'auto', 'first', 'input' or a submodule's name, got {expand!r}")
-    normalizations = to_swap(model, batch_norm)
-    unreached = _unreached(model)
+    check_convertible(model, expand)
+    sampling(samples, batch_dim=batch_dim or 0)  # checks them
+    conversion = install(model, samples, expand, example_inputs, expand_args, batch_norm, batch_dim, strict)
+    try:
+        noisy = any(draws(module) for module in model.modules())
+        if not noisy and not any(call.kind == "replaced" for call in (*conversion.calls, *conversion.suspected)):
+            raise ValueError(
+                "model: expected noise, at least one of "
+                + ", ".join(c.__name__ for c in SWAPS)
+                + " or a call of functional dropout; found "
+                "none in its modules" + ("" if conversion.unverified else ", and none in a dry run")
+            )
+        unreached = conversion.unreached(model)
+        if unreached and strict:
+            raise ValueError("strict=True: this noise is not reached: " + "; ".join(unreached))
+    except ValueError:
+        revert(model)
+        raise
     if unreached:
-        warnings.warn("iw.convert leaves this dropout as it is, one mask for all samples: " + "; ".join(unreached), stacklevel=2)
-    for module in modules:
-        if type(module) in SWAPS:
-            _swap(module, SWAPS[type(module)])
-            module.batch_dim = None
-    for module in normalizations:
-        _swap(module, swapped_class(batch_norm, type(module)))
-    reason = "asked for"
-    if expand == "auto":
-        expand, reason = _choose_expansion(model, samples, example_inputs)
-    _install(model, Conversion(samples, expand, tuple(expand_args) if expand_args is not None else None, batch_norm, reason))
+        warnings.warn(NOT_REACHED + "; ".join(unreached), stacklevel=2)
     return model
+
+
+NOT_REACHED = "iw.convert leaves this noise as it is, drawn by torch, no function of seed and sample, repeated by no replay: "
 
 
 def revert(model: nn.Module) -> nn.Module:
@@ -113,39 +118,138 @@ def revert(model: nn.Module) -> nn.Module:
     """
     if not hasattr(model, _CONVERSION):
         raise ValueError("model: expected a converted one (iw.convert), got one that is not")
-    for module in model.modules():
-        original = module.__dict__.pop(_SWAPPED_FROM, None)
-        if original is not None:
-            module.__dict__.pop("batch_dim", None)
-            module.__class__ = original
-        _remove_hooks(module)
+    unswap(model)
+    _remove_hooks(model)
     delattr(model, _CONVERSION)
     return model
 
 
-class Conversion:
-    """What a converted model knows: its number of samples and where it expands. Its methods are the model's hooks."""
+def conversion_of(model: nn.Module) -> "Conversion | None":
+    """What a converted model knows, or None."""
+    return getattr(model, _CONVERSION, None)
 
-    def __init__(self, samples: int, expand: str, expand_args: tuple[int | str, ...] | None, batch_norm: str, reason: str):
+
+def check_convertible(model: nn.Module, expand: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if hasattr(module, _CONVERSION):
+            raise ValueError(f"model: expected one that is not converted, but {name or 'it'} is; iw.revert(model) undoes it")
+    if expand not in ("auto", "first", "input") and expand not in {name for name, _ in model.named_modules() if name}:
+        raise ValueError(f"expand: expected 'auto', 'first', 'input' or a submodule's name, got {expand!r}")
+
+
+def install(model, samples, expand, example_inputs, expand_args, batch_norm, batch_dim, strict) -> "Conversion":
+    """Swaps, hooks, and the dry runs: a converted model, whatever was found. Nothing has changed where it raises."""
+    swap(model, batch_norm)
+    conversion = Conversion(samples, expand, tuple(expand_args) if expand_args is not None else None, batch_norm, batch_dim, strict)
+    setattr(model, _CONVERSION, conversion)
+    conversion.suspected = scan(model)
+    if example_inputs is not None:
+        args, kwargs = as_arguments(example_inputs)
+        run = _choose_expansion(model, conversion, args, kwargs) if expand == "auto" else _try(model, conversion, expand, args, kwargs)
+        if expand != "auto" and (run.misfit or run.error):
+            conversion.reason = f"asked for, but in a dry run {run.misfit or run.error}"
+        conversion.learn(run.calls, run.error)
+    elif expand == "auto":
+        conversion.expand, conversion.reason = "input", "no example_inputs to try 'first' with"
+    _hook(model, conversion)
+    return conversion
+
+
+def _choose_expansion(model: nn.Module, conversion: "Conversion", args: tuple, kwargs: dict) -> DryRun:
+    """The latest place where shapes fit: the first noise itself, a module around it, the model's input."""
+    run = _try(model, conversion, "first", args, kwargs)
+    if run.fits:
+        conversion.reason = "shapes fit"
+        return run
+    reason = f"'first' does not fit: {run.misfit or run.error}"
+    if run.first_noise is None:
+        reason = f"no noise was drawn{f' before {run.error}' if run.error else ''}"
+    around = (run.first_noise or "").split(".")
+    for depth in range(len(around) - 1, 0, -1):
+        name = ".".join(around[:depth])
+        run = _try(model, conversion, name, args, kwargs)
+        if run.fits:
+            conversion.reason = f"{reason}; from the inputs of {name!r} on shapes fit"
+            return run
+    run = _try(model, conversion, "input", args, kwargs)
+    conversion.reason = reason if run.fits or run.first_noise is None else f"{reason}; with 'input' {run.misfit or run.error}"
+    return run
+
+
+def _try(model: nn.Module, conversion: "Conversion", expand: str, args: tuple, kwargs: dict) -> DryRun:
+    conversion.expand = expand
+    _hook(model, conversion)
+    try:
+        return dry_run(model, conversion.samples, conversion.batch_dim, args, kwargs)
+    finally:
+        _remove_hooks(model)
+
+
+class Conversion:
+    """What a converted model knows: number of samples, place of expansion, and what is known of its functional dropout. Its methods are
+    the model's hooks."""
+
+    def __init__(
+        self,
+        samples: int,
+        expand: str,
+        expand_args: tuple[int | str, ...] | None,
+        batch_norm: str,
+        batch_dim: int | None,
+        strict: bool,
+    ):
         self.samples = samples
         self.expand = expand
         self.expand_args = expand_args
         self.batch_norm = batch_norm
-        self.reason = reason
+        self.batch_dim = batch_dim
+        self.strict = strict
+        self.reason = "asked for"
+        self.suspected: list[Call] = []  # by reading code
+        self.calls: list[Call] = []  # by a run
+        self.unverified = True  # no run has gone through
+        self.stopped: str | None = None  # why the dry run did not go through
+
+    def learn(self, calls: list[Call], error: str | None) -> None:
+        """Takes what a run has shown."""
+        self.calls, self.stopped, self.unverified = calls, error, error is not None
+
+    @property
+    def catches(self) -> bool:
+        """Whether functional dropout has to be caught: a run has called it, or the code names it for a road that no run has taken."""
+        return any(call.kind != "random" for call in (*self.calls, *self.suspected))
+
+    def unreached_calls(self, model: nn.Module) -> list[str]:
+        """The calls of a run that drew noise by torch, outside of modules that are named anyhow."""
+        inside = {name for name, _, _ in unreached_modules(model)}
+        return [str(call) for call in self.calls if call.kind != "replaced" and call.module not in inside]
+
+    def unreached(self, model: nn.Module) -> list[str]:
+        """The noise that stays torch's, as far as it is known."""
+        modules = [f"{name} ({kind}{'' if p is None else f', p={p}'})" for name, kind, p in unreached_modules(model)]
+        return modules + self.unreached_calls(model)
 
     def enter(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Before the forward: opens a context, or takes part in the one around it with this model's place of expansion."""
         context = current()
         if not _is_noisy(model, context):
             return None
+        mode = self._catch(model)
         if context is None:
             context = sampling(self.samples)
             context.own = True
             if not torch.compiler.is_compiling():
                 context.frame = sys._getframe(1)
             context.__enter__()
-        context.converted.append((self, context.expand, context.batch))
+        context.converted.append((self, context.expand, context.batch, context.batch_dim, mode))
+        if mode is not None:
+            mode.context = context
+            mode.__enter__()
         context.batch = None
+        if self.batch_dim is not None:
+            context.batch_dim = self.batch_dim
         context.expand = {"first": "first", "input": "none"}.get(self.expand, "later")
         return self.expand_inputs(model, args, kwargs) if self.expand == "input" else None
 
@@ -153,11 +257,43 @@ class Conversion:
         """After the forward, also one that raised."""
         context = current()
         if context is None or not context.converted or context.converted[-1][0] is not self:
+            if not torch.compiler.is_compiling():
+                FunctionalDropout.end_interrupted()  # an exception has ended the context already
             return
-        _, context.expand, context.batch = context.converted.pop()
+        _, context.expand, context.batch, context.batch_dim, mode = context.converted.pop()
+        if mode is not None:
+            mode.__exit__(None, None, None)
         if context.own and not context.converted:
             context.frame = None
             context.__exit__(None, None, None)
+        if mode is None or mode.watch is None or context.watch is not None or output is None:  # None: an exception
+            return
+        self.learn(list(mode.watch.calls), None)
+        unreached = self.unreached_calls(model)
+        if unreached and self.strict:
+            self.unverified = True
+            raise RuntimeError("strict=True: this noise is not reached: " + "; ".join(unreached))
+        if unreached:
+            warnings.warn(NOT_REACHED + "; ".join(unreached), stacklevel=2)
+
+    def _catch(self, model: nn.Module) -> FunctionalDropout | None:
+        """What catches functional dropout where there is, or may be, any. Until a run has shown it, each eager forward looks."""
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            FunctionalDropout.end_interrupted()
+        elif self.unverified:
+            doubts = [str(call) for call in self.suspected if call.kind != "replaced"]
+            if doubts or self.strict:
+                raise RuntimeError(
+                    "torch.compile: nobody knows yet whether this model draws noise that iw.convert does not reach"
+                    + (f" ({'; '.join(doubts)})" if doubts else " (strict=True)")
+                    + "; give iw.convert example_inputs, or run one training forward before compiling."
+                )
+        context = current()
+        watch = context.watch if context is not None else None  # that of a dry run
+        if watch is None and self.unverified and not compiling:
+            watch = Watch.of(model)
+        return FunctionalDropout(watch) if watch is not None or self.catches else None
 
     def expand_inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Repeats the rows of a module's arguments sample-major."""
@@ -189,77 +325,21 @@ class Conversion:
         return args, {k: tree_map(repeat, v) if k in self.expand_args else v for k, v in kwargs.items()}
 
 
-def _swap(module: nn.Module, to: type[nn.Module]) -> None:
-    setattr(module, _SWAPPED_FROM, type(module))
-    module.__class__ = to
-
-
 def _is_noisy(module: nn.Module, context: sampling | None) -> bool:
     return module.training or (context is not None and context.evaluating)
 
 
-def _install(model: nn.Module, conversion: Conversion) -> None:
-    setattr(model, _CONVERSION, conversion)
+def _hook(model: nn.Module, conversion: Conversion) -> None:
     if conversion.expand not in ("first", "input"):
         model.get_submodule(conversion.expand).register_forward_pre_hook(conversion.expand_inputs, with_kwargs=True)
     model.register_forward_pre_hook(conversion.enter, prepend=True, with_kwargs=True)
     model.register_forward_hook(conversion.leave, always_call=True)
 
 
-def _remove_hooks(module: nn.Module) -> None:
-    hooks = (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, module._forward_hooks, module._forward_hooks_always_called)
-    ours = {
-        key
-        for table in (module._forward_pre_hooks, module._forward_hooks)
-        for key, hook in table.items()
-        if isinstance(getattr(hook, "__self__", None), Conversion)
-    }
-    for table in hooks:
-        for key in ours:
-            table.pop(key, None)
-
-
-def _unreached(model: nn.Module) -> list[str]:
-    found = []
-    for name, module in model.named_modules():
-        kind = type(module).__name__
-        if isinstance(module, nn.modules.dropout._DropoutNd) and type(module) not in SWAPS and not isinstance(module, _Dropout):
-            found.append(f"{name} ({kind})")
-        elif isinstance(module, nn.MultiheadAttention | nn.RNNBase) and module.dropout > 0:
-            found.append(f"{name} ({kind}, dropout={module.dropout})")
-    return found
-
-
-def _choose_expansion(model: nn.Module, samples: int, example_inputs: Tensor | Sequence[Any] | None) -> tuple[str, str]:
-    if example_inputs is None:
-        return "input", "no example_inputs to try 'first' with"
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    samples = max(samples, 2)
-    training = [(m, m.training) for m in model.modules()]
-    model.train()
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-
-            def to_fake(v: Any) -> Any:
-                if not isinstance(v, Tensor):
-                    return v
-                if v.dim() > 0 and v.shape[0] == 1:
-                    v = v.expand(3, *v.shape[1:])  # one row would broadcast where it does not fit
-                return fake.from_tensor(v)
-
-            state = {k: fake.from_tensor(v) for k, v in (*model.named_parameters(), *model.named_buffers())}
-            inputs = tree_map(to_fake, inputs)
-            batch = next(v.shape[0] for v in tree_flatten(inputs)[0] if isinstance(v, Tensor) and v.dim() > 0)
-            with sampling(samples) as context:
-                output = torch.func.functional_call(model, state, inputs)
-            if context.batch is None:
-                return "input", "no noise layer was called"
-            rows = {v.shape[0] for v in tree_flatten(output)[0] if isinstance(v, Tensor) and v.dim() > 0}
-            if rows - {samples * batch}:
-                return "input", f"with 'first' an output has {rows} rows instead of {samples} * {batch}"
-            return "first", "shapes fit"
-    except Exception as error:  # whatever a model raises where shapes do not fit
-        return "input", f"'first' does not fit: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    finally:
-        for module, was in training:
-            module.training = was
+def _remove_hooks(model: nn.Module) -> None:
+    for module in model.modules():
+        pre, after = module._forward_pre_hooks, module._forward_hooks
+        ours = {k for table in (pre, after) for k, hook in table.items() if isinstance(getattr(hook, "__self__", None), Conversion)}
+        for table in (pre, module._forward_pre_hooks_with_kwargs, after, module._forward_hooks_always_called):
+            for key in ours:
+                table.pop(key, None)

@@ -112,11 +112,16 @@ class Rows(NamedTuple):
         return x.permute(order).reshape(_product(sizes[:at]), sizes[at], _product(sizes[at + 1 :]))
 
     def unflatten(self, y: Tensor, shape: torch.Size) -> Tensor:
-        """[O, R, I] as a tensor of ``shape``, whose rows' dimension becomes R."""
-        order = self.order(len(shape))
-        sizes = [y.shape[1] if d == self.batch_dim else shape[d] for d in order]
-        y = y.reshape(sizes)
-        return y.permute([order.index(d) for d in range(len(shape))]) if self.channels_last else y
+        """[O, R, I], fresh and contiguous, as a tensor of ``shape``, whose rows' dimension becomes R.
+
+        Not a view of it: what an autograd Function returns may then be written in place (a ReLU behind a dropout).
+        """
+        sizes = [y.shape[1] if d == self.batch_dim else shape[d] for d in self.order(len(shape))]
+        y = torch.ops.aten._unsafe_view.default(y, sizes)
+        if self.channels_last:
+            for d in range(len(shape) - 1, 1, -1):
+                y.transpose_(d, d - 1)  # the channels from the last place to the second
+        return y
 
     def positions(self, shape: torch.Size, unit: Unit) -> tuple[int, int]:
         """(positions, share): element i of an example's memory order has noise position (i // share) % positions."""

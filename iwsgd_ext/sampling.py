@@ -26,7 +26,7 @@ class _Stack(threading.local):
     def __init__(self):
         self.contexts: list[sampling] = []
         self.task = NO_TASK  # the backward pass in which a recompute has put these contexts here
-        self.suspended: list[tuple[list[sampling], int]] = []  # what stood here before
+        self.suspended: list[tuple] = []  # what stood here before
 
 
 _stack = _Stack()
@@ -91,7 +91,8 @@ class sampling:
         self.own = False  # opened by a converted model for itself
         # The call that opened it, where that is a model's: an interrupt (Ctrl-C) runs no hooks, so the context must end with the call.
         self.frame: FrameType | None = None
-        self.converted: list[tuple[object, str, int | None]] = []  # the converted models inside, and what each found, to be put back
+        self.converted: list[tuple] = []  # the converted models inside, and what each found, to be put back
+        self.watch = None  # in a dry run: what notes the calls that draw noise
         self.batch: int | None = None  # B, once the first noise call has fixed it
         self.task = NO_TASK  # the backward pass inside which it was entered
         self.evaluating = False  # noise is on although models are in eval mode
@@ -108,10 +109,14 @@ class sampling:
     def __exit__(self, *_) -> None:
         _stack.contexts.remove(self)
 
-    def again(self, stream: int, expand: str, batch: int | None, drawn: bool) -> "sampling":
-        """A copy that draws this context's noise as from an earlier moment: its stream, expansion, B, and whether the seed was there."""
+    def moment(self) -> tuple:
+        """What changes in the course of a context, for :meth:`again`; last, whether the seed is there."""
+        return self.stream, self.expand, self.batch, self.batch_dim, self._origin is not None
+
+    def again(self, stream: int, expand: str, batch: int | None, batch_dim: int, drawn: bool) -> "sampling":
+        """A copy that draws this context's noise as from an earlier moment."""
         context = copy.copy(self)
-        context.stream, context.expand, context.batch = stream, expand, batch
+        context.stream, context.expand, context.batch, context.batch_dim = stream, expand, batch, batch_dim
         context.own, context.frame, context.converted = False, None, []
         if not drawn:
             context._origin, context._replayed_origin = None, self._origin

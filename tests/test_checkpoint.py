@@ -465,6 +465,53 @@ class TestWhatIsRightByItself:
         assert x.grad.isfinite().all()
 
 
+class TestFunctionalDropout:
+    """A converted model whose blocks call F.dropout: noise of the context, which its recompute outside of the model must be, too."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(F, F)
+
+        def forward(self, x):
+            return torch.tanh(nn.functional.dropout(torch.tanh(self.linear(x)), 0.5, self.training))
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([TestFunctionalDropout.Block() for _ in range(2)])
+            self.drop = nn.Dropout(0.5)
+            self.ck = direct
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = self.ck(block, x)
+            return self.drop(x)
+
+    @pytest.mark.parametrize("expand", ["first", "input"])
+    def test_replayed(self, expand):
+        x = data()
+        model, results = iw.convert(self.Model().double(), S, expand=expand, example_inputs=x.detach()), []
+        for ck in (direct, *OURS.values()):
+            model.ck = ck
+            with iw.sampling(S, seed=1):
+                y = model(x)
+            results.append(backward(y, x, model))
+        for other in results[1:]:
+            assert_equal(other, results[0])
+
+    @pytest.mark.parametrize(
+        ("form", "error"), [("non-reentrant", "different metadata"), ("reentrant", "F?.*dropout is noise of a converted")]
+    )
+    @pytest.mark.parametrize("expand", ["first", "input"])
+    def test_refused(self, expand, form, error):
+        x = data()
+        model = iw.convert(self.Model().double(), S, expand=expand, example_inputs=x.detach())
+        model.ck = PLAIN[form]
+        with pytest.raises(RuntimeError, match=error):
+            backward(model(x), x, model)
+
+
 class Mlp(nn.Module):
     def __init__(self):
         super().__init__()

@@ -249,6 +249,18 @@ class TestContexts:
         assert torch.equal(model.eval()(x), want)
 
 
+class TestNoiseOfThisPackage:
+    @pytest.mark.parametrize(
+        "layer", [iw.IWGaussianNoise(0.1), iw.IWGaussianDropout(0.1), iw.IWMultinomialDropout(0.5), iw.IWDropPath(0.1)]
+    )
+    def test_layers_that_are_there(self, layer):
+        """A model whose only noise is this package's converts, and reverts with its layers left in place."""
+        model = iw.convert(nn.Sequential(nn.Linear(6, 6), layer), S, example_inputs=torch.ones(B, 6), strict=True)
+        assert model(torch.ones(B, 6)).shape == (S * B, 6)
+        assert iw.revert(model)[1] is layer
+        assert model(torch.ones(B, 6)).shape == (B, 6)
+
+
 class TestModelStaysAModel:
     @pytest.mark.parametrize("expand", ["first", "input", "2"])
     def test_copies(self, expand):
@@ -320,29 +332,18 @@ class TestModelStaysAModel:
             def forward(self, x):
                 return x
 
-        with pytest.warns(UserWarning, match="leaves this dropout as it is.*1 \\(Mine\\)"):
-            model = iw.convert(nn.Sequential(nn.Dropout(0.5), Mine()), S)
+        model = iw.convert(nn.Sequential(nn.Dropout(0.5), Mine()), S, expand="first")
         assert type(model[1]) is Mine
-
-    def test_warns_of_dropout_out_of_reach(self):
-        model = nn.ModuleDict(
-            {"attention": nn.MultiheadAttention(8, 2, dropout=0.1), "rnn": nn.LSTM(4, 4, 2, dropout=0.2), "drop": nn.Dropout()}
-        )
-        model["alpha"], model["quiet"] = nn.AlphaDropout(0.1), nn.LSTM(4, 4)
-        with pytest.warns(UserWarning) as caught:
-            iw.convert(model, S)
-        (text,) = [str(w.message) for w in caught]
-        for part in ("attention (MultiheadAttention, dropout=0.1)", "rnn (LSTM, dropout=0.2)", "alpha (AlphaDropout)"):
-            assert part in text
-        assert "quiet" not in text
-        assert "drop (" not in text
+        x = torch.randn(B, 6)
+        with iw.sampling(S, seed=1):
+            torch.testing.assert_close(model(x), naive.naive_noise(x, 0.5, samples=S, seed=1))
 
 
 BAD = [
     (TypeError, r"model: expected a torch.nn.Module, got int", lambda: iw.convert(3, S)),
     (TypeError, "samples: expected an int, got float", lambda: iw.convert(mlp(), 2.0)),
     (ValueError, "samples: expected an integer >= 1, got 0", lambda: iw.convert(mlp(), 0)),
-    (ValueError, "model: expected at least one of Dropout, .* found none", lambda: iw.convert(nn.Linear(2, 2), S)),
+    (ValueError, "model: expected noise, at least one of Dropout, .* found none", lambda: iw.convert(nn.Linear(2, 2), S)),
     (ValueError, "expand: expected 'auto', .* got 'nowhere'", lambda: iw.convert(mlp(), S, expand="nowhere")),
     (ValueError, "but it is; iw.revert", lambda: iw.convert(iw.convert(mlp(), S), S)),
     (ValueError, "but 0 is; iw.revert", lambda: iw.convert(nn.Sequential(iw.convert(mlp(), S)), S)),

@@ -27,7 +27,7 @@ def test_examples_of_docstrings(name):
 def test_every_public_name_has_an_example(name):
     thing = getattr(iwsgd_ext, name)
     assert thing.__doc__
-    if name not in ("functional", "IWStats"):  # a module of functions with examples, and what iw_cross_entropy's example returns
+    if name not in ("functional", "IWStats", "Audit"):  # a module of functions with examples, and what the examples of two functions return
         assert ">>> " in thing.__doc__
 
 

@@ -160,3 +160,18 @@ def test_swapping_the_class_alone(device, backend):
     assert model(x).shape == (7, 1)
     model(x).sum().backward()
     assert model[0].weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_written_in_place_by_the_next_layer(device, backend, memory_format, samples):
+    """A ReLU(inplace=True) behind a dropout, forward and gradient."""
+    x = torch.randn(2, 3, 4, 5, device=device).contiguous(memory_format=memory_format).requires_grad_()
+    results = []
+    for in_place in (False, True):
+        with iw.sampling(samples, seed=1):
+            y = torch.nn.functional.relu(iw.IWDropout(0.5)(x), inplace=in_place)
+        results.append([y, *torch.autograd.grad(y.square().sum(), x)])
+    assert results[1][0].is_contiguous(memory_format=memory_format)
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,229 @@
+"""Dropout that is a function call: caught during the training forward of a converted model, and drawn as a layer would draw it."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, resolve_name
+from torch.utils.checkpoint import CheckpointFunction
+
+from .attention import scaled_dot_product_attention
+from .dropout import IWAlphaDropout, IWDropout, IWDropout1d, IWDropout2d, IWDropout3d, IWFeatureAlphaDropout
+from .sampling import _stack, current, sampling
+
+
+@dataclass(frozen=True)
+class Call:
+    """Noise that a training forward drew by a function call."""
+
+    module: str  # name of the innermost module that made the call
+    function: str
+    p: float | None  # where the function has one
+    place: str  # file:line
+    kind: str  # "replaced", "dropout" or "random": drawn by the context, or by torch, where replay repeats neither
+
+    def __str__(self) -> str:
+        p = "" if self.p is None else f"(p={self.p})"
+        return f"{self.function}{p} in {self.module or 'the model'}, {self.place}"
+
+
+def _feature_dropout(p: float) -> Callable[[Tensor], Tensor]:
+    def draw(x: Tensor) -> Tensor:
+        layers = {3: IWDropout1d, 4: IWDropout2d, 5: IWDropout3d}
+        if x.dim() not in layers:
+            raise ValueError(
+                f"input of feature_dropout: expected [B, C, L], [B, C, H, W] or [B, C, D, H, W], got {x.dim()}-D {tuple(x.shape)}"
+            )
+        return layers[x.dim()](p)(x)
+
+    return draw
+
+
+# What is replaced: the layer that draws it, and whether it draws where the caller does not say ``training``.
+LAYERS: dict[Callable, tuple[Callable, bool]] = {
+    F.dropout: (IWDropout, True),
+    F.dropout1d: (IWDropout1d, True),
+    F.dropout2d: (IWDropout2d, True),
+    F.dropout3d: (IWDropout3d, True),
+    torch.dropout: (IWDropout, True),
+    torch.feature_dropout: (_feature_dropout, True),
+    F.alpha_dropout: (IWAlphaDropout, False),
+    F.feature_alpha_dropout: (IWFeatureAlphaDropout, False),
+    torch.alpha_dropout: (IWAlphaDropout, True),
+    torch.feature_alpha_dropout: (IWFeatureAlphaDropout, True),
+}
+IN_PLACE = {
+    torch.dropout_: torch.dropout,
+    torch.feature_dropout_: torch.feature_dropout,
+    torch.alpha_dropout_: torch.alpha_dropout,
+    torch.feature_alpha_dropout_: torch.feature_alpha_dropout,
+}
+ATTENTION = F.scaled_dot_product_attention
+
+# Dropout that is not replaced: where in its arguments the probability stands, and what switches it on.
+# (position and name of p, position and name and default of the switch)
+UNREACHED: dict[Callable, tuple[int, str, int, str, bool]] = {
+    F.multi_head_attention_forward: (10, "dropout_p", 13, "training", True),
+    torch.native_dropout: (1, "p", 2, "train", True),
+}
+RECURRENT = frozenset([torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu])
+
+# Other random numbers: they are no function of seed and sample, so a replay would not repeat them.
+RANDOM: frozenset[Callable] = frozenset(
+    [
+        *(torch.bernoulli, torch.multinomial, torch.normal, torch.poisson, torch.rand, torch.rand_like, torch.randint, torch.randint_like),
+        *(torch.randn, torch.randn_like, torch.randperm, torch.rrelu, F.rrelu, F.gumbel_softmax),
+        *(getattr(Tensor, name) for name in ("bernoulli", "bernoulli_", "multinomial", "cauchy_", "exponential_", "geometric_")),
+        *(getattr(Tensor, name) for name in ("log_normal_", "normal_", "random_", "uniform_")),
+    ]
+)
+RANDOM_METHODS = frozenset(f.__name__ for f in RANDOM if f.__name__.endswith("_")) | {"bernoulli"}
+
+
+@dataclass
+class Watch:
+    """What to look out for while a model runs, and what was seen."""
+
+    names: dict[int, str]  # of the modules, by id
+    calls: dict[Call, None] = field(default_factory=dict)  # in order, once each
+    seen: bool = False  # inside a function that is known: what it does below is its own business
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Watch":
+        return cls({id(module): name for name, module in model.named_modules()})
+
+    def add(self, function: str, p: float | None, kind: str) -> None:
+        place = self.place()
+        if place is not None:
+            self.calls[Call(place[0], function, p, place[1], kind)] = None
+
+    def place(self) -> tuple[str, str] | None:
+        """The innermost module of the model that is running, and the line that made the call; None inside a layer of this package."""
+        frame, line = sys._getframe(2), None
+        while frame is not None:
+            package, module = frame.f_globals.get("__name__", ""), frame.f_locals.get("self")
+            mine = package.startswith(__package__ + ".")
+            if mine and isinstance(module, nn.Module):
+                return None
+            if line is None and not mine and not package.startswith("torch."):
+                line = f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
+            if isinstance(module, nn.Module) and id(module) in self.names:
+                return self.names[id(module)], line or f"{type(module).__name__}.forward"
+            frame = frame.f_back
+        return "", line or "?"
+
+    def innermost(self) -> str:
+        """The name of the innermost module that is running, this package's layers included."""
+        frame = sys._getframe(1)
+        while frame is not None:
+            module = frame.f_locals.get("self")
+            if isinstance(module, nn.Module) and id(module) in self.names:
+                return self.names[id(module)]
+            frame = frame.f_back
+        return ""
+
+
+class FunctionalDropout(TorchFunctionMode):
+    """While it is active, functional dropout is noise of the sampling context.
+
+    Entered by the hooks of a converted model, only where its forward makes such calls or where nobody knows yet. ``torch.compile``
+    traces it like any other code.
+    """
+
+    def __init__(self, watch: Watch | None = None):
+        super().__init__()
+        self.watch = watch
+        self.context: sampling | None = None  # that of the forward
+
+    @staticmethod
+    def end_interrupted() -> None:
+        """Ends what an interrupt (Ctrl-C) has left behind: no hook runs then."""
+        current()  # ends contexts
+        mode = _get_current_function_mode()
+        while isinstance(mode, FunctionalDropout) and mode.context not in _stack.contexts:
+            mode.__exit__(None, None, None)
+            mode = _get_current_function_mode()
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        in_place = func in IN_PLACE
+        form = LAYERS.get(IN_PLACE[func] if in_place else func)
+        if form is not None:
+            return self._draw(func, form, in_place, args, kwargs)
+        if func is ATTENTION:
+            return self._attend(args, kwargs)
+        if self.watch is not None and (func in RANDOM or func in UNREACHED or func in RECURRENT):
+            return self._look(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _draw(self, func: Callable, form: tuple[Callable, bool], in_place: bool, args: tuple, kwargs: dict) -> Tensor:
+        layer, training = form
+        x = _argument(args, kwargs, 0, "input", None)
+        p = _argument(args, kwargs, 1, "p", 0.5)
+        training = _argument(args, kwargs, 2, "train" if "train" in kwargs else "training", training)
+        if not training or current() is None:
+            return func(*args, **kwargs)
+        _check_not_reentrant(func)
+        if self.watch is not None:
+            self.watch.add(resolve_name(func), p, "replaced")
+        y = layer(p)(x)
+        if (in_place or _argument(args, kwargs, 3, "inplace", False)) and y.shape == x.shape:
+            return x.copy_(y)  # the caller may look at x; where rows expand there is nothing to look at
+        return y
+
+    def _attend(self, args: tuple, kwargs: dict) -> Tensor:
+        p = _argument(args, kwargs, 4, "dropout_p", 0.0)
+        if current() is None or p == 0:
+            return ATTENTION(*args, **kwargs)
+        _check_not_reentrant(ATTENTION)
+        if self.watch is not None:
+            self.watch.add(resolve_name(ATTENTION), p, "replaced")
+        return scaled_dot_product_attention(*args, **kwargs)
+
+    def _look(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        p = probability(func, args, kwargs)
+        if p:
+            self.watch.add(resolve_name(func), p, "dropout")
+        elif func in RANDOM and (func not in (torch.rrelu, F.rrelu) or _argument(args, kwargs, 3, "training", False)):
+            self.watch.add(resolve_name(func), None, "random")
+        self.watch.seen = True
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.watch.seen = False
+
+
+def _check_not_reentrant(func: Callable) -> None:
+    """Raises inside torch's reentrant checkpoint: nobody would notice that its recompute, outside of the model, drew torch's noise.
+
+    (Of the other form torch itself notices, by what is saved for backward.)
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return  # the reentrant form computes its forward without a graph
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__") != f"{__package__}.checkpoint":
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            raise RuntimeError(
+                f"{resolve_name(func)} is noise of a converted model here, which torch.utils.checkpoint.checkpoint(use_reentrant=True) "
+                "would draw otherwise when it is computed again during backward. Use iw.checkpoint(function, *args)."
+            )
+        frame = frame.f_back
+
+
+def probability(func: Callable, args: tuple, kwargs: dict) -> float:
+    """With what probability a call of UNREACHED or RECURRENT drops; 0 where it does not."""
+    if func in RECURRENT:  # the numbers are has_biases, layers, dropout, train, ..., behind tensors that differ between two forms
+        _, layers, p, training, *_ = (v for v in args if isinstance(v, bool | int | float))
+        return p if training and layers > 1 else 0.0
+    if func not in UNREACHED:
+        return 0.0
+    position, name, at, switch, default = UNREACHED[func]
+    return _argument(args, kwargs, position, name, 0.0) if _argument(args, kwargs, at, switch, default) else 0.0
+
+
+def _argument(args: tuple, kwargs: dict, position: int, name: str, default: Any) -> Any:
+    return args[position] if len(args) > position else kwargs.get(name, default)

@@ -1,0 +1,106 @@
+"""Which layer takes the place of which: by class, so that a swapped layer stays the object that it was."""
+
+from torch import nn
+
+from .attention import IWMultiheadAttention
+from .batch_norm import swapped_class
+from .batch_norm import to_swap as batch_norms_to_swap
+from .drop_connect import IWDropConnect
+from .dropout import (
+    IWAlphaDropout,
+    IWDropout,
+    IWDropout1d,
+    IWDropout2d,
+    IWDropout3d,
+    IWDropPath,
+    IWFeatureAlphaDropout,
+    _Dropout,
+)
+from .gaussian import IWGaussianDropout, IWGaussianNoise
+from .multinomial import IWMultinomialDropout
+from .recurrent import IWGRU, IWLSTM, IWRNN
+
+
+class _NamedRate(IWDropPath):
+    """Stochastic depth whose probability goes by the name that timm and Hugging Face give it, and is read anew in each call."""
+
+    @property
+    def p(self) -> float:
+        return self.drop_prob or 0.0
+
+
+SWAPS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Dropout: IWDropout,
+    nn.Dropout1d: IWDropout1d,
+    nn.Dropout2d: IWDropout2d,
+    nn.Dropout3d: IWDropout3d,
+    nn.AlphaDropout: IWAlphaDropout,
+    nn.FeatureAlphaDropout: IWFeatureAlphaDropout,
+    nn.MultiheadAttention: IWMultiheadAttention,
+    nn.LSTM: IWLSTM,
+    nn.GRU: IWGRU,
+    nn.RNN: IWRNN,
+}
+_SWAPPED_FROM = "_iw_swapped_from"  # on a swapped layer: the class to give back
+
+
+def swapped_to(module: nn.Module) -> type[nn.Module] | None:
+    """The noise layer that takes a module's place, or None."""
+    kind = type(module)
+    if kind in SWAPS:
+        return SWAPS[kind]
+    # Stochastic depth of other libraries, by what they have in common: a row is dropped, or kept and divided by 1 - p.
+    if kind.__name__.endswith("DropPath") and hasattr(module, "drop_prob") and getattr(module, "scale_by_keep", True):
+        return None if isinstance(module, IWDropPath) else _NamedRate
+    if kind.__name__ == "StochasticDepth" and getattr(module, "mode", None) == "row" and hasattr(module, "p"):
+        return IWDropPath
+    return None
+
+
+def swap(model: nn.Module, batch_norm: str) -> None:
+    """Swaps every noise layer, and the batch normalisations where ``batch_norm`` says so. Raises before it changes anything."""
+    changes = [(module, to) for module in model.modules() if (to := swapped_to(module)) is not None]
+    changes += [(module, swapped_class(batch_norm, type(module))) for module in batch_norms_to_swap(model, batch_norm)]
+    for module, to in changes:
+        setattr(module, _SWAPPED_FROM, type(module))
+        if issubclass(to, _Dropout) and "batch_dim" not in vars(module):
+            module.batch_dim = None
+        module.__class__ = to
+
+
+def unswap(model: nn.Module) -> None:
+    """Gives back the classes."""
+    for module in model.modules():
+        original = vars(module).pop(_SWAPPED_FROM, None)
+        if original is not None:
+            vars(module).pop("batch_dim", None)
+            module.__class__ = original
+
+
+def original_class(module: nn.Module) -> type[nn.Module] | None:
+    """The class that a swapped module had, or None."""
+    return vars(module).get(_SWAPPED_FROM)
+
+
+def draws(module: nn.Module) -> bool:
+    """Whether a module is a layer that draws noise of the context. (Attention and recurrent layers without dropout are swapped too: they
+    have to do where rows of B and of S*B meet.)"""
+    if isinstance(module, IWMultiheadAttention | IWLSTM | IWGRU | IWRNN):
+        return module.dropout > 0 and getattr(module, "num_layers", 2) > 1
+    return isinstance(module, _Dropout | IWDropConnect | IWGaussianDropout | IWGaussianNoise | IWMultinomialDropout)
+
+
+def unreached_modules(model: nn.Module) -> list[tuple[str, str, float | None]]:
+    """(name, class, p) of the modules whose dropout is inside, where neither a swap nor a caught call gets."""
+    found = []
+    for name, module in model.named_modules():
+        kind, p = type(module).__name__, getattr(module, "p", getattr(module, "drop_prob", getattr(module, "dropout", None)))
+        if draws(module) or original_class(module) is not None or swapped_to(module) is not None:
+            continue
+        inside = isinstance(module, nn.MultiheadAttention) or (isinstance(module, nn.RNNBase) and module.num_layers > 1)
+        depth = kind == "StochasticDepth" or (kind.endswith("DropPath") and hasattr(module, "drop_prob"))
+        if (inside or depth) and p:
+            found.append((name, kind, p))
+        elif kind == "RecursiveScriptModule" and "dropout" in getattr(module, "original_name", "").lower():
+            found.append((name, f"scripted {module.original_name}", None))
+    return found

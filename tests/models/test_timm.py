@@ -1,0 +1,50 @@
+"""timm, random weights, small configurations."""
+
+import contextlib
+
+import pytest
+import torch
+from equal_to_loop import assert_equal_to_loop
+from torch import nn
+
+# torchvision's wheels are built for CUDA and look for operators that a CPU build of torch does not have.
+with contextlib.suppress(RuntimeError):  # they are there
+    torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    torch.library.define("torchvision::qnms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+timm = pytest.importorskip("timm", reason="timm is not installed (make test-models)")
+
+B = 4
+
+MODELS = {
+    "vgg": ({"cfg": (8, "M", 16, "M"), "drop_rate": 0.5, "num_classes": 5, "mlp_ratio": 1 / 64, "norm_layer": nn.BatchNorm2d}, 32),
+    "densenet121": ({"drop_rate": 0.3, "num_classes": 5, "growth_rate": 4, "block_config": (2, 2), "proj_drop_rate": 0.2}, 32),
+    "efficientnet_b0": ({"drop_rate": 0.2, "drop_path_rate": 0.3, "num_classes": 5}, 32),
+    "vit_tiny_patch16_224": (
+        {
+            "img_size": 32,
+            "patch_size": 8,
+            "depth": 3,
+            "embed_dim": 24,
+            "num_heads": 2,
+            "num_classes": 5,
+            "drop_rate": 0.1,
+            "pos_drop_rate": 0.1,
+            "proj_drop_rate": 0.1,
+            "attn_drop_rate": 0.2,
+            "drop_path_rate": 0.3,
+        },
+        32,
+    ),
+}
+
+
+@pytest.mark.parametrize("expand", ["auto", "input"])
+@pytest.mark.parametrize("name", MODELS)
+def test_model(name, expand):
+    options, size = MODELS[name]
+    model = timm.models.vgg.VGG(**options) if name == "vgg" else timm.create_model(name, pretrained=False, **options)
+    images = torch.randn(B, 3, size, size, dtype=torch.float64)
+    audit = assert_equal_to_loop(model, {"x": images}, expand=expand)
+    assert audit.complete, str(audit)
+    inside = {"vgg": "first", "densenet121": "features.denseblock1", "efficientnet_b0": "blocks.1.1", "vit_tiny_patch16_224": "first"}
+    assert audit.expand == ("input" if expand == "input" else inside[name])
