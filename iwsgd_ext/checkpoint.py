@@ -4,8 +4,10 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+from .functional_dropout import FunctionalDropout
 from .sampling import _stack, current, graph_task
 
 
@@ -19,14 +21,22 @@ class _Replay:
         self.context = context = current()
         if context is not None:
             self.moment = context.moment()
+        # Whether a converted model is running that makes functional dropout noise of the context.
+        self.functional = any(isinstance(mode, FunctionalDropout) for mode in _get_current_function_mode_stack())
 
     def __enter__(self) -> None:
-        _stack.suspended.append((_stack.contexts, _stack.task))
+        mode = FunctionalDropout() if self.functional else None
+        _stack.suspended.append((_stack.contexts, _stack.task, mode))
         _stack.contexts = [] if self.context is None else [self.context.again(*self.moment)]
         _stack.task = graph_task()
+        if mode is not None:
+            mode.context = current()
+            mode.__enter__()
 
     def __exit__(self, *_) -> None:
-        _stack.contexts, _stack.task = _stack.suspended.pop()
+        _stack.contexts, _stack.task, mode = _stack.suspended.pop()
+        if mode is not None:
+            mode.__exit__(None, None, None)
 
 
 class _Replayed:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, resolve_name
+from torch.utils.checkpoint import CheckpointFunction
 
 from .attention import scaled_dot_product_attention
 from .dropout import IWAlphaDropout, IWDropout, IWDropout1d, IWDropout2d, IWDropout3d, IWFeatureAlphaDropout
@@ -169,6 +170,7 @@ class FunctionalDropout(TorchFunctionMode):
         training = _argument(args, kwargs, 2, "train" if "train" in kwargs else "training", training)
         if not training or current() is None:
             return func(*args, **kwargs)
+        _check_not_reentrant(func)
         if self.watch is not None:
             self.watch.add(resolve_name(func), p, "replaced")
         y = layer(p)(x)
@@ -180,6 +182,7 @@ class FunctionalDropout(TorchFunctionMode):
         p = _argument(args, kwargs, 4, "dropout_p", 0.0)
         if current() is None or p == 0:
             return ATTENTION(*args, **kwargs)
+        _check_not_reentrant(ATTENTION)
         if self.watch is not None:
             self.watch.add(resolve_name(ATTENTION), p, "replaced")
         return scaled_dot_product_attention(*args, **kwargs)
@@ -195,6 +198,23 @@ class FunctionalDropout(TorchFunctionMode):
             return func(*args, **kwargs)
         finally:
             self.watch.seen = False
+
+
+def _check_not_reentrant(func: Callable) -> None:
+    """Raises inside torch's reentrant checkpoint: nobody would notice that its recompute, outside of the model, drew torch's noise.
+
+    (Of the other form torch itself notices, by what is saved for backward.)
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return  # the reentrant form computes its forward without a graph
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__") != f"{__package__}.checkpoint":
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            raise RuntimeError(
+                f"{resolve_name(func)} is noise of a converted model here, which torch.utils.checkpoint.checkpoint(use_reentrant=True) "
+                "would draw otherwise when it is computed again during backward. Use iw.checkpoint(function, *args)."
+            )
+        frame = frame.f_back
 
 
 def probability(func: Callable, args: tuple, kwargs: dict) -> float:

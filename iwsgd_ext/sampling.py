@@ -26,7 +26,7 @@ class _Stack(threading.local):
     def __init__(self):
         self.contexts: list[sampling] = []
         self.task = NO_TASK  # the backward pass in which a recompute has put these contexts here
-        self.suspended: list[tuple[list[sampling], int]] = []  # what stood here before
+        self.suspended: list[tuple] = []  # what stood here before
 
 
 _stack = _Stack()
