@@ -4,8 +4,10 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from torch.overrides import _get_current_function_mode
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
+from .functional_dropout import FunctionalDropout
 from .sampling import _stack, current, graph_task
 
 
@@ -19,13 +21,19 @@ class _Replay:
         self.context = context = current()
         if context is not None:
             self.moment = (context.stream, context.expand, context.batch, context._origin is not None)
+        # whether functional dropout is caught there (iw.convert)
+        self.catches = context is not None and bool(context.converted) and context.converted[-1][-1] is not None
 
     def __enter__(self) -> None:
         _stack.suspended.append((_stack.contexts, _stack.task))
         _stack.contexts = [] if self.context is None else [self.context.again(*self.moment)]
         _stack.task = graph_task()
+        if self.catches:
+            FunctionalDropout(context=_stack.contexts[-1]).__enter__()
 
     def __exit__(self, *_) -> None:
+        if self.catches:
+            _get_current_function_mode().__exit__(None, None, None)
         _stack.contexts, _stack.task = _stack.suspended.pop()
 
 

@@ -136,10 +136,10 @@ class FunctionalDropout(TorchFunctionMode):
     traces it like any other code.
     """
 
-    def __init__(self, watch: Watch | None = None):
+    def __init__(self, watch: Watch | None = None, context: sampling | None = None):
         super().__init__()
         self.watch = watch
-        self.context: sampling | None = None  # that of the forward
+        self.context = context  # that of the forward
 
     @staticmethod
     def end_interrupted() -> None:
@@ -167,8 +167,10 @@ class FunctionalDropout(TorchFunctionMode):
         x = _argument(args, kwargs, 0, "input", None)
         p = _argument(args, kwargs, 1, "p", 0.5)
         training = _argument(args, kwargs, 2, "train" if "train" in kwargs else "training", training)
-        if not training or current() is None:
+        context = current()
+        if context is None or not (training or context.evaluating):
             return func(*args, **kwargs)
+        _check_recomputable(func)
         if self.watch is not None:
             self.watch.add(resolve_name(func), p, "replaced")
         y = layer(p)(x)
@@ -180,6 +182,7 @@ class FunctionalDropout(TorchFunctionMode):
         p = _argument(args, kwargs, 4, "dropout_p", 0.0)
         if current() is None or p == 0:
             return ATTENTION(*args, **kwargs)
+        _check_recomputable(ATTENTION)
         if self.watch is not None:
             self.watch.add(resolve_name(ATTENTION), p, "replaced")
         return scaled_dot_product_attention(*args, **kwargs)
@@ -195,6 +198,24 @@ class FunctionalDropout(TorchFunctionMode):
             return func(*args, **kwargs)
         finally:
             self.watch.seen = False
+
+
+def _check_recomputable(func: Callable) -> None:
+    """Raises inside of torch's reentrant checkpoint, whose recompute nobody would catch. (The other form notices by itself: what it
+    recomputes saves other tensors. A layer would notice by itself, too.)"""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return  # the reentrant form computes its forward without grad
+    frame = sys._getframe(1)
+    while frame is not None:
+        package = frame.f_globals.get("__name__", "")
+        if package == f"{__package__}.checkpoint":
+            return
+        if package == "torch.utils.checkpoint" and frame.f_code.co_name == "forward":
+            raise RuntimeError(
+                f"{resolve_name(func)} inside of torch.utils.checkpoint(use_reentrant=True) would draw other noise when it is computed "
+                "again; use iw.checkpoint(function, *args)"
+            )
+        frame = frame.f_back
 
 
 def probability(func: Callable, args: tuple, kwargs: dict) -> float:
