@@ -299,7 +299,7 @@ class Conversion:
                 )
         context = current()
         watch = context.watch if context is not None else None  # that of a dry run
-        if watch is None and self.unverified and not compiling:
+        if watch is None and self.unverified and model.training and not compiling:
             watch = Watch.of(model)
         return FunctionalDropout(watch) if watch is not None or self.catches else None
 

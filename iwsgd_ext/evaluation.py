@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from .batch_norm import _BatchNormMode
 from .checks import check, check_alpha, check_integer, check_samples
+from .convert import conversion_of
 from .iw_cross_entropy import IWCrossEntropyLoss
 from .likelihood import as_arguments
 from .sampling import sampling
@@ -195,7 +196,8 @@ def _noisy_evaluation(model: nn.Module):
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     noisy = [module for module in model.modules() if _is_noise_layer(module)]
-    if not noisy:
+    functional = any(conversion_of(module) is not None and conversion_of(module).catches for module in model.modules())
+    if not noisy and not functional:
         raise ValueError("model: expected one with noise layers of this package (iw.convert puts them in), got none")
     before = [(module, vars(module).get("training", module.training)) for module in model.modules()]
     try:

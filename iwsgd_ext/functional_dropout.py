@@ -137,10 +137,10 @@ class FunctionalDropout(TorchFunctionMode):
     traces it like any other code.
     """
 
-    def __init__(self, watch: Watch | None = None):
+    def __init__(self, watch: Watch | None = None, context: sampling | None = None):
         super().__init__()
         self.watch = watch
-        self.context: sampling | None = None  # that of the forward
+        self.context = context  # that of the forward
 
     @staticmethod
     def end_interrupted() -> None:
@@ -168,7 +168,8 @@ class FunctionalDropout(TorchFunctionMode):
         x = _argument(args, kwargs, 0, "input", None)
         p = _argument(args, kwargs, 1, "p", 0.5)
         training = _argument(args, kwargs, 2, "train" if "train" in kwargs else "training", training)
-        if not training or current() is None:
+        context = current()
+        if context is None or not (training or context.evaluating):
             return func(*args, **kwargs)
         _check_not_reentrant(func)
         if self.watch is not None:

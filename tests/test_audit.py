@@ -285,6 +285,16 @@ def test_noise_in_modules_out_of_reach():
     assert type(model["drop"]) is nn.Dropout
 
 
+def test_scripted_modules():
+    """Their classes are hidden and their code cannot be swapped: listed by the dropout that they hold, and as unchecked."""
+    model = nn.ModuleDict({"scripted": torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))), "drop": nn.Dropout(0.5)})
+    audit = iw.audit(model)
+    assert audit.unreached == ["scripted.1 (scripted Dropout)"]
+    assert "scripted: scripted code" in audit.unchecked
+    with pytest.raises(ValueError, match="scripted Dropout"):
+        iw.convert(model, S, strict=True)
+
+
 def test_compiled_before_anything_is_known():
     """Where reading suggests noise out of reach, a whole graph asks for proof, and one that may break runs eagerly, which gives it."""
     torch._dynamo.reset()

@@ -1,6 +1,7 @@
 """Dropout by function calls in a converted model: the noise of the context, against naive masks; and where it is not caught."""
 
 import copy
+import functools
 import pickle
 
 import naive
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import _get_current_function_mode
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import iwsgd_ext as iw
 from iwsgd_ext.sampling import current
@@ -219,10 +221,6 @@ def test_a_branch_that_is_taken_later():
 def test_only_functional_dropout():
     """Nothing to swap, and still a model to convert."""
 
-    class Functional(nn.Module):
-        def forward(self, x):
-            return F.dropout(x, 0.5, self.training)
-
     x = torch.randn(B, 4)
     for options in ({}, {"example_inputs": x}):
         model = iw.convert(Functional(), S, **options)
@@ -285,6 +283,68 @@ def test_compiled(case):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
     assert not torch.equal(compiled(x), compiled(x))
     torch._dynamo.reset()
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, checkpoint):
+        super().__init__()
+        self.block, self.checkpoint, self.last = Net(F_dropout), checkpoint, nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.last(self.checkpoint(self.block, x))
+
+
+def plain_checkpoint(block, x, **options):
+    return torch_checkpoint(block, x, **options)
+
+
+CHECKPOINTS = {
+    "iw": iw.checkpoint,
+    "iw, reentrant": functools.partial(iw.checkpoint, use_reentrant=True),
+    "contexts": functools.partial(plain_checkpoint, use_reentrant=False, context_fn=iw.checkpoint_contexts),
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_recompute_draws_the_same(name):
+    model, x = iw.convert(Checkpointed(lambda block, x: block(x)).double(), S), torch.randn(B, 6, dtype=torch.float64, requires_grad=True)
+    gradients = []
+    for checkpoint in (model.checkpoint, CHECKPOINTS[name]):
+        model.checkpoint = checkpoint
+        with iw.sampling(S, seed=SEED):
+            y = model(x)
+        y.square().sum().backward()  # (the reentrant form allows no grad())
+        leaves = [x, *model.parameters()]
+        gradients.append([leaf.grad for leaf in leaves])
+        for leaf in leaves:
+            leaf.grad = None
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_evaluation_with_noise():
+    """iw.predict turns noise on in eval mode; an eval forward teaches nothing about the training forward."""
+    model, x, drawn = iw.convert(Functional(), S).eval(), torch.ones(B, 4), []
+    model.register_forward_hook(lambda m, args, y: drawn.append(y))
+    iw.predict(model, x, S, seed=SEED)
+    torch.testing.assert_close(drawn[0], naive.naive_noise(x, 0.5, samples=S, seed=SEED))
+    assert torch.equal(model(x), x)
+    assert model._iw_conversion.unverified
+
+
+def test_recompute_that_nobody_catches():
+    x = torch.randn(B, 6, requires_grad=True)
+    block = nn.Sequential(nn.Linear(6, 8), Functional(), nn.Linear(8, 8))
+    for options, error in (({"use_reentrant": True}, "use iw.checkpoint"), ({"use_reentrant": False}, "different")):
+        model = Checkpointed(functools.partial(plain_checkpoint, **options))
+        model.block = block
+        with pytest.raises(RuntimeError, match=error):
+            iw.convert(model, S)(x).sum().backward()
+
+
+class Functional(nn.Module):
+    def forward(self, x):
+        return F.dropout(x, 0.5, self.training)
 
 
 def test_bad_input():
