@@ -57,13 +57,12 @@ class Threads {
     for (left_ = threads; left_ > 0;) {
       progress_ = false;
       for (next_ = 0; next_ < threads; ++next_) {
-        const int i = backwards_ ? threads - 1 - next_ : next_;
-        if (done_[i]) continue;
-        current_ = i;
+        current_ = backwards_ ? threads - 1 - next_ : next_;
+        if (done_[current_]) continue;
         if (_setjmp(scheduler_) == 0) {
-          if (started_[i]) _longjmp(places_[i], 1);
-          started_[i] = true;
-          setcontext(&contexts_[i]);
+          if (started_[current_]) _longjmp(places_[current_], 1);
+          started_[current_] = true;
+          setcontext(&contexts_[current_]);
         }
         if (done_[current_]) --left_, progress_ = true;
       }
