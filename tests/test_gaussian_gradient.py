@@ -128,6 +128,19 @@ def test_opcheck(device, backend, dtype):
         torch.library.opcheck(OPS.gaussian_sum, (y, *address, 0.5))
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["dense", "channels_last"])
+@pytest.mark.parametrize("law", FORMS)
+def test_written_in_place_by_the_next_layer(device, backend, law, memory_format):
+    """A ReLU(inplace=True) behind the noise, forward and gradient."""
+    x = torch.randn(2, 3, 4, 5, device=device).contiguous(memory_format=memory_format).requires_grad_()
+    results = []
+    for in_place in (False, True):
+        y = torch.nn.functional.relu(call(law, x, samples=3, seed=1), inplace=in_place)
+        results.append([y, *torch.autograd.grad(y.square().sum(), x)])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_meta_device_gives_shapes():
     x, origin = torch.empty(5, 6, 7, device="meta"), torch.empty(3, dtype=torch.int64, device="meta")
     y = OPS.gaussian(x, origin, None, 3, 0, 0, 7, 1, 0.5, True, True)
