@@ -35,14 +35,14 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
+    """Leaves the cases of this process: each by itself, but those of a file that share what is slow to make."""
     if SHARDS == 1:
         return
-    keys = {}  # every case by itself, but those of a file whose cases share what is slow to make
-    for item in items:
-        keys.setdefault(item.path if item.get_closest_marker("one_process") else item.nodeid, len(keys))
-    mine = [i for i in items if keys[i.path if i.get_closest_marker("one_process") else i.nodeid] % SHARDS == SHARD]
-    config.hook.pytest_deselected(items=[item for item in items if item not in mine])
-    items[:] = mine
+    keys = [item.path if item.get_closest_marker("one_process") else item.nodeid for item in items]
+    numbers = {key: n for n, key in enumerate(dict.fromkeys(keys))}
+    mine = [numbers[key] % SHARDS == SHARD for key in keys]
+    config.hook.pytest_deselected(items=[item for item, kept in zip(items, mine, strict=True) if not kept])
+    items[:] = [item for item, kept in zip(items, mine, strict=True) if kept]
 
 
 @pytest.fixture
