@@ -19,7 +19,7 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 NATIVE_SOURCES := $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/* csrc/python/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo demo-short test test-fast test-models ctest bench lint clean distclean FORCE
+.PHONY: help setup build demo demo-short test test-fast test-models ctest bench gpu lint clean distclean FORCE
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -78,8 +78,12 @@ ctest: $(VENV)/.ready  ## the C++ tests, built with CMake
 	@MAKEFLAGS= cmake --build $(CMAKE_BUILD) --parallel $(JOBS) >> build/cmake.log 2>&1 || { cat build/cmake.log; exit 1; }
 	cd $(CMAKE_BUILD) && ctest --output-on-failure
 
-bench: $(VENV)/.built  ## measure the kernels against plain PyTorch
+bench: $(VENV)/.built  ## measure ops, layers and training steps beside plain PyTorch (ARGS=--quick: under 2 minutes)
 	$(PY) -m bench $(ARGS)
+
+# No .venv is made: the Python with torch is used as it is, which asks for no network and no package. OUT= is where the report goes.
+gpu:  ## build for this machine's GPU, run every check on it, measure (OUT=dir for the report, PYTHON= the Python with torch)
+	$(PYTHON) tools/gpu.py $(if $(OUT),--out '$(OUT)') $(ARGS)
 
 lint: $(VENV)/.ready  ## check the Python code with ruff
 	@$(PY) -m ruff --version > /dev/null 2>&1 || $(SETUP) ruff

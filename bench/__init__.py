@@ -1,1 +1,1 @@
-"""Throughput of the kernels beside their limits and their peers: ``python -m bench``."""
+"""Throughput of the library beside the naive loop, its peers and the machine's limits: ``python -m bench --help``."""

@@ -1,4 +1,5 @@
-// The loss ops as torch calls them, for any device: tensors to LossArguments and back. Device::run<T>(arguments, logits) computes.
+// The loss ops as torch calls them, for any device: tensors to LossArguments and back. Device::run<T>(arguments, logits) computes,
+// Device::scale<T>(x, n, factor, tensor) multiplies n elements by a factor that only the device has read.
 #pragma once
 #include <tuple>
 #include <type_traits>
@@ -80,6 +81,20 @@ struct LossOp {
                           int64_t ignore_index, double smoothing, double alpha, bool per_position, int64_t reduction) {
     return forward(logits, target, samples, class_weight, example_weight, position_weight, normalizer, ignore_index, smoothing, alpha,
                    per_position, reduction, logits);
+  }
+
+  // iw_cross_entropy_scale_: dlogits *= factor, one value; where that is 1, nothing is read or written.
+  static void scale(Tensor dlogits, Tensor factor) {
+    int64_t last = 0;
+    for (int64_t d = 0; d < dlogits.dim(); ++d) last += (dlogits.size(d) - 1) * dlogits.stride(d);
+    if (dlogits.numel() == 0) return;
+    STD_TORCH_CHECK(last + 1 == dlogits.numel() && factor.numel() == 1, "expected a gradient without gaps in memory and one factor");
+    dispatch_floating(dlogits, [&](auto* pointer) {
+      using T = std::remove_pointer_t<decltype(pointer)>;
+      STD_TORCH_CHECK(factor.scalar_type() == (std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float),
+                      "factor: expected the type that the gradient is computed in");
+      Device::template scale<T>(mutable_data<T>(dlogits), dlogits.numel(), data<acc_t<T>>(factor), dlogits);
+    });
   }
 };
 

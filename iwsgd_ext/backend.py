@@ -1,54 +1,113 @@
-"""Which implementation runs an op: plain PyTorch (``reference``), C++ (``cpu``), CUDA C++ (``cuda``).
+"""Which implementation runs an op: plain PyTorch (``reference``), C++ (``cpu``), CUDA C++ (``cuda``), Triton (``triton``).
 
-Chosen once, by ``IWSGD_BACKEND`` or :func:`set_backend`; otherwise the best that is built for a tensor's device. The noise is
-the same on all of them.
+Chosen once, by ``IWSGD_BACKEND`` or :func:`set_backend`; otherwise the best that there is for a tensor's device. The noise is the same
+on all of them. Every op goes through :func:`define`, which gives it its schema, and :func:`op`, which says what runs it.
 """
 
+import importlib
+import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-NAMES = ("reference", "cpu", "cuda")
-# a backend has them all
-OPS = ("noise", "noise_sum", "noise_out", "gaussian", "gaussian_sum", "multinomial", "iw_cross_entropy", "iw_cross_entropy_")
-HOW_TO_BUILD = {
+from . import reference
+
+NAMES = ("reference", "cpu", "cuda", "triton")
+NAMESPACES = ("iwsgd_ext", "iwsgd_triton")  # of torch.ops: the compiled forms, by the tensor's device; Triton's, on any device
+# A kernel takes memory order as given, so a compiler must not change it behind its back: exact strides.
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+LEAST_TRITON = (3, 6)
+HOW_TO_GET = {
     "cpu": "it is built from source where a C++ compiler is found: pip install --no-build-isolation --force-reinstall --no-deps .",
     "cuda": "it is built from source where torch has CUDA and nvcc is found, or with IWSGD_CUDA=1: "
     "IWSGD_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps .",
+    "triton": "torch's GPU builds for Linux bring triton along; else: pip install triton",
 }
 
 _forced: str | None = None
-_built: dict[str, bool] = {"reference": True, "cpu": False, "cuda": False}
-_load_error: str | None = None
+_ops: list[str] = []
+_built: dict[str, bool] = {"reference": True, "cpu": False, "cuda": False, "triton": False}
+_missing: dict[str, str] = {}  # name -> why a backend that could be there is not
+_triton_version = ""
+_interpreting = False  # whether Triton interprets its kernels, on the CPU, in this process
+
+
+def define(name: str, schema: str, fake: Callable) -> None:
+    """An op of the library: its schema and what it returns for fake tensors, for every backend's form of it."""
+    _ops.append(name)
+    for namespace in NAMESPACES:
+        torch.library.define(f"{namespace}::{name}", schema, tags=TAGS)
+        torch.library.register_fake(f"{namespace}::{name}", fake)
+
+
+def op(name: str, device: torch.device) -> Callable:
+    """What runs an op on tensors of ``device``: a callable that takes the arguments of its schema."""
+    chosen = backend_of(device)
+    if chosen == "reference":
+        return getattr(reference, name)
+    return getattr(torch.ops.iwsgd_triton if chosen == "triton" else torch.ops.iwsgd_ext, name).default
 
 
 def load() -> None:
-    """Loads the compiled operators, if they were built, and notes which device's kernels they hold. Once, after the schemas."""
-    global _load_error
+    """Loads the compiled operators, if they were built, and Triton's, if it is there. Once, after the schemas."""
     found = sorted(Path(__file__).parent.glob("_ops*.so")) + sorted(Path(__file__).parent.glob("_ops*.dll"))
     if found:
         try:
             torch.ops.load_library(str(found[0]))
         except OSError as error:
-            _load_error = f"{found[0].name} could not be loaded: {error}"
+            _missing["cpu"] = _missing["cuda"] = f"{found[0].name} could not be loaded: {error}"
     for name, key in (("cpu", "CPU"), ("cuda", "CUDA")):
-        _built[name] = all(torch._C._dispatch_has_kernel_for_dispatch_key(f"iwsgd_ext::{op}", key) for op in OPS)
+        _built[name] = all(torch._C._dispatch_has_kernel_for_dispatch_key(f"iwsgd_ext::{op}", key) for op in _ops)
+    _load_triton()
     if os.environ.get("IWSGD_ISA") and _built["cpu"]:
         backend_info()  # raises if this machine has none of that name; an error inside a kernel would lose its text
     if os.environ.get("IWSGD_BACKEND"):
         set_backend(os.environ["IWSGD_BACKEND"])
 
 
+def _load_triton() -> None:
+    global _interpreting, _triton_version
+    if importlib.util.find_spec("triton") is None:
+        return
+    try:
+        import triton
+    except Exception as error:  # whatever a half-installed or foreign triton raises
+        _missing["triton"] = f"triton could not be imported: {type(error).__name__}: {error}"
+        return
+    if tuple(int(n) for n in triton.__version__.split(".")[:2]) < LEAST_TRITON:
+        least = ".".join(map(str, LEAST_TRITON))
+        _missing["triton"] = f"triton {triton.__version__} is too old: expected {least} or later; pip install --upgrade triton"
+        return
+    from triton import knobs
+    from triton.runtime.interpreter import InterpretedFunction
+
+    _triton_version = triton.__version__
+    # Triton decides at the definition of each function, and has defined its own library when it was imported.
+    _interpreting = isinstance(triton.language.sum, InterpretedFunction)
+    if _interpreting != bool(knobs.runtime.interpret):
+        now, before = ("set", "unset") if knobs.runtime.interpret else ("unset", "set")
+        _missing["triton"] = (
+            f"TRITON_INTERPRET is {now}, but was {before} when triton was imported: give it to the process from its start, "
+            "TRITON_INTERPRET=1 python ..., or set it before torch, triton and iwsgd_ext are imported"
+        )
+        return
+    for name in ("gaussian", "iw_cross_entropy", "multinomial", "noise"):
+        importlib.import_module(f".triton.{name}", __package__)
+    _built["triton"] = all(torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"iwsgd_triton::{op}", "CUDA") for op in _ops)
+
+
 def set_backend(name: str | None) -> None:
     """Makes every op run on one backend; ``None`` goes back to choosing by device.
 
     Args:
-        name: ``"reference"`` (plain PyTorch, any device), ``"cpu"``, ``"cuda"``, or None.
+        name: ``"reference"`` (plain PyTorch, any device), ``"cpu"``, ``"cuda"``, ``"triton"`` (GPUs; with TRITON_INTERPRET=1 the CPU
+            too, slowly), or None.
 
     Raises:
         ValueError: no backend of that name.
-        RuntimeError: the backend is not built here; the message says how to get it.
+        RuntimeError: the backend is not here; the message says how to get it.
 
     Example:
         >>> import iwsgd_ext as iw
@@ -67,30 +126,40 @@ def set_backend(name: str | None) -> None:
 def backend_of(device: torch.device) -> str:
     """The backend that runs tensors of ``device``."""
     kind = device.type
-    if _forced is not None:
-        if _forced != "reference" and _forced != kind:
-            raise RuntimeError(f"backend {_forced!r} was asked for, but the tensor is on {kind}; move it, or iw.set_backend(None)")
-        return _forced
-    return kind if kind in ("cpu", "cuda") and _built[kind] else "reference"
+    if _forced is None:
+        if kind in ("cpu", "cuda") and _built[kind]:
+            return kind
+        return "triton" if kind == "cuda" and _built["triton"] else "reference"
+    if _forced == "triton" and kind == "cpu" and not _interpreting:
+        raise RuntimeError(
+            "backend 'triton' was asked for, but the tensor is on cpu, where Triton only interprets: move it to a GPU, or "
+            "iw.set_backend(None), or, to try the kernels without a GPU, start Python with TRITON_INTERPRET=1"
+        )
+    if _forced not in ("reference", "triton", kind):
+        raise RuntimeError(f"backend {_forced!r} was asked for, but the tensor is on {kind}; move it, or iw.set_backend(None)")
+    return _forced
 
 
 def backend_info() -> dict:
     """What is in use and why, as a dict to print or to file with a bug report.
 
     Keys: ``forced`` (a name or None), ``cpu`` and ``cuda`` (the backend for tensors there, with the reason), ``built``
-    (name -> bool), ``build`` (compiler, torch built against, CUDA architectures, instruction set), ``torch``.
+    (name -> bool), ``build`` (compiler, torch built against, CUDA architectures, instruction set), ``torch``, ``triton`` (its version and
+    whether it interprets, or why it is not there).
 
     Example:
         >>> import iwsgd_ext as iw
         >>> iw.backend_info()["built"]["reference"]
         True
     """
-    info = {"torch": torch.__version__, "forced": _forced, "built": dict(_built)}
+    info = {"torch": torch.__version__, "triton": _triton_info(), "forced": _forced, "built": dict(_built)}
     for kind in ("cpu", "cuda"):
         if _forced is not None:
             info[kind] = f"{_forced}: asked for by IWSGD_BACKEND or set_backend"
         elif _built[kind]:
             info[kind] = f"{kind}: built, and the fastest here"
+        elif kind == "cuda" and _built["triton"]:
+            info[kind] = f"triton: {_why_missing(kind)}"
         else:
             info[kind] = f"reference: {_why_missing(kind)}"
     try:
@@ -102,5 +171,11 @@ def backend_info() -> dict:
     return info
 
 
+def _triton_info() -> str:
+    if not _built["triton"]:
+        return _why_missing("triton")
+    return _triton_version + (", interpreting (TRITON_INTERPRET=1)" if _interpreting else "")
+
+
 def _why_missing(name: str) -> str:
-    return f"the {name} kernels are not in this installation ({_load_error or HOW_TO_BUILD[name]})"
+    return f"the {name} kernels are not in this installation ({_missing.get(name, HOW_TO_GET[name])})"

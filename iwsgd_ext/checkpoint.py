@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from torch.overrides import _get_current_function_mode
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from .functional_dropout import FunctionalDropout
@@ -20,21 +20,23 @@ class _Replay:
     def __init__(self):
         self.context = context = current()
         if context is not None:
-            self.moment = (context.stream, context.expand, context.batch, context._origin is not None)
-        # whether functional dropout is caught there (iw.convert)
-        self.catches = context is not None and bool(context.converted) and context.converted[-1][-1] is not None
+            self.moment = context.moment()
+        # Whether a converted model is running that makes functional dropout noise of the context.
+        self.functional = any(isinstance(mode, FunctionalDropout) for mode in _get_current_function_mode_stack())
 
     def __enter__(self) -> None:
-        _stack.suspended.append((_stack.contexts, _stack.task))
+        mode = FunctionalDropout() if self.functional else None
+        _stack.suspended.append((_stack.contexts, _stack.task, mode))
         _stack.contexts = [] if self.context is None else [self.context.again(*self.moment)]
         _stack.task = graph_task()
-        if self.catches:
-            FunctionalDropout(context=_stack.contexts[-1]).__enter__()
+        if mode is not None:
+            mode.context = current()
+            mode.__enter__()
 
     def __exit__(self, *_) -> None:
-        if self.catches:
-            _get_current_function_mode().__exit__(None, None, None)
-        _stack.contexts, _stack.task = _stack.suspended.pop()
+        _stack.contexts, _stack.task, mode = _stack.suspended.pop()
+        if mode is not None:
+            mode.__exit__(None, None, None)
 
 
 class _Replayed:

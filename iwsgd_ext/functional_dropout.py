@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, resolve_name
+from torch.utils.checkpoint import CheckpointFunction
 
 from .attention import scaled_dot_product_attention
 from .dropout import IWAlphaDropout, IWDropout, IWDropout1d, IWDropout2d, IWDropout3d, IWFeatureAlphaDropout
@@ -136,10 +137,10 @@ class FunctionalDropout(TorchFunctionMode):
     traces it like any other code.
     """
 
-    def __init__(self, watch: Watch | None = None, context: sampling | None = None):
+    def __init__(self, watch: Watch | None = None):
         super().__init__()
         self.watch = watch
-        self.context = context  # that of the forward
+        self.context: sampling | None = None  # that of the forward
 
     @staticmethod
     def end_interrupted() -> None:
@@ -170,7 +171,7 @@ class FunctionalDropout(TorchFunctionMode):
         context = current()
         if context is None or not (training or context.evaluating):
             return func(*args, **kwargs)
-        _check_recomputable(func)
+        _check_not_reentrant(func)
         if self.watch is not None:
             self.watch.add(resolve_name(func), p, "replaced")
         y = layer(p)(x)
@@ -182,7 +183,7 @@ class FunctionalDropout(TorchFunctionMode):
         p = _argument(args, kwargs, 4, "dropout_p", 0.0)
         if current() is None or p == 0:
             return ATTENTION(*args, **kwargs)
-        _check_recomputable(ATTENTION)
+        _check_not_reentrant(ATTENTION)
         if self.watch is not None:
             self.watch.add(resolve_name(ATTENTION), p, "replaced")
         return scaled_dot_product_attention(*args, **kwargs)
@@ -200,20 +201,19 @@ class FunctionalDropout(TorchFunctionMode):
             self.watch.seen = False
 
 
-def _check_recomputable(func: Callable) -> None:
-    """Raises inside of torch's reentrant checkpoint, whose recompute nobody would catch. (The other form notices by itself: what it
-    recomputes saves other tensors. A layer would notice by itself, too.)"""
+def _check_not_reentrant(func: Callable) -> None:
+    """Raises inside torch's reentrant checkpoint: nobody would notice that its recompute, outside of the model, drew torch's noise.
+
+    (Of the other form torch itself notices, by what is saved for backward.)
+    """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return  # the reentrant form computes its forward without grad
-    frame = sys._getframe(1)
-    while frame is not None:
-        package = frame.f_globals.get("__name__", "")
-        if package == f"{__package__}.checkpoint":
-            return
-        if package == "torch.utils.checkpoint" and frame.f_code.co_name == "forward":
+        return  # the reentrant form computes its forward without a graph
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__") != f"{__package__}.checkpoint":
+        if frame.f_code is CheckpointFunction.forward.__code__:
             raise RuntimeError(
-                f"{resolve_name(func)} inside of torch.utils.checkpoint(use_reentrant=True) would draw other noise when it is computed "
-                "again; use iw.checkpoint(function, *args)"
+                f"{resolve_name(func)} is noise of a converted model here, which torch.utils.checkpoint.checkpoint(use_reentrant=True) "
+                "would draw otherwise when it is computed again during backward. Use iw.checkpoint(function, *args)."
             )
         frame = frame.f_back
 

@@ -7,25 +7,22 @@ addition's gradient needs no noise. Saved for backward: the address, nothing tha
 import torch
 from torch import Tensor, nn
 
+from . import backend
 from .checks import check_layer_input, check_rate, check_std
-from .noise import Rows, Unit, _op
+from .noise import ADDRESS, Rows, Unit
 from .sampling import ambient
 
-_ADDRESS = "Tensor origin, Tensor? sample_ids, SymInt samples, SymInt stream, SymInt first_example, SymInt positions, SymInt share"
-# Exact strides: the kernels take memory order as given, so a compiler must not change it behind them.
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-torch.library.define("iwsgd_ext::gaussian", f"(Tensor x, {_ADDRESS}, float std, bool multiply, bool expand) -> Tensor", tags=_TAGS)
-torch.library.define("iwsgd_ext::gaussian_sum", f"(Tensor dy, {_ADDRESS}, float std) -> Tensor", tags=_TAGS)
 
-
-@torch.library.register_fake("iwsgd_ext::gaussian")
-def _(x, origin, sample_ids, samples, stream, first_example, positions, share, std, multiply, expand):
+def _fake(x, origin, sample_ids, samples, stream, first_example, positions, share, std, multiply, expand):
     return x.new_empty(x.shape[0], x.shape[1] * samples if expand else x.shape[1], x.shape[2])
 
 
-@torch.library.register_fake("iwsgd_ext::gaussian_sum")
-def _(dy, origin, sample_ids, samples, stream, first_example, positions, share, std):
+def _fake_sum(dy, origin, sample_ids, samples, *_):
     return dy.new_empty(dy.shape[0], dy.shape[1] // samples, dy.shape[2])
+
+
+backend.define("gaussian", f"(Tensor x, {ADDRESS}, float std, bool multiply, bool expand) -> Tensor", _fake)
+backend.define("gaussian_sum", f"(Tensor dy, {ADDRESS}, float std) -> Tensor", _fake_sum)
 
 
 class Multiply(torch.autograd.Function):
@@ -35,7 +32,7 @@ class Multiply(torch.autograd.Function):
     def forward(ctx, x: Tensor, rows: Rows, expand: bool, std: float, origin: Tensor, sample_ids: Tensor | None, *address: int) -> Tensor:
         ctx.save_for_backward(origin, sample_ids)
         ctx.rows, ctx.expand, ctx.std, ctx.address = rows, expand, std, address
-        y = _op(x.device, "gaussian")(rows.flatten(x), origin, sample_ids, *address, std, True, expand)
+        y = backend.op("gaussian", x.device)(rows.flatten(x), origin, sample_ids, *address, std, True, expand)
         return rows.unflatten(y, x.shape)
 
     @staticmethod
@@ -57,7 +54,7 @@ class MultiplySum(torch.autograd.Function):
     def forward(ctx, dy: Tensor, rows: Rows, std: float, origin: Tensor, sample_ids: Tensor | None, *address: int) -> Tensor:
         ctx.save_for_backward(origin, sample_ids)
         ctx.rows, ctx.std, ctx.address = rows, std, address
-        dx = _op(dy.device, "gaussian_sum")(rows.flatten(dy), origin, sample_ids, *address, std)
+        dx = backend.op("gaussian_sum", dy.device)(rows.flatten(dy), origin, sample_ids, *address, std)
         return rows.unflatten(dx, dy.shape)
 
     @staticmethod
@@ -73,7 +70,7 @@ class Add(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, rows: Rows, expand: bool, std: float, origin: Tensor, sample_ids: Tensor | None, *address: int) -> Tensor:
         ctx.batch_dim, ctx.samples = rows.batch_dim, address[0] if expand else None
-        y = _op(x.device, "gaussian")(rows.flatten(x), origin, sample_ids, *address, std, False, expand)
+        y = backend.op("gaussian", x.device)(rows.flatten(x), origin, sample_ids, *address, std, False, expand)
         return rows.unflatten(y, x.shape)
 
     @staticmethod

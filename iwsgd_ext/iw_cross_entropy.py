@@ -20,15 +20,9 @@ _ARGUMENTS = (
     "Tensor? normalizer, SymInt ignore_index, float smoothing, float alpha, bool per_position, int reduction"
 )
 _RESULTS = "Tensor loss, Tensor log_p, Tensor weights, Tensor bound, Tensor outer"
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-torch.library.define(
-    "iwsgd_ext::iw_cross_entropy", f"(Tensor logits, {_ARGUMENTS}, bool need_gradient) -> ({_RESULTS}, Tensor dlogits)", tags=_TAGS
-)
-torch.library.define("iwsgd_ext::iw_cross_entropy_", f"(Tensor(a!) logits, {_ARGUMENTS}) -> ({_RESULTS})", tags=_TAGS)
 
 
-@torch.library.register_fake("iwsgd_ext::iw_cross_entropy_")
-def _fake(logits, target, samples, *options):
+def _fake_in_place(logits, target, samples, *options):
     per_position, reduction = options[-2:]
     acc = torch.promote_types(logits.dtype, torch.float32)
     batch = logits.shape[0] // samples
@@ -43,10 +37,14 @@ def _fake(logits, target, samples, *options):
     )
 
 
-@torch.library.register_fake("iwsgd_ext::iw_cross_entropy")
-def _(logits, *arguments):
+def _fake(logits, *arguments):
     *arguments, need_gradient = arguments
-    return *_fake(logits, *arguments), torch.empty_like(logits) if need_gradient else logits.new_empty(0)
+    return *_fake_in_place(logits, *arguments), torch.empty_like(logits) if need_gradient else logits.new_empty(0)
+
+
+backend.define("iw_cross_entropy", f"(Tensor logits, {_ARGUMENTS}, bool need_gradient) -> ({_RESULTS}, Tensor dlogits)", _fake)
+backend.define("iw_cross_entropy_", f"(Tensor(a!) logits, {_ARGUMENTS}) -> ({_RESULTS})", _fake_in_place)
+backend.define("iw_cross_entropy_scale_", "(Tensor(a!) dlogits, Tensor factor) -> ()", lambda *_: None)
 
 
 class _IWCrossEntropy(torch.autograd.Function):
@@ -57,15 +55,11 @@ class _IWCrossEntropy(torch.autograd.Function):
         need_gradient = ctx.needs_input_grad[0]
         rows = _with_positions(logits.detach())  # a view that autograd tracks could not be unpacked after a change in place
         alpha, reduction = options[-3], options[-1]
-        if backend.backend_of(logits.device) == "reference":
-            *results, dlogits = reference.iw_cross_entropy(rows, target, samples, *options, need_gradient)
-            if inplace and need_gradient:
-                dlogits = rows.copy_(dlogits)
-        elif inplace and need_gradient:
-            results, dlogits = torch.ops.iwsgd_ext.iw_cross_entropy_(rows, target, samples, *options), rows
+        if inplace and need_gradient:
+            results, dlogits = backend.op("iw_cross_entropy_", logits.device)(rows, target, samples, *options), rows
             torch.autograd.graph.increment_version(logits)
         else:
-            *results, dlogits = torch.ops.iwsgd_ext.iw_cross_entropy(rows, target, samples, *options, need_gradient)
+            *results, dlogits = backend.op("iw_cross_entropy", logits.device)(rows, target, samples, *options, need_gradient)
         loss, log_p, weights, bound, outer = results
         if process_group is not None:
             # Equal numbers of samples on all ranks: the bound is the log-mean-exp of the ranks' bounds, and a rank's weights are
@@ -91,13 +85,22 @@ class _IWCrossEntropy(torch.autograd.Function):
         if dloss is None:
             return None, *none
         (dlogits,) = ctx.saved_tensors
-        # The usual case costs no pass over memory. A retained graph needs its dlogits again, whatever is done to the gradient.
-        usual = not ctx.per_unit and dloss.device.type == "cpu" and not torch.compiler.is_compiling() and float(dloss) == 1.0
-        usual = usual and not torch._C._autograd._get_current_graph_task_keep_graph()
-        result = (dlogits if usual else _scale(dlogits, dloss, ctx.samples)).view(ctx.shape)
+        # A retained graph needs its dlogits again; a compiler joins the product with what follows.
+        once = not torch.compiler.is_compiling() and not torch._C._autograd._get_current_graph_task_keep_graph()
+        if once and not ctx.per_unit and _is_dense(dlogits) and backend.backend_of(dlogits.device) != "reference":
+            # The device alone reads the factor, and does nothing where it is 1, which it mostly is: no pass over memory, no wait.
+            backend.op("iw_cross_entropy_scale_", dlogits.device)(dlogits, dloss)
+        else:
+            dlogits = _scale(dlogits, dloss, ctx.samples, out=dlogits if once else None)
+        result = dlogits.view(ctx.shape)
         if torch.is_grad_enabled():  # dloss alone may not require grad, and a second derivative would be zero in silence
             result = _NoSecondDerivative.apply(result, torch.empty(0, requires_grad=True))
         return result, *none
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether the elements fill their memory without gaps, in whatever order."""
+    return sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) == x.numel() - 1
 
 
 def _scale(dlogits: Tensor, factor: Tensor, samples: int, out: Tensor | None = None) -> Tensor:

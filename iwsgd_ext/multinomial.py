@@ -6,22 +6,23 @@ The op gives counts, from the address alone; their use is plain torch, and backw
 import torch
 from torch import Tensor, nn
 
+from . import backend
 from .checks import check_layer_input, check_probabilities, check_rate
-from .noise import _op
 from .sampling import ambient
 
 WORD = 2**32
-torch.library.define(
-    "iwsgd_ext::multinomial",
+
+
+def _fake(origin, sample_ids, samples, stream, first_example, examples, bounds, draws):
+    return bounds.new_empty(samples, examples, bounds.shape[-1], dtype=torch.int32)
+
+
+backend.define(
+    "multinomial",
     "(Tensor origin, Tensor? sample_ids, SymInt samples, SymInt stream, SymInt first_example, SymInt examples, Tensor bounds, int draws) "
     "-> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    _fake,
 )
-
-
-@torch.library.register_fake("iwsgd_ext::multinomial")
-def _(origin, sample_ids, samples, stream, first_example, examples, bounds, draws):
-    return bounds.new_empty(samples, examples, bounds.shape[-1], dtype=torch.int32)
 
 
 def bounds_of(probabilities: Tensor) -> Tensor:
@@ -80,7 +81,7 @@ class MultinomialNoise(torch.autograd.Function):
 
 def _factors(x, bounds, draws, origin, sample_ids, samples, stream, first_example) -> Tensor:
     """counts / (draws * probability) for rows x [1 or K, B, F], [K, B, F] in float32 (float64 for float64)."""
-    counts = _op(x.device, "multinomial")(origin, sample_ids, samples, stream, first_example, x.shape[1], bounds, draws)
+    counts = backend.op("multinomial", x.device)(origin, sample_ids, samples, stream, first_example, x.shape[1], bounds, draws)
     width = bounds.diff(dim=-1, prepend=torch.zeros_like(bounds[..., :1]))
     scale = torch.where(width > 0, WORD / (width.double() * draws), 0.0).to(torch.promote_types(x.dtype, torch.float32))
     return counts * (scale if bounds.dim() == 1 else scale[:, None])

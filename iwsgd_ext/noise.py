@@ -16,31 +16,22 @@ from . import backend, reference
 # What shares one draw: nothing, a channel, a whole example, or what has the same last index (a feature at all positions).
 Unit = Literal["element", "channel", "row", "feature"]
 
-_ADDRESS = "Tensor origin, Tensor? sample_ids, SymInt samples, SymInt stream, SymInt first_example, SymInt positions, SymInt share"
+ADDRESS = "Tensor origin, Tensor? sample_ids, SymInt samples, SymInt stream, SymInt first_example, SymInt positions, SymInt share"
 _LAW = "int threshold, Tensor? thresholds, float scale"
-# Exact strides: the kernels take memory order as given, so a compiler must not change it behind them.
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-torch.library.define("iwsgd_ext::noise", f"(Tensor x, {_ADDRESS}, {_LAW}, float shift, float fill, bool expand) -> Tensor", tags=_TAGS)
-torch.library.define("iwsgd_ext::noise_sum", f"(Tensor dy, {_ADDRESS}, {_LAW}) -> Tensor", tags=_TAGS)
-torch.library.define(
-    "iwsgd_ext::noise_out", f"(Tensor x, {_ADDRESS}, {_LAW}, float shift, float fill, bool expand, Tensor(a!) out) -> ()", tags=_TAGS
-)
 torch.library.define("iwsgd_ext::draw_origin", "(int call, *, Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 
 
-@torch.library.register_fake("iwsgd_ext::noise")
-def _(x, origin, sample_ids, samples, stream, first_example, positions, share, threshold, thresholds, scale, shift, fill, expand):
+def _fake(x, origin, sample_ids, samples, stream, first_example, positions, share, threshold, thresholds, scale, shift, fill, expand):
     return x.new_empty(x.shape[0], x.shape[1] * samples if expand else x.shape[1], x.shape[2])
 
 
-@torch.library.register_fake("iwsgd_ext::noise_sum")
-def _(dy, origin, sample_ids, samples, *_):
+def _fake_sum(dy, origin, sample_ids, samples, *_):
     return dy.new_empty(dy.shape[0], dy.shape[1] // samples, dy.shape[2])
 
 
-@torch.library.register_fake("iwsgd_ext::noise_out")
-def _(*_):
-    return None
+backend.define("noise", f"(Tensor x, {ADDRESS}, {_LAW}, float shift, float fill, bool expand) -> Tensor", _fake)
+backend.define("noise_sum", f"(Tensor dy, {ADDRESS}, {_LAW}) -> Tensor", _fake_sum)
+backend.define("noise_out", f"(Tensor x, {ADDRESS}, {_LAW}, float shift, float fill, bool expand, Tensor(a!) out) -> ()", lambda *_: None)
 
 
 @torch.library.register_fake("iwsgd_ext::draw_origin")
@@ -81,7 +72,14 @@ def make_origin(seed: int | Tensor, stream: int | Tensor, first_example: int | T
     """The origin int64 [3] of a given address, whose parts are ints or int64 tensors of one element."""
     if isinstance(seed, int) and isinstance(stream, int) and isinstance(first_example, int):
         signed = [(v + 2**63) % 2**64 - 2**63 for v in (seed, stream, first_example)]
-        return torch.tensor(signed, dtype=torch.int64, device=device)
+        if device.type == "cpu":
+            return torch.tensor(signed, dtype=torch.int64)
+        # Filled by the device: a copy from the host would wait for it, and cannot be captured in a CUDA graph.
+        origin = torch.zeros(3, dtype=torch.int64, device=device)
+        for i, value in enumerate(signed):
+            if value:
+                origin[i].fill_(value)
+        return origin
     parts = (make_origin(v, 0, 0, device)[0] if isinstance(v, int) else v.to(device).reshape(()) for v in (seed, stream, first_example))
     return torch.stack(list(parts))
 
@@ -227,7 +225,7 @@ class Noise(torch.autograd.Function):
         ctx.save_for_backward(origin, sample_ids, thresholds)
         ctx.rows, ctx.expand, ctx.call = rows, expand, call
         *address, threshold, scale, shift, fill = call
-        op = _op(x.device, "noise")
+        op = backend.op("noise", x.device)
         y = op(rows.flatten(x), origin, sample_ids, *address, threshold, thresholds, scale, shift, fill, expand)
         return rows.unflatten(y, x.shape)
 
@@ -250,16 +248,12 @@ class NoiseSum(torch.autograd.Function):
         ctx.save_for_backward(origin, sample_ids, thresholds)
         ctx.rows, ctx.call = rows, call
         *address, threshold, scale, _, _ = call
-        dx = _op(dy.device, "noise_sum")(rows.flatten(dy), origin, sample_ids, *address, threshold, thresholds, scale)
+        dx = backend.op("noise_sum", dy.device)(rows.flatten(dy), origin, sample_ids, *address, threshold, thresholds, scale)
         return rows.unflatten(dx, dy.shape)
 
     @staticmethod
     def backward(ctx, dx: Tensor):
         return Noise.apply(dx, ctx.rows, True, *ctx.saved_tensors, *ctx.call), *[None] * (4 + len(ctx.call))
-
-
-def _op(device: torch.device, name: str):
-    return getattr(reference, name) if backend.backend_of(device) == "reference" else getattr(torch.ops.iwsgd_ext, name).default
 
 
 def noise(
@@ -287,9 +281,6 @@ def noise(
     if out is None:
         threshold, thresholds, *affine = law
         return Noise.apply(x, rows, expand, origin, sample_ids, thresholds, *address, threshold, *affine)
-    if backend.backend_of(x.device) == "reference":
-        y = reference.noise(rows.flatten(x), origin, sample_ids, *address, *law, expand)
-        return out.copy_(rows.unflatten(y, x.shape))
-    torch.ops.iwsgd_ext.noise_out(rows.flatten(x), origin, sample_ids, *address, *law, expand, rows.flatten(out))
+    backend.op("noise_out", x.device)(rows.flatten(x), origin, sample_ids, *address, *law, expand, rows.flatten(out))
     torch.autograd.graph.increment_version(out)
     return out

@@ -121,6 +121,12 @@ def noise(
     return y.to(x.dtype).reshape(outer, samples * examples, inner).contiguous()
 
 
+def noise_out(x: Tensor, *arguments) -> None:
+    """:func:`noise` written to the tensor that follows its arguments."""
+    *arguments, out = arguments
+    out.copy_(noise(x, *arguments))
+
+
 def noise_sum(
     dy: Tensor,
     origin: Tensor,
@@ -273,6 +279,15 @@ def importance_weights(l: Tensor, alpha: float) -> Tensor:
     return e / e.sum(0)
 
 
+def check_labels(target: Tensor, ignore_index: int, classes: int) -> None:
+    """Raises on the first class index of target [B, T] that is out of range."""
+    wrong = ((target != ignore_index) & ((target < 0) | (target >= classes))).nonzero()
+    if len(wrong):
+        b, t = wrong[0].tolist()
+        got = f"{int(target[b, t])} in example {b}"
+        raise ValueError(f"target: expected class indices in [0, {classes}) or ignore_index {ignore_index}, got {got}")
+
+
 def iw_cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -317,11 +332,7 @@ def iw_cross_entropy(
         counted = target != ignore_index
         label = torch.where(counted, target, 0)
         if logits.device.type == "cpu" and not torch.compiler.is_compiling():
-            wrong = ((label < 0) | (label >= classes)).nonzero()
-            if len(wrong):
-                b, t = wrong[0].tolist()
-                got = f"{int(target[b, t])} in example {b}"
-                raise ValueError(f"target: expected class indices in [0, {classes}) or ignore_index {ignore_index}, got {got}")
+            check_labels(target, ignore_index, classes)
         hot, d = (1 - smoothing) * v[label], v[label]
         u = hot * log_p.gather(2, label.expand(samples, batch, positions)[:, :, None])[:, :, 0]
         c = hot
@@ -361,3 +372,10 @@ def iw_cross_entropy(
         dlogits = dlogits - (m * hot)[:, None] * torch.zeros_like(p[0]).scatter_(1, label[:, None], 1.0)
     dlogits = torch.where(counted[:, None], inner[:, :, None] * dlogits, zero)
     return loss, l, w, bound, outer, dlogits.view(rows, classes, positions).to(logits.dtype)
+
+
+def iw_cross_entropy_(logits: Tensor, *arguments) -> tuple[Tensor, ...]:
+    """:func:`iw_cross_entropy` with its gradient written over the logits, and without it among the results."""
+    *results, dlogits = iw_cross_entropy(logits, *arguments, True)
+    logits.copy_(dlogits)
+    return tuple(results)

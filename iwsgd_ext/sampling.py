@@ -26,7 +26,7 @@ class _Stack(threading.local):
     def __init__(self):
         self.contexts: list[sampling] = []
         self.task = NO_TASK  # the backward pass in which a recompute has put these contexts here
-        self.suspended: list[tuple[list[sampling], int]] = []  # what stood here before
+        self.suspended: list[tuple] = []  # what stood here before
 
 
 _stack = _Stack()
@@ -109,10 +109,14 @@ class sampling:
     def __exit__(self, *_) -> None:
         _stack.contexts.remove(self)
 
-    def again(self, stream: int, expand: str, batch: int | None, drawn: bool) -> "sampling":
-        """A copy that draws this context's noise as from an earlier moment: its stream, expansion, B, and whether the seed was there."""
+    def moment(self) -> tuple:
+        """What changes in the course of a context, for :meth:`again`; last, whether the seed is there."""
+        return self.stream, self.expand, self.batch, self.batch_dim, self._origin is not None
+
+    def again(self, stream: int, expand: str, batch: int | None, batch_dim: int, drawn: bool) -> "sampling":
+        """A copy that draws this context's noise as from an earlier moment."""
         context = copy.copy(self)
-        context.stream, context.expand, context.batch = stream, expand, batch
+        context.stream, context.expand, context.batch, context.batch_dim = stream, expand, batch, batch_dim
         context.own, context.frame, context.converted = False, None, []
         if not drawn:
             context._origin, context._replayed_origin = None, self._origin
@@ -206,7 +210,7 @@ class sampling:
                 if self._replayed_origin is not None:  # drawn all the same, for those who use the generator after it
                     origin = self._replayed_origin.to(device)
             else:
-                origin = self._seed.to(device)
+                origin = self._seed.to(device, non_blocking=True)
             if self._origin is None and isinstance(self.first_example, Tensor):
                 origin = torch.cat([origin[:2], self.first_example.detach().to(device).reshape(1)])
             self._origin = origin

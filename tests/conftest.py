@@ -9,8 +9,14 @@ import torch
 import iwsgd_ext as iw
 from iwsgd_ext.sampling import current
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+# tools/gpu.py asks for the cases of one device, and deals them out to processes: IWSGD_TEST_SHARD=2/10 is the third of ten.
+ONLY = os.environ.get("IWSGD_TEST_DEVICE")
+SHARD, SHARDS = map(int, os.environ.get("IWSGD_TEST_SHARD", "0/1").split("/"))
+DEVICES = [d for d in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])) if ONLY in (None, d)]
 BUILT = iw.backend_info()["built"]
+# Triton's kernels run on GPUs, or, in a process that was started with TRITON_INTERPRET=1, on the CPU.
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+BACKENDS = {"cpu": ("reference", "cpu", *(["triton"] if INTERPRETING else [])), "cuda": ("reference", "cuda", "triton")}
 
 # A function-scoped fixture (device, backend, the seed below) holds for all examples of a fuzz test: that is what is wanted here.
 hypothesis.settings.register_profile(
@@ -22,10 +28,21 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "iwsgd"))
 def pytest_generate_tests(metafunc):
     """Every test that asks for ``device`` runs on each; one that asks for ``backend`` runs on each backend of each device."""
     if "backend" in metafunc.fixturenames:
-        pairs = [(device, backend) for device in DEVICES for backend in ("reference", device) if BUILT[backend]]
+        pairs = [(device, backend) for device in DEVICES for backend in BACKENDS[device] if BUILT[backend]]
         metafunc.parametrize(("device", "backend"), pairs, indirect=True, ids=[f"{d}-{b}" if d != b else f"{d}-native" for d, b in pairs])
     elif "device" in metafunc.fixturenames:
         metafunc.parametrize("device", DEVICES, indirect=True)
+
+
+def pytest_collection_modifyitems(config, items):
+    if SHARDS == 1:
+        return
+    keys = {}  # every case by itself, but those of a file whose cases share what is slow to make
+    for item in items:
+        keys.setdefault(item.path if item.get_closest_marker("one_process") else item.nodeid, len(keys))
+    mine = [i for i in items if keys[i.path if i.get_closest_marker("one_process") else i.nodeid] % SHARDS == SHARD]
+    config.hook.pytest_deselected(items=[item for item in items if item not in mine])
+    items[:] = mine
 
 
 @pytest.fixture

@@ -32,10 +32,10 @@ def _restored():
 class TestSetBackend:
     def test_unknown_name(self):
         for name in ("cuda2", "", "CPU"):
-            with pytest.raises(ValueError, match="name: expected one of reference, cpu, cuda or None, got"):
+            with pytest.raises(ValueError, match="name: expected one of reference, cpu, cuda, triton or None, got"):
                 iw.set_backend(name)
 
-    @pytest.mark.parametrize("name", ["cpu", "cuda"])
+    @pytest.mark.parametrize("name", ["cpu", "cuda", "triton"])
     def test_one_that_is_not_built(self, name):
         if BUILT[name]:
             pytest.skip("it is built here")
@@ -52,7 +52,8 @@ class TestSetBackend:
         info = iw.backend_info()
         assert info["forced"] is None
         for kind in ("cpu", "cuda"):
-            assert info[kind].startswith(f"{kind}: built" if BUILT[kind] else "reference: the ")
+            instead = "triton" if kind == "cuda" and BUILT["triton"] else "reference"
+            assert info[kind].startswith(f"{kind}: built" if BUILT[kind] else f"{instead}: the ")
 
     def test_forced_backend_runs(self, device, monkeypatch):
         """The reference is called only where it is asked for, if the device's own kernels are built."""
@@ -64,7 +65,7 @@ class TestSetBackend:
         assert len(calls) == 1
         iw.set_backend(None)
         fast = iw.functional.dropout(x, 0.5, seed=1)
-        assert len(calls) == (1 if BUILT[device.type] else 2)
+        assert len(calls) == (2 if iw.backend.backend_of(device) == "reference" else 1)
         assert torch.equal(slow, fast)
 
     def test_backend_of_another_device(self):
@@ -78,7 +79,7 @@ class TestSetBackend:
 def test_info_of_the_build():
     info = iw.backend_info()
     assert info["torch"] == torch.__version__
-    assert set(info["built"]) == {"reference", "cpu", "cuda"}
+    assert set(info["built"]) == {"reference", "cpu", "cuda", "triton"}
     assert info["built"]["reference"]
     if BUILT["cpu"]:
         assert set(info["build"]) == {"compiler", "torch", "cuda_architectures", "isa", "machine_isas"}
@@ -99,7 +100,7 @@ class TestEnvironment:
     def test_bad_backend(self):
         run = python("import iwsgd_ext", IWSGD_BACKEND="fast")
         assert run.returncode == 1
-        assert "ValueError: name: expected one of reference, cpu, cuda or None, got 'fast'" in run.stderr
+        assert "ValueError: name: expected one of reference, cpu, cuda, triton or None, got 'fast'" in run.stderr
 
     @pytest.mark.skipif(not BUILT["cpu"], reason="no native build")
     def test_bad_instruction_set(self):

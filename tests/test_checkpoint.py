@@ -3,6 +3,7 @@
 import copy
 import functools
 import threading
+from contextlib import nullcontext
 
 import naive
 import pytest
@@ -25,6 +26,19 @@ OURS = {
     "checkpoint": lambda f, *a: iw.checkpoint(f, *a),
     "checkpoint-reentrant": lambda f, *a: iw.checkpoint(f, *a, use_reentrant=True),
     "checkpoint-without-rng": lambda f, *a: iw.checkpoint(f, *a, preserve_rng_state=False),
+}
+
+
+LAYERS = {
+    "alpha": (iw.IWAlphaDropout(0.5), lambda layer, x: layer(x)),
+    "feature alpha": (iw.IWFeatureAlphaDropout(0.5), lambda layer, x: layer(x)),
+    "gaussian dropout": (iw.IWGaussianDropout(0.5), lambda layer, x: layer(x)),
+    "gaussian noise": (iw.IWGaussianNoise(0.5), lambda layer, x: layer(x)),
+    "multinomial": (iw.IWMultinomialDropout(0.5), lambda layer, x: layer(x)),
+    "recurrent": (iw.IWLSTM(6, 6, 2, dropout=0.5, batch_first=True), lambda layer, x: layer(x)[0]),
+    "weights": (iw.IWDropConnect(6, 6), lambda layer, x: layer(x)),
+    "attention": (iw.IWMultiheadAttention(6, 2, dropout=0.5, batch_first=True), lambda layer, x: layer(x, x, x)[0]),
+    "scaled_dot_product_attention": (None, lambda _, x: iw.scaled_dot_product_attention(x, x, x, dropout_p=0.5)),
 }
 
 
@@ -317,6 +331,29 @@ class TestRefusal:
             with pytest.raises(RuntimeError, match=cls.__name__ + r"\(p=0.5\)"):
                 y.sum().backward()
 
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_every_other_layer(self, name):
+        """Refused, replayed, and, where it never saw a context, as torch's namesake: in one."""
+        layer, call = LAYERS[name]
+        x = torch.randn(4, 3, 6, requires_grad=True)
+
+        def function(x):
+            return torch.tanh(call(layer, torch.tanh(x)))
+
+        def result(ck, seed):
+            torch.manual_seed(1)
+            with nullcontext() if seed is None else iw.sampling(S, seed=seed):
+                y = ck(function, x)
+            return y.detach(), *torch.autograd.grad(y.square().sum(), x)
+
+        # A function is one for the whole process, which may have been in a context before: then it has to be put back always.
+        for ck in (*([PLAIN["non-reentrant"]] if layer is not None else []), OURS["checkpoint"]):
+            assert_equal(result(ck, None), result(direct, None))
+        for ck in OURS["context_fn"], OURS["checkpoint"]:
+            assert_equal(result(ck, 9), result(direct, 9))
+        with pytest.raises(RuntimeError, match=f"{type(layer).__name__}.* computed again during backward|^{name} is computed again"):
+            result(PLAIN["non-reentrant"], 9)
+
     @pytest.mark.parametrize("form", PLAIN)
     def test_batch_norm_per_sample(self, form):
         """It has no noise, but needs its context to tell the samples apart."""
@@ -427,6 +464,53 @@ class TestWhatIsRightByItself:
             gate(x)
         PLAIN["non-reentrant"](copy.deepcopy(gate), x).sum().backward()
         assert x.grad.isfinite().all()
+
+
+class TestFunctionalDropout:
+    """A converted model whose blocks call F.dropout: noise of the context, which its recompute outside of the model must be, too."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(F, F)
+
+        def forward(self, x):
+            return torch.tanh(nn.functional.dropout(torch.tanh(self.linear(x)), 0.5, self.training))
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([TestFunctionalDropout.Block() for _ in range(2)])
+            self.drop = nn.Dropout(0.5)
+            self.ck = direct
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = self.ck(block, x)
+            return self.drop(x)
+
+    @pytest.mark.parametrize("expand", ["first", "input"])
+    def test_replayed(self, expand):
+        x = data()
+        model, results = iw.convert(self.Model().double(), S, expand=expand, example_inputs=x.detach()), []
+        for ck in (direct, *OURS.values()):
+            model.ck = ck
+            with iw.sampling(S, seed=1):
+                y = model(x)
+            results.append(backward(y, x, model))
+        for other in results[1:]:
+            assert_equal(other, results[0])
+
+    @pytest.mark.parametrize(
+        ("form", "error"), [("non-reentrant", "different metadata"), ("reentrant", "F?.*dropout is noise of a converted")]
+    )
+    @pytest.mark.parametrize("expand", ["first", "input"])
+    def test_refused(self, expand, form, error):
+        x = data()
+        model = iw.convert(self.Model().double(), S, expand=expand, example_inputs=x.detach())
+        model.ck = PLAIN[form]
+        with pytest.raises(RuntimeError, match=error):
+            backward(model(x), x, model)
 
 
 class Mlp(nn.Module):

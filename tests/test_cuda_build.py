@@ -19,13 +19,14 @@ import ptxas_report  # noqa: E402
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 OPS = {
     "gaussian.cu": ("gaussian", "gaussian_sum"),
-    "iw_cross_entropy.cu": ("iw_cross_entropy", "iw_cross_entropy_"),
+    "iw_cross_entropy.cu": ("iw_cross_entropy", "iw_cross_entropy_", "iw_cross_entropy_scale_"),
     "multinomial.cu": ("multinomial",),
     "noise.cu": ("noise", "noise_out", "noise_sum"),
 }
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.one_process,
     pytest.mark.skipif(ptxas_report.find_nvcc() is None, reason="no nvcc: not in CUDA_HOME, /usr/local/cuda or on the PATH"),
     pytest.mark.skipif(shutil.which("g++") is None, reason="no g++, which nvcc needs"),
 ]

@@ -335,7 +335,7 @@ def test_evaluation_with_noise():
 def test_recompute_that_nobody_catches():
     x = torch.randn(B, 6, requires_grad=True)
     block = nn.Sequential(nn.Linear(6, 8), Functional(), nn.Linear(8, 8))
-    for options, error in (({"use_reentrant": True}, "use iw.checkpoint"), ({"use_reentrant": False}, "different")):
+    for options, error in (({"use_reentrant": True}, "Use iw.checkpoint"), ({"use_reentrant": False}, "different")):
         model = Checkpointed(functools.partial(plain_checkpoint, **options))
         model.block = block
         with pytest.raises(RuntimeError, match=error):

@@ -137,6 +137,11 @@ struct Cpu {
   static void run(const LossArguments<T, acc_t<T>>& arguments, const Tensor&) {
     iwsgd::run(arguments);
   }
+  template <class T>
+  static void scale(T* x, int64_t n, const acc_t<T>* factor, const Tensor&) {
+    if (*factor == acc_t<T>(1)) return;
+    torch::stable::parallel_for(0, n, kGrainLogits, [&](int64_t first, int64_t last) { IWSGD_ISA_CALL(scale, x, *factor, first, last); });
+  }
 };
 
 }  // namespace
@@ -145,4 +150,5 @@ struct Cpu {
 STABLE_TORCH_LIBRARY_IMPL(iwsgd_ext, CPU, m) {
   m.impl("iw_cross_entropy", TORCH_BOX(&iwsgd::LossOp<iwsgd::Cpu>::out_of_place));
   m.impl("iw_cross_entropy_", TORCH_BOX(&iwsgd::LossOp<iwsgd::Cpu>::in_place));
+  m.impl("iw_cross_entropy_scale_", TORCH_BOX(&iwsgd::LossOp<iwsgd::Cpu>::scale));
 }

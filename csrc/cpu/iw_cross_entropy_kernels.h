@@ -250,3 +250,15 @@ void solve(const LossArguments<T, A>& a, const A* c, const A* outer, A scale, in
     unit = stop;
   }
 }
+
+// ---- an upstream gradient ----
+
+template <class T, class A>
+void scale(T* x, A factor, int64_t first, int64_t last) {
+  using V = vec<A>;
+  constexpr int64_t L = lanes<A>;
+  for (int64_t i = first; i < last; i += L) {
+    const int64_t n = std::min(L, last - i);
+    store_some(x + i, load_some(x + i, n, A(0)) * splat<V>(factor), n);
+  }
+}

@@ -1,14 +1,17 @@
 // The importance weighted cross-entropy on NVIDIA GPUs: loss, log-likelihoods, importance weights and gradient in one pass.
 //
-// An example's S rows must be known before the gradient of any of them: where they fit, one block holds them in shared memory
-// in between, and memory sees one read and one write of the logits; else three kernels go over slices that the second level
-// cache holds. iw_cross_entropy_launch.h chooses. The mean's denominator comes first, from the targets alone, and the sum over
-// the units last; both are sums in a fixed order, so that results are the same in every bit from run to run, and nothing is read
-// back to the host. The kernels' bodies are in iw_cross_entropy_kernels.cuh, which compiles for the host too.
+// An example's S rows must be known before the gradient of any of them: where they fit, one block, or the blocks of a cluster, hold
+// them in shared memory in between, and memory sees one read and one write of the logits; else three kernels go over slices that
+// the second level cache holds. iw_cross_entropy_launch.h chooses. The mean's denominator, from the targets alone, and the sum over
+// the units are sums in a fixed order, so that results are the same in every bit from run to run, and nothing is read back to the
+// host. The kernels' bodies are in iw_cross_entropy_kernels.cuh and iw_cross_entropy_cluster.cuh, which compile for the host too.
+#include <map>
+
 #include "common.cuh"
 #include "../iw_cross_entropy_op.h"
 #include "iw_cross_entropy_block.cuh"
-#include "iw_cross_entropy_kernels.cuh"
+#include "iw_cross_entropy_cluster.cuh"
+#include "iw_cross_entropy_scale.cuh"
 
 namespace iwsgd {
 namespace {
@@ -42,6 +45,17 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<T, kSoft>)
 }
 
 template <class T, bool kSoft>
+__global__ void __launch_bounds__(kClusterThreads, kTileBlocks<T, kSoft>)
+    iw_cross_entropy_cluster_kernel(const __grid_constant__ Arguments<T> a, const __grid_constant__ Work<T> work,
+                                    const __grid_constant__ ClusterPlan plan) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  loss_cluster<kSoft>(this_block(), a, work, plan);
+#else
+  (void)a, (void)work, (void)plan;  // never launched: most_ranks is 1
+#endif
+}
+
+template <class T, bool kSoft>
 __global__ void __launch_bounds__(kPlainThreads, kRowBlocks<T>)
     iw_cross_entropy_statistics_kernel(const __grid_constant__ Arguments<T> a, const __grid_constant__ Work<T> work, int lanes) {
   loss_statistics<kSoft>(this_block(), a, work, lanes);
@@ -71,32 +85,104 @@ __global__ void __launch_bounds__(kJoinThreads, 1)
   loss_total(this_block(), a, work);
 }
 
-DeviceLimits device_limits(int device) {
+template <class T>
+__global__ void __launch_bounds__(kScaleThreads) iw_cross_entropy_scale_kernel(T* x, int64_t n, const acc_t<T>* factor) {
+  scale_elements(x, n, factor, int64_t(blockIdx.x) * blockDim.x + threadIdx.x, int64_t(gridDim.x) * blockDim.x);
+}
+
+struct Device {
+  DeviceLimits limits;
+  bool cooperative;
+};
+
+Device ask_device(int device) {
   const auto attribute = [&](cudaDeviceAttr which) {
     int value = 0;
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
     return static_cast<int64_t>(value);
   };
-  return {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor), attribute(cudaDevAttrL2CacheSize)};
+  // A kernel built for an older architecture alone has no code for clusters; the driver's choice shows in what is loaded.
+  cudaFuncAttributes loaded{};
+  STD_CUDA_CHECK(cudaFuncGetAttributes(&loaded, iw_cross_entropy_cluster_kernel<float, false>));
+  const bool clusters = attribute(cudaDevAttrClusterLaunch) != 0 && loaded.ptxVersion >= 90 && loaded.binaryVersion >= 90;
+  DeviceLimits limits{attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                      attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor), attribute(cudaDevAttrL2CacheSize)};
+  limits.most_ranks = clusters ? kMostRanks : 1;
+  return {limits, attribute(cudaDevAttrCooperativeLaunch) != 0};
 }
+
+// Of the current device; each thread asks once.
+const Device& this_device(int device) {
+  thread_local std::map<int, Device> known;
+  const auto found = known.find(device);
+  return found != known.end() ? found->second : known.emplace(device, ask_device(device)).first->second;
+}
+
+// A launch with attributes, as cudaLaunchKernelEx takes it.
+struct Launch {
+  cudaLaunchAttribute attribute[1] = {};
+  cudaLaunchConfig_t config = {};
+
+  Launch(int64_t blocks, int threads, int64_t shared_bytes, cudaStream_t stream) {
+    config.gridDim = static_cast<unsigned>(blocks), config.blockDim = threads, config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream, config.attrs = attribute, config.numAttrs = 1;
+  }
+  Launch(const Launch&) = delete;
+  Launch& together(bool yes) {  // all blocks on the GPU at once
+    attribute[0].id = cudaLaunchAttributeCooperative, attribute[0].val.cooperative = yes;
+    return *this;
+  }
+  Launch& in_clusters_of(int ranks) {
+    attribute[0].id = cudaLaunchAttributeClusterDimension;
+    attribute[0].val.clusterDim.x = ranks, attribute[0].val.clusterDim.y = 1, attribute[0].val.clusterDim.z = 1;
+    return *this;
+  }
+};
 
 // The kernels of a call, as run_loss asks for them.
 template <class T>
 struct Launches {
   cudaStream_t stream;
+  int64_t multiprocessors;
+  bool cooperative;
 
   void denominator(const Arguments<T>& a, const Work<T>& work) const {
-    iw_cross_entropy_denominator_kernel<T><<<work.denominator_blocks, kPlainThreads, kScratchBytes, stream>>>(a, work);
+    iw_cross_entropy_denominator_kernel<T><<<grid(work.denominator_blocks), kPlainThreads, kScratchBytes, stream>>>(a, work);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  // How many blocks the device holds at once, or 0 where it cannot start them together.
+  template <bool kSoft, class>
+  int64_t resident(const TilePlan& plan) const {
+    int each = 0;
+    const auto kernel = iw_cross_entropy_fwd_kernel<T, kSoft>;
+    allow_shared(kernel, plan.shared_bytes);
+    if (!cooperative) return 0;
+    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, plan.threads, plan.shared_bytes));
+    return each * multiprocessors;
   }
   template <bool kSoft>
   void tile(const Arguments<T>& a, const Work<T>& work, const TilePlan& plan) const {
     const auto kernel = iw_cross_entropy_fwd_kernel<T, kSoft>;
-    if (plan.shared_bytes > 48 * 1024)  // more than a launch has without asking
-      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes)));
-    kernel<<<grid(plan.blocks), plan.threads, plan.shared_bytes, stream>>>(a, work, plan);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    allow_shared(kernel, plan.shared_bytes);
+    Launch launch(plan.blocks, plan.threads, plan.shared_bytes, stream);
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&launch.together(plan.one_launch).config, kernel, a, work, plan));
+  }
+  // How many clusters the device holds at once; there may be no group of multiprocessors that is large enough for one.
+  template <bool kSoft, class>
+  int64_t clusters(const ClusterPlan& plan) const {
+    int resident = 0;
+    const auto kernel = iw_cross_entropy_cluster_kernel<T, kSoft>;
+    allow_shared(kernel, plan.shared_bytes);
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+    Launch launch(plan.ranks, plan.threads, plan.shared_bytes, stream);
+    STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&resident, kernel, &launch.in_clusters_of(plan.ranks).config));
+    return resident;
+  }
+  template <bool kSoft>
+  void cluster(const Arguments<T>& a, const Work<T>& work, const ClusterPlan& plan) const {
+    const auto kernel = iw_cross_entropy_cluster_kernel<T, kSoft>;
+    Launch launch(plan.blocks, plan.threads, plan.shared_bytes, stream);
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&launch.in_clusters_of(plan.ranks).config, kernel, a, work, plan));
   }
   template <bool kSoft>
   void statistics(const Arguments<T>& a, const Work<T>& work, const SlicePlan& plan) const {
@@ -124,6 +210,11 @@ struct Launches {
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
   static unsigned grid(int64_t blocks) { return static_cast<unsigned>(blocks); }
+  template <class Kernel>
+  static void allow_shared(Kernel kernel, int64_t bytes) {
+    if (bytes > 48 * 1024)  // more than a launch has without asking
+      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+  }
 };
 
 struct Cuda {
@@ -135,7 +226,16 @@ struct Cuda {
       memory = torch::stable::new_empty(logits, {bytes}, ScalarType::Byte);
       return mutable_data<char>(memory);
     };
-    run_loss(arguments, device_limits(logits.get_device_index()), allocate, Launches<T>{device.stream()});
+    const auto& [limits, cooperative] = this_device(logits.get_device_index());
+    run_loss(arguments, limits, allocate, Launches<T>{device.stream(), limits.multiprocessors, cooperative});
+  }
+  template <class T>
+  static void scale(T* x, int64_t n, const acc_t<T>* factor, const Tensor& tensor) {
+    const OnDeviceOf device(tensor);
+    const int64_t needed = divide_up(divide_up(n, kVector<T>) + 1, kScaleThreads);
+    const int64_t blocks = std::min(needed, kScaleBlocks * this_device(tensor.get_device_index()).limits.multiprocessors);
+    iw_cross_entropy_scale_kernel<T><<<static_cast<unsigned>(blocks), kScaleThreads, 0, device.stream()>>>(x, n, factor);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 };
 
@@ -145,4 +245,5 @@ struct Cuda {
 STABLE_TORCH_LIBRARY_IMPL(iwsgd_ext, CUDA, m) {
   m.impl("iw_cross_entropy", TORCH_BOX(&iwsgd::LossOp<iwsgd::Cuda>::out_of_place));
   m.impl("iw_cross_entropy_", TORCH_BOX(&iwsgd::LossOp<iwsgd::Cuda>::in_place));
+  m.impl("iw_cross_entropy_scale_", TORCH_BOX(&iwsgd::LossOp<iwsgd::Cuda>::scale));
 }

@@ -1,6 +1,8 @@
 // The threads of a block, as the loss kernels use them. The kernels' bodies are templates on this, so that the tests run them on
 // the host with another one.
 #pragma once
+#include <cooperative_groups.h>
+
 #include <cstdint>
 
 namespace iwsgd {
@@ -27,6 +29,35 @@ struct DeviceBlock {
                  : "memory");
   }
   __device__ void finish_copies() const { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+  // ---- between the blocks of a grid that was launched together ----
+
+  // What another block has written: not from this multiprocessor's own cache.
+  __device__ double fresh(const double* x) const { return __ldcg(x); }
+  // What each thread of a block wrote before arriving is there for all after waiting.
+  __device__ unsigned arrive_grid() const { return cooperative_groups::this_grid().barrier_arrive(); }
+  __device__ void wait_grid(unsigned arrival) const { cooperative_groups::this_grid().barrier_wait(std::move(arrival)); }
+  // Whether all other blocks have been here, with what their first threads wrote before. flag: shared memory.
+  __device__ bool last(unsigned* finished, int* flag) const {
+    if (thread() == 0) {
+      __threadfence();
+      *flag = atomicAdd(finished, 1u) == gridDim.x - 1;
+      __threadfence();
+    }
+    sync();
+    return *flag != 0;
+  }
+
+  // ---- between the blocks of a cluster ----
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  __device__ void sync_cluster() const { cooperative_groups::this_cluster().sync(); }
+  // The same place in the shared memory of another of the cluster's blocks.
+  template <class X>
+  __device__ const X* of_rank(const X* x, int rank) const {
+    return cooperative_groups::this_cluster().map_shared_rank(x, rank);
+  }
+#endif
 };
 
 }  // namespace iwsgd

@@ -1,10 +1,15 @@
 // How the loss kernels cut a call into blocks: plain host C++, so that it is tested without CUDA.
 //
-// A unit (an example, or a position of one) is S rows of C logits. Where they fit a share of a multiprocessor's shared memory, a
-// block holds the rows of one or more units there from the statistics to the gradient: one read and one write of the logits.
-// Units that do not fit, units of several positions, and classes that are not adjacent in memory go through three kernels
-// (statistics, weights, gradient), which read the logits twice; they do so by slices that stay in the second level cache between
-// the kernels.
+// A unit (an example, or a position of one) is S rows of C logits, n bytes. Three regimes:
+//   tiles     Where n fits half of a multiprocessor's shared memory (113 KB on sm_90, 81 KB on sm_80), a block holds the rows of one
+//             or more units there from the statistics to the gradient: one read and one write of the logits, 2n bytes.
+//   clusters  From there to 16 times all of it (3.6 MB: S = 8 of bf16 to 230,000 classes, S = 64 to 27,000), on sm_90 and later, the
+//             blocks of a cluster hold a range of the classes each and exchange statistics: 2n bytes too.
+//   slices    The rest (units too large, units of several positions, classes that are not adjacent in memory): three kernels
+//             (statistics, weights, gradient) that read the logits twice, 3n bytes. They do so by slices that stay in the second
+//             level cache between the kernels; where that holds, the memory itself moves 2n.
+// Launches: tiles 1, whatever the reduction (NOTE [One launch]); clusters 1 for "none", 2 for "sum" (the total), 3 for "mean" (the
+// denominator), beside units of 0.1 to 3.6 MB each; slices three for each slice, and the same two.
 #pragma once
 #include <algorithm>
 
@@ -21,6 +26,7 @@ struct DeviceLimits {
   int64_t multiprocessors;
   int64_t shared_per_block, shared_per_multiprocessor;  // bytes
   int64_t cache;                                        // bytes of the second level cache
+  int most_ranks = 1;                                   // blocks of a cluster; 1: there are no clusters
   int64_t most_blocks = 1 << 15;                        // of a grid; each then works on several tiles or rows
 };
 
@@ -65,8 +71,9 @@ inline LossShape loss_shape(const LossArguments<T, A>& a) {
 }
 
 constexpr int kStatsPerRow = 3;          // max, sum, log-likelihood
+constexpr int kPartValues = 5;           // of a RowPart
 constexpr int64_t kScratchBytes = 1024;  // a block's reductions
-constexpr int kDenominatorBlocks = 32;   // a warp adds up what they leave
+constexpr int kDenominatorBlocks = 32;   // of the kernel that does nothing else
 constexpr int kPlainThreads = 256;       // of the kernels that hold nothing in shared memory
 constexpr int kJoinThreads = 1024;       // of those that add up an example's positions
 
@@ -77,8 +84,19 @@ struct TilePlan {
   int threads, lanes, weigh_lanes, n;
   bool segments;  // the n rows of one noise sample are copied as one
   bool flat;      // the gradient goes through shared memory, as rows alone would be written in unaligned bits
+  bool one_launch;  // NOTE [One launch]: the blocks are on the GPU all at once, and make the denominator and the total too
   int64_t row_bytes, segment_bytes, rows_at, shared_bytes;
   int64_t tiles, blocks;
+};
+
+// The blocks of a cluster hold a unit, each a range of its classes; row s of a block begins at rows_at + s * row_bytes, shifted as
+// in a tile.
+struct ClusterPlan {
+  bool use;
+  int ranks, threads, lanes;
+  int64_t classes;  // of a block; the last may have fewer, or none
+  int64_t row_bytes, rows_at, shared_bytes;
+  int64_t blocks;   // ranks times the clusters, each of which works on several units
 };
 
 struct SlicePlan {
@@ -140,6 +158,43 @@ inline TilePlan tile_plan(const LossShape& shape, const DeviceLimits& device) {
   return plan;
 }
 
+constexpr int kMostRanks = 16;       // of a cluster; more than 8 must be asked for
+constexpr int kClusterThreads = 512;
+
+inline ClusterPlan cluster_with(const LossShape& shape, int ranks) {
+  ClusterPlan plan{};
+  plan.ranks = ranks;
+  plan.threads = kClusterThreads;
+  const int64_t line = 128 / shape.element_bytes;  // ranges begin at whole lines of memory where rows do
+  plan.classes = divide_up(divide_up(shape.C, ranks), line) * line;
+  plan.row_bytes = plan.classes * shape.element_bytes + 16;
+  plan.rows_at = kScratchBytes + divide_up(((kPartValues + kStatsPerRow) * shape.S + 1) * shape.acc_bytes, 16) * 16;
+  plan.shared_bytes = plan.rows_at + shape.S * plan.row_bytes;
+  // All rows at once where there are warps enough, so that each is merged once.
+  const int64_t accesses = divide_up(plan.classes * shape.element_bytes, 16);
+  const int spread = plan.threads / std::min(plan.threads / 32, power_of_two_in(shape.S));
+  plan.lanes = static_cast<int>(std::min<int64_t>(spread, power_of_two_in(accesses)));
+  return plan;
+}
+
+// The fewest blocks that hold a unit, two of them on a multiprocessor if that is enough, so that one reads while the other
+// computes. clusters(plan): how many of these the device holds at once; it may have no room for any.
+template <class Clusters>
+ClusterPlan cluster_plan(const LossShape& shape, const DeviceLimits& device, const Clusters& clusters) {
+  if (!shape.even || shape.positions != 1 || shape.units == 0) return {};
+  for (const int64_t most : {std::min(device.shared_per_block, device.shared_per_multiprocessor / 2 - 1024), device.shared_per_block})
+    for (int ranks = 2; ranks <= std::min(kMostRanks, device.most_ranks); ranks *= 2) {
+      ClusterPlan plan = cluster_with(shape, ranks);
+      if (plan.shared_bytes > most) continue;
+      const int64_t resident = clusters(plan);
+      if (resident == 0) continue;
+      plan.use = true;
+      plan.blocks = ranks * std::min({shape.units, resident, device.most_blocks});
+      return plan;
+    }
+  return {};
+}
+
 inline SlicePlan slice_plan(const LossShape& shape, const DeviceLimits& device) {
   SlicePlan plan{};
   const int64_t unit_bytes = std::max<int64_t>(1, shape.S * shape.positions * shape.C * shape.element_bytes);
@@ -160,8 +215,9 @@ inline SlicePlan slice_plan(const LossShape& shape, const DeviceLimits& device) 
 // Memory of a call besides its arguments and results.
 template <class A>
 struct LossWork {
-  double* denominators;    // [kDenominatorBlocks], partial sums of d, where the loss is the mean
-  int denominator_blocks;
+  double* denominators;    // [denominator_blocks], partial sums of d, where the loss is the mean
+  int64_t denominator_blocks;
+  unsigned* finished;      // blocks, where one launch does everything
   double* losses;          // [blocks], partial sums of the loss, or null
   int64_t loss_blocks;
   // Of the positions of a slice, row (s, position) at s * (positions of the slice) + position - first:
@@ -197,21 +253,32 @@ void run_slices(const LossArguments<T, A>& a, LossWork<A> work, const SlicePlan&
   }
 }
 
-// Every kernel of a call, in order. allocate(bytes): memory of the device.
-template <class T, class A, class Allocate, class Launches>
-void run_loss(LossArguments<T, A> a, const DeviceLimits& device, const Allocate& allocate, const Launches& launches) {
-  if (a.alpha > 0) a.alpha = std::max(a.alpha, kLeastAlpha<A>);
+// Every kernel of a call, in order. allocate(bytes): memory of the device. launches: starts kernels, and says how many blocks and
+// clusters of them the device holds at once (0: it cannot start them together).
+template <bool kSoft, class T, class A, class Allocate, class Launches>
+void run_loss_as(const LossArguments<T, A>& a, const DeviceLimits& device, const Allocate& allocate, const Launches& launches) {
   const LossShape shape = loss_shape(a);
-  const TilePlan tiles = tile_plan(shape, device);
-  const SlicePlan slices = tiles.use || shape.units == 0 ? SlicePlan{} : slice_plan(shape, device);
-  const bool total = a.reduction != Reduction::none, soft = a.probabilities != nullptr || a.smoothing > A(0);
+  const bool total = a.reduction != Reduction::none;
+  const bool mean = a.reduction == Reduction::mean && a.normalizer == nullptr && a.positions() > 0;
+  TilePlan tiles = tile_plan(shape, device);
+  if (tiles.use && total)
+    if (const int64_t resident = launches.template resident<kSoft, T>(tiles); resident > 0)
+      tiles.one_launch = true, tiles.blocks = std::min(tiles.tiles, resident);
+  const ClusterPlan clusters = tiles.use ? ClusterPlan{} : cluster_plan(shape, device, [&](const ClusterPlan& plan) {
+    return launches.template clusters<kSoft, T>(plan);
+  });
+  const bool sliced = !tiles.use && !clusters.use && shape.units > 0;
+  const SlicePlan slices = sliced ? slice_plan(shape, device) : SlicePlan{};
   const int64_t positions = slices.units * shape.positions;
 
   LossWork<A> work{};
+  if (mean) work.denominator_blocks = tiles.one_launch ? tiles.blocks : std::min<int64_t>(kDenominatorBlocks, divide_up(a.positions(), kPlainThreads));
   const auto cut = [&](char* base) {
     Cutter memory{base};
-    work.denominators = memory.take<double>(kDenominatorBlocks);
-    work.loss_blocks = tiles.use ? tiles.blocks : slices.units == 0 ? 0 : divide_up(shape.units, slices.units) * slices.unit_blocks;
+    work.denominators = memory.take<double>(work.denominator_blocks);
+    work.finished = memory.take<unsigned>(1);
+    work.loss_blocks = tiles.use ? tiles.blocks : clusters.use ? clusters.blocks / clusters.ranks
+                     : sliced ? divide_up(shape.units, slices.units) * slices.unit_blocks : 0;
     work.losses = total ? memory.take<double>(work.loss_blocks) : nullptr;
     work.max = memory.take<A>(a.S * positions);
     work.sum = memory.take<A>(a.S * positions);
@@ -221,18 +288,19 @@ void run_loss(LossArguments<T, A> a, const DeviceLimits& device, const Allocate&
   };
   cut(allocate(cut(nullptr)));
 
-  if (a.reduction == Reduction::mean && a.normalizer == nullptr && a.positions() > 0) {
-    work.denominator_blocks = static_cast<int>(std::min<int64_t>(kDenominatorBlocks, divide_up(a.positions(), kPlainThreads)));
-    launches.denominator(a, work);
-  }
-  if (tiles.use) {
-    if (soft) launches.template tile<true>(a, work, tiles);
-    else launches.template tile<false>(a, work, tiles);
-  } else if (shape.units > 0) {
-    if (soft) run_slices<true>(a, work, slices, launches);
-    else run_slices<false>(a, work, slices, launches);
-  }
+  if (tiles.one_launch) return launches.template tile<kSoft>(a, work, tiles);
+  if (mean) launches.denominator(a, work);
+  if (tiles.use) launches.template tile<kSoft>(a, work, tiles);
+  else if (clusters.use) launches.template cluster<kSoft>(a, work, clusters);
+  else if (sliced) run_slices<kSoft>(a, work, slices, launches);
   if (total) launches.total(a, work);
+}
+
+template <class T, class A, class Allocate, class Launches>
+void run_loss(LossArguments<T, A> a, const DeviceLimits& device, const Allocate& allocate, const Launches& launches) {
+  if (a.alpha > 0) a.alpha = std::max(a.alpha, kLeastAlpha<A>);
+  if (a.probabilities != nullptr || a.smoothing > A(0)) run_loss_as<true>(a, device, allocate, launches);
+  else run_loss_as<false>(a, device, allocate, launches);
 }
 
 }  // namespace iwsgd

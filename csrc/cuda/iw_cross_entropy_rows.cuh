@@ -50,6 +50,19 @@ struct RowTarget {
     const A q = probability != nullptr ? share * probability[i * probability_stride] + uniform : uniform;
     return class_weight != nullptr ? q * class_weight[i] : q;
   }
+  // The logit of the label in a row, if there is one.
+  template <class T>
+  IWSGD_HD A logit(const T* z, int64_t stride) const {
+    return label >= 0 ? widen(z[label * stride]) : A(0);
+  }
+  // The same target for the classes from `first` on, counted anew; the label may be none of them.
+  IWSGD_HD RowTarget from(int first) const {
+    RowTarget part = *this;
+    part.label -= first;
+    if (probability != nullptr) part.probability += first * probability_stride;
+    if (class_weight != nullptr) part.class_weight += first;
+    return part;
+  }
 };
 
 // kCheck: once for each position is enough.
@@ -184,12 +197,13 @@ IWSGD_HD RowSum<A> row_sum(const RowTarget<A>& target, const T* z, int64_t strid
 }
 
 // u = sum_c q v log p, each term relative to the maximum first, which is exact where logits are large; and c of the position.
-template <bool kSoft, class T, class A>
-IWSGD_HD void row_likelihood(const RowTarget<A>& target, const RowSum<A>& row, const T* z, int64_t stride, A& u, A& c) {
+// logit: of the label, if there is one.
+template <bool kSoft, class A>
+IWSGD_HD void row_likelihood(const RowTarget<A>& target, const RowSum<A>& row, A logit, A& u, A& c) {
   const A log_sum = log(row.sum);
   u = A(0), c = A(0);
   if (target.label >= 0) {
-    u = target.hot * (widen(z[target.label * stride]) - row.max - log_sum);
+    u = target.hot * (logit - row.max - log_sum);
     c = target.hot;
   }
   if (kSoft) u += row.weighted - row.alone * log_sum, c += row.alone;

@@ -4,11 +4,17 @@
 #include <utility>
 #include <vector>
 
-#include "../cuda/iw_cross_entropy_kernels.cuh"
+#include "../cuda/iw_cross_entropy_cluster.cuh"
+#include "../cuda/iw_cross_entropy_scale.cuh"
 #include "check.h"
 #include "host_block.h"
 
 using namespace iwsgd;
+
+// What ran, over all cases.
+struct Counts {
+  int tiles = 0, together = 0, clusters = 0, slices = 0, others = 0;
+};
 
 template <class T>
 struct HostLaunches {
@@ -16,32 +22,46 @@ struct HostLaunches {
   using Arguments = LossArguments<T, A>;
   using Work = LossWork<A>;
   Threads* threads;
-  int* tiles;  // launches of each regime
-  int* slices;
+  Counts* counts;
+  int64_t resident_blocks, resident_clusters;  // what the device says of itself
 
   template <class Body>
-  void launch(int64_t blocks, int count, int64_t shared, const Body& body) const {
+  void launch(int64_t blocks, int together, int count, int64_t shared, const Body& body) const {
     CHECK(blocks > 0 && blocks < int64_t(1) << 31 && count % 32 == 0 && count <= 1024, "grid of ", blocks, " blocks of ", count);
-    constexpr int64_t kGuard = 256;
-    std::vector<std::pair<double, double>> memory((shared + kGuard) / 16 + 1);  // 16 bytes each
-    auto* bytes = reinterpret_cast<unsigned char*>(memory.data());
-    for (int64_t block = 0; block < blocks; ++block) {
-      std::memset(bytes, 0xFF, memory.size() * 16);
-      threads->run(count, [&](int i) { body(HostBlock{threads, i, count, block, blocks, reinterpret_cast<char*>(bytes), {}}); });
-      for (int64_t i = shared; i < shared + kGuard; ++i) CHECK(bytes[i] == 0xFF, "written ", i - shared, " bytes behind shared memory");
-    }
+    launch_on_host(*threads, blocks, together, count, shared, body,
+                   [](int64_t at) { CHECK(false, "written ", at, " bytes behind shared memory"); });
+  }
+  template <class Body>
+  void launch(int64_t blocks, int count, int64_t shared, const Body& body) const {
+    launch(blocks, 1, count, shared, body);
+  }
+  template <bool, class>
+  int64_t resident(const TilePlan&) const {
+    return resident_blocks;
+  }
+  template <bool, class>
+  int64_t clusters(const ClusterPlan& plan) const {
+    return plan.ranks > 8 ? resident_clusters / 2 : resident_clusters;
   }
   void denominator(const Arguments& a, const Work& work) const {
+    ++counts->others;
     launch(work.denominator_blocks, kPlainThreads, kScratchBytes, [&](const HostBlock& block) { loss_denominator(block, a, work); });
   }
   template <bool kSoft>
   void tile(const Arguments& a, const Work& work, const TilePlan& plan) const {
-    ++*tiles;
-    launch(plan.blocks, plan.threads, plan.shared_bytes, [&](const HostBlock& block) { loss_tile<kSoft>(block, a, work, plan); });
+    ++counts->tiles, counts->together += plan.one_launch;
+    CHECK(!plan.one_launch || plan.blocks <= resident_blocks, "more blocks than are there at once: ", plan.blocks);
+    launch(plan.blocks, plan.one_launch ? static_cast<int>(plan.blocks) : 1, plan.threads, plan.shared_bytes, [&](const HostBlock& block) { loss_tile<kSoft>(block, a, work, plan); });
+  }
+  template <bool kSoft>
+  void cluster(const Arguments& a, const Work& work, const ClusterPlan& plan) const {
+    ++counts->clusters;
+    CHECK(plan.blocks % plan.ranks == 0, "clusters of ", plan.ranks, " among ", plan.blocks);
+    launch(plan.blocks, plan.ranks, plan.threads, plan.shared_bytes, [&](const HostBlock& block) { loss_cluster<kSoft>(block, a, work, plan); });
   }
   template <bool kSoft>
   void statistics(const Arguments& a, const Work& work, const SlicePlan& plan) const {
-    ++*slices;
+    ++counts->slices;
     launch(plan.row_blocks, kPlainThreads, kScratchBytes,
            [&](const HostBlock& block) { loss_statistics<kSoft>(block, a, work, plan.lanes); });
   }
@@ -58,6 +78,7 @@ struct HostLaunches {
            [&](const HostBlock& block) { loss_gradient<kSoft>(block, a, work, plan.lanes); });
   }
   void total(const Arguments& a, const Work& work) const {
+    ++counts->others;
     launch(1, kJoinThreads, kScratchBytes, [&](const HostBlock& block) { loss_total(block, a, work); });
   }
 };
@@ -77,6 +98,7 @@ struct Case {
   Reduction reduction = Reduction::mean;
   Special special = kOrdinary;
   DeviceLimits device{2, 100000, 200000, 60000};
+  int64_t resident_blocks = 3, resident_clusters = 2;
 };
 
 std::ostream& operator<<(std::ostream& out, const Case& k) {
@@ -84,7 +106,8 @@ std::ostream& operator<<(std::ostream& out, const Case& k) {
              << " in place " << k.in_place << " position " << k.per_position << " probabilities " << k.probabilities << " weights "
              << k.class_weight << k.example_weight << k.position_weight << k.normalizer << " smoothing " << k.smoothing << " alpha "
              << k.alpha << " reduction " << static_cast<int>(k.reduction) << " special " << k.special << " shared "
-             << k.device.shared_per_block << ": ";
+             << k.device.shared_per_block << " ranks " << k.device.most_ranks << " resident " << k.resident_blocks << ' '
+             << k.resident_clusters << ": ";
 }
 
 template <class A>
@@ -134,7 +157,7 @@ class Problem {
       }
   }
 
-  Results<A> solve(bool backwards, int* tiles, int* slices) {
+  Results<A> solve(bool backwards, Counts* counts) {
     const int64_t units = k_.per_position ? k_.B * k_.T : k_.B;
     constexpr A kStale = A(-77);
     Results<A> r{std::vector<A>(k_.reduction == Reduction::none ? units : 1, kStale), std::vector<A>(k_.S * units, kStale),
@@ -165,7 +188,7 @@ class Problem {
       memory.assign(bytes / 16 + 1, {std::nan(""), std::nan("")});
       return reinterpret_cast<char*>(memory.data());
     };
-    run_loss(a, k_.device, allocate, HostLaunches<T>{&threads, tiles, slices});
+    run_loss(a, k_.device, allocate, HostLaunches<T>{&threads, counts, k_.resident_blocks, k_.resident_clusters});
     r.dlogits.resize(logits.size() * sizeof(T));
     std::memcpy(r.dlogits.data(), reinterpret_cast<T*>(out.data()) + k_.offset + (k_.in_place ? 0 : k_.apart), r.dlogits.size());
     return r;
@@ -311,12 +334,12 @@ bool equal(const std::vector<A>& x, const std::vector<A>& y) {
   return x.size() == y.size() && (x.empty() || std::memcmp(x.data(), y.data(), x.size() * sizeof(A)) == 0);
 }
 
-int tiles = 0, slices = 0;
+Counts counts;
 
 template <class T>
 void run(const Case& k) {
   Problem<T> problem(k);
-  const auto got = problem.solve(false, &tiles, &slices), again = problem.solve(true, &tiles, &slices);
+  const auto got = problem.solve(false, &counts), again = problem.solve(true, &counts);
   problem.compare(got);
   CHECK(equal(got.loss, again.loss) && equal(got.log_p, again.log_p) && equal(got.weights, again.weights) &&
             equal(got.bound, again.bound) && equal(got.outer, again.outer) && equal(got.dlogits, again.dlogits),
@@ -330,11 +353,13 @@ void run_all(const Case& k) {
 // Sizes at the borders of the kernels' choices: lanes, accesses, several rows of a warp, several warps of a row, several tiles.
 void sizes() {
   const DeviceLimits roomy{1, 230000, 460000, 60000}, tight{1, 4000, 8000, 3000};
+  DeviceLimits grouped{1, 6000, 12000, 3000};
+  grouped.most_ranks = 4;
   for (const int64_t C : {1, 2, 3, 7, 8, 10, 16, 33, 63, 64, 65, 250, 256, 1000, 1001})
     for (const int64_t S : {1, 2, 3, 5, 8}) {
       if (S * C > 4000) continue;
       Case k{S, C > 100 ? 2 : 9, C, 1};
-      for (const auto& device : {roomy, tight}) {
+      for (const auto& device : {roomy, tight, grouped}) {
         k.device = device;
         run<float>(k), run<bf16>(k);
         k.smoothing = 0.125, k.class_weight = true;
@@ -360,6 +385,26 @@ void sizes() {
     }
 }
 
+// Units held by 2 to 16 blocks: ranges of classes that are uneven, a block without any, labels in each.
+void clusters() {
+  for (const int ranks : {2, 4, 8, 16})
+    for (const int64_t C : {100, 515, 1030, 1031, 2048}) {
+      Case k{2, 3, C, 1};
+      k.special = kInfinite;
+      k.device = {2, 1 << 20, 1 << 21, 3000};
+      k.device.most_ranks = ranks;
+      // What just holds the rows in that many blocks, so that no fewer are taken.
+      const LossShape shape{k.S, k.B, C, 1, 2, 4, true, true, true, C % 8 == 0};
+      k.device.shared_per_block = cluster_with(shape, ranks).shared_bytes;
+      k.device.shared_per_multiprocessor = 2 * (k.device.shared_per_block + 1024);
+      const int before = counts.clusters;
+      run<bf16>(k);
+      CHECK(counts.clusters == before + (cluster_with(shape, ranks).classes < cluster_with(shape, ranks / 2).classes ? 2 : 0) || C == 100, k);
+      k.smoothing = 0.1, k.class_weight = true, k.in_place = true;
+      run<bf16>(k);
+    }
+}
+
 // Every option, layout, alignment and special value with every other, at random.
 void options() {
   test::Random random;
@@ -379,6 +424,8 @@ void options() {
     k.reduction = static_cast<Reduction>(random.below(3));
     k.special = random.below(3) > 0 ? kOrdinary : static_cast<Special>(random.below(5));
     if (coin()) k.device = {random.below(4) + 1, 6000, 12000, random.below(4000)};
+    k.device.most_ranks = coin() ? 1 : 1 << random.below(4);
+    k.resident_blocks = random.below(5), k.resident_clusters = random.below(4);
     if (coin()) k.device.most_blocks = random.below(3) + 1;
     if (trial % 4 == 0) run<float>(k);
     else if (trial % 4 == 1) run<bf16>(k);
@@ -387,9 +434,76 @@ void options() {
   }
 }
 
+// The upstream gradient: any size and alignment, and nothing at all where it is 1.
+template <class T>
+void scale_as(acc_t<T> factor) {
+  for (const int64_t n : {0, 1, 7, 8, 9, 100, 1000})
+    for (int offset = 0; offset < 9; ++offset) {
+      std::vector<std::pair<double, double>> memory(n * sizeof(T) / 16 + 16), before;
+      T* const x = reinterpret_cast<T*>(memory.data()) + offset;
+      for (int64_t i = -offset; i < n + 8; ++i) x[i] = from_acc<T>(static_cast<acc_t<T>>(i % 13) / 4);
+      before = memory;
+      const T* const old = reinterpret_cast<const T*>(before.data()) + offset;
+      for (int64_t thread = 0; thread < 37; ++thread) scale_elements(x, n, &factor, thread, 37);
+      for (int64_t i = -offset; i < n + 8; ++i) {
+        const T expected = i >= 0 && i < n && factor != 1 ? from_acc<T>(to_acc(old[i]) * factor) : old[i];
+        CHECK(std::memcmp(&x[i], &expected, sizeof(T)) == 0, "element ", i, " of ", n, " at offset ", offset, " times ", factor);
+      }
+    }
+}
+
+void scales() {
+  for (const double factor : {1.0, 0.3, 0.0}) {
+    scale_as<float>(static_cast<float>(factor)), scale_as<double>(factor);
+    scale_as<bf16>(static_cast<float>(factor)), scale_as<fp16>(static_cast<float>(factor));
+  }
+}
+
+// The choice between the regimes, by the numbers of real devices. S, C and bytes of an element, a unit for each of 8192 examples.
+void plans() {
+  const DeviceLimits a100{108, 166912, 167936, 41943040};
+  DeviceLimits h200{132, 232448, 233472, 62914560};
+  h200.most_ranks = kMostRanks;
+  const auto shape = [](int64_t S, int64_t C, int64_t bytes) { return LossShape{S, 8192, C, 1, bytes, 4, true, true, true, C * bytes % 16 == 0}; };
+  const auto ranks = [](const LossShape& s, const DeviceLimits& device, int64_t held = 8) {
+    if (tile_plan(s, device).use) return 1;
+    const ClusterPlan plan = cluster_plan(s, device, [&](const ClusterPlan&) { return held; });
+    if (!plan.use) return 0;
+    CHECK(plan.shared_bytes <= device.shared_per_block && plan.ranks * plan.classes >= s.C && plan.blocks == plan.ranks * held, "C ", s.C);
+    CHECK(plan.threads % plan.lanes == 0 && (plan.lanes & (plan.lanes - 1)) == 0, "lanes ", plan.lanes);
+    return plan.ranks;
+  };
+  const auto expect = [](int got, int expected, const char* what) { CHECK(got == expected, what, ": ", got, " blocks, not ", expected); };
+  expect(ranks(shape(8, 10, 2), h200), 1, "digits");
+  expect(ranks(shape(8, 7000, 2), h200), 1, "the largest tile");
+  expect(ranks(shape(8, 8192, 2), h200), 2, "just above");
+  expect(ranks(shape(8, 32000, 2), h200), 8, "a vocabulary: 512 KB, two blocks on a multiprocessor");
+  expect(ranks(shape(8, 100000, 2), h200), 16, "1.6 MB");
+  expect(ranks(shape(8, 128256, 2), h200), 16, "2 MB, one block on a multiprocessor");
+  expect(ranks(shape(8, 220000, 2), h200), 16, "3.5 MB");
+  expect(ranks(shape(8, 262144, 2), h200), 0, "4 MB: slices");
+  expect(ranks(shape(64, 27000, 2), h200), 16, "many samples");
+  expect(ranks(shape(64, 131072, 2), h200), 0, "too many");
+  expect(ranks(shape(8, 128256, 2), h200, 0), 0, "no group of multiprocessors is large enough");
+  expect(ranks(shape(8, 32000, 2), a100), 0, "no clusters");
+  expect(ranks(shape(8, 5000, 2), a100), 1, "no clusters, a tile");
+  LossShape joint = shape(8, 32000, 2);
+  joint.positions = 4;
+  expect(ranks(joint, h200), 0, "units of several positions");
+  LossShape columns = shape(8, 32000, 2);
+  columns.even = false;
+  expect(ranks(columns, h200), 0, "classes that are not adjacent");
+  // Rows of 100,000 classes fit 8 blocks only as one on a multiprocessor; 16 take two.
+  CHECK(cluster_with(shape(8, 100000, 2), 16).shared_bytes <= h200.shared_per_multiprocessor / 2 - 1024, "two on a multiprocessor");
+}
+
 int main() {
   sizes();
+  clusters();
   options();
-  CHECK(tiles > 300 && slices > 300, "tiles ", tiles, ", slices ", slices);
+  scales();
+  plans();
+  CHECK(counts.tiles > 300 && counts.together > 200 && counts.clusters > 100 && counts.slices > 300, "tiles ", counts.tiles, ", in one launch ",
+        counts.together, ", clusters ", counts.clusters, ", slices ", counts.slices);
   return test::report();
 }

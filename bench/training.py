@@ -1,0 +1,326 @@
+"""Forward and backward of a whole model under S noise samples, by each provider: what the levels "layer" and "step" share."""
+
+import copy
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import iwsgd_ext as iw
+
+from .case import BASELINE, Skip, Variant, on_backend
+
+MORE_EXAMPLES = "plain dropout, S*B examples"  # the same number of rows through the network, without importance weights
+
+
+@dataclasses.dataclass
+class Inputs:
+    """A model in training mode with nn.Dropout, a batch, and S; ``more`` is a batch of S*B other examples."""
+
+    model: nn.Module
+    x: Tensor  # [B, ...]
+    y: Tensor  # [B] or [B, T]
+    more: tuple[Tensor, Tensor]
+    samples: int
+    autocast: torch.dtype | None = None
+    expand: str = "first"  # where the library expands the batch
+    step: bool = True  # the optimiser's step belongs to the work
+
+    def small(self) -> tuple[Tensor, Tensor]:
+        """A few short examples for checks."""
+        x = self.x[:4].detach()
+        return (x[:, :16], self.y[:4, :16]) if self.y.dim() == 2 else (x, self.y[:4])
+
+
+Backward = Callable[[Tensor, Tensor], Tensor]  # x, y -> loss; gradients are in the parameters' .grad
+
+
+def log_likelihood(logits: Tensor, y: Tensor) -> Tensor:
+    """[N, C] and [N], or [N, C, T] and [N, T] -> log p(y | logits) of each row [N]."""
+    return -F.cross_entropy(logits, y, reduction="none").reshape(len(y), -1).sum(1)
+
+
+def minus_bound(log_p: Tensor, y: Tensor) -> Tensor:
+    """[S, B] -> minus the sum of the bound (eq 4) over the number of labels."""
+    return -(torch.logsumexp(log_p, 0) - math.log(log_p.shape[0])).sum() / y.numel()
+
+
+def repeat(x: Tensor, samples: int) -> Tensor:
+    """Sample-major: row s*B + b."""
+    return x.repeat(samples, *[1] * (x.dim() - 1))
+
+
+def loop(model: nn.Module, i: Inputs) -> Backward:
+    """The paper's Figure 1."""
+
+    def backward(x: Tensor, y: Tensor) -> Tensor:
+        loss = minus_bound(torch.stack([log_likelihood(model(x), y) for _ in range(i.samples)]), y)
+        loss.backward()
+        return loss
+
+    return backward
+
+
+def _expanded_loss(model: nn.Module, i: Inputs) -> Callable[[Tensor, Tensor], Tensor]:
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        log_p = log_likelihood(model(repeat(x, i.samples)), repeat(y, i.samples))
+        return minus_bound(log_p.view(i.samples, len(y)), y)
+
+    return loss
+
+
+def _backward_of(loss: Callable[[Tensor, Tensor], Tensor]) -> Backward:
+    def backward(x: Tensor, y: Tensor) -> Tensor:
+        value = loss(x, y)
+        value.backward()
+        return value
+
+    return backward
+
+
+def expanded(model: nn.Module, i: Inputs) -> Backward:
+    return _backward_of(_expanded_loss(model, i))
+
+
+def expanded_compiled(model: nn.Module, i: Inputs) -> Backward:
+    return _backward_of(torch.compile(_expanded_loss(model, i)))
+
+
+def vmapped(model: nn.Module, i: Inputs) -> Backward:
+    each = torch.arange(i.samples, device=i.x.device)
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        one = lambda _: log_likelihood(torch.func.functional_call(model, state, (x,)), y)  # noqa: E731
+        return minus_bound(torch.vmap(one, randomness="different")(each), y)
+
+    try:
+        with torch.no_grad():
+            loss(*i.small())
+    except (RuntimeError, NotImplementedError) as error:
+        raise Skip(f"torch.func.vmap cannot run this model: {_first_line(error)}") from None
+    return _backward_of(loss)
+
+
+def _converted(model: nn.Module, i: Inputs, **options) -> tuple[nn.Module, nn.Module]:
+    return iw.convert(model, i.samples, expand=i.expand, **options), iw.IWCrossEntropyLoss(i.samples)
+
+
+def batched(model: nn.Module, i: Inputs) -> Backward:
+    model, criterion = _converted(model, i)
+    return _backward_of(lambda x, y: criterion(model(x), y))
+
+
+def batched_compiled(model: nn.Module, i: Inputs) -> Backward:
+    model, criterion = _converted(model, i)
+    return _backward_of(torch.compile(lambda x, y: criterion(model(x), y)))
+
+
+def strategy(name: str, **options) -> Callable[[nn.Module, Inputs], Backward]:
+    """One of ``iw.backward``'s ways to pay for the samples."""
+
+    def make(model: nn.Module, i: Inputs) -> Backward:
+        if not hasattr(iw, "backward"):
+            raise Skip("iwsgd_ext has no iw.backward in this version")
+        normalized = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+        if normalized and "batch_norm" not in inspect.signature(iw.convert).parameters:
+            raise Skip("the model has BatchNorm, and iw.convert no batch_norm='per_sample' in this version")
+        model, criterion = _converted(model, i, **({"batch_norm": "per_sample"} if normalized else {}))
+
+        def backward(x: Tensor, y: Tensor, seed: int | None = None) -> Tensor:
+            return iw.backward(model, criterion, x, y, samples=i.samples, strategy=name, seed=seed, **options)
+
+        try:
+            iw.backward(copy.deepcopy(model), criterion, *i.small(), samples=i.samples, strategy=name, **options)
+        except ValueError as error:  # iw.backward says which models a strategy cannot train
+            raise Skip(_first_line(error)) from None
+        return backward
+
+    return make
+
+
+def plain(model: nn.Module, i: Inputs) -> Backward:
+    """Conventional dropout training on as many rows: S*B examples with one noise sample each."""
+
+    def backward(x: Tensor, y: Tensor) -> Tensor:
+        loss = -log_likelihood(model(x), y).sum() / y.numel()
+        loss.backward()
+        return loss
+
+    return backward
+
+
+def provider(make: Callable[[nn.Module, Inputs], Backward], check: str, more: bool = False) -> Callable[[Inputs], Variant]:
+    """A provider from how it makes its backward pass, and which check its work is held to (see ``checks`` below)."""
+
+    def variant(i: Inputs) -> Variant:
+        model = copy.deepcopy(i.model)
+        backward = make(model, i)
+        x, y = i.more if more else (i.x, i.y)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(parameters, lr=1e-6, momentum=0.9) if i.step else None
+        inputs = x.detach().requires_grad_() if not i.step else x  # a layer passes its gradient on
+
+        def pass_both() -> Tensor:
+            for p in parameters:
+                p.grad = None
+            if not i.step:
+                inputs.grad = None
+            with torch.autocast(x.device.type, i.autocast or torch.bfloat16, enabled=i.autocast is not None):
+                return backward(inputs, y)
+
+        def run():
+            pass_both()
+            if optimizer is not None:
+                optimizer.step()
+
+        result = Variant(run, lambda: CHECKS[check](i, make, pass_both, parameters), memory=pass_both)
+        result.leaves = [*parameters, *model.buffers(), inputs, y]
+        if check != "statistics" and not any(isinstance(m, nn.RNNBase) for m in model.modules()):
+            result.count_flops = lambda: _flops(pass_both)
+        return result
+
+    return variant
+
+
+def _flops(run: Callable[[], Tensor]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+class _Replay(nn.Module):
+    """The noise that a provider drew, given again: x * keep / (1 - p)."""
+
+    def __init__(self, keep: Tensor, p: float):
+        super().__init__()
+        self.keep, self.scale, self.sample = keep, 1 / (1 - p), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        keep = self.keep if self.sample is None else self.keep.chunk(self.samples)[self.sample]
+        return torch.where(keep, x * self.scale, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def dropouts(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd)}
+
+
+def check_by_replay(i: Inputs, make: Callable[[nn.Module, Inputs], Backward], each_sample: bool) -> None:
+    """Records the masks that a provider draws, and holds loss and gradients to the definition in float64 under these masks.
+
+    ``each_sample``: the definition passes sample by sample, as the naive loop does; else over S*B rows at once. They differ where
+    BatchNorm takes its statistics over a pass.
+    """
+    x, y = i.small()
+    model, drawn = copy.deepcopy(i.model), {name: [] for name in dropouts(i.model)}
+    backward = make(model, i)
+    for name, module in dropouts(model).items():
+        module.register_forward_hook(lambda _, __, out, name=name: drawn[name].append(out.detach() != 0))
+    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+        loss = backward(x, y)
+    exact = copy.deepcopy(i.model).double()
+    replays = {name: _Replay(torch.cat(masks), i.model.get_submodule(name).p) for name, masks in drawn.items()}
+    for name, replay in replays.items():
+        assert len(replay.keep) == i.samples * len(x), f"{name} drew {len(replay.keep)} masks, expected {i.samples} * {len(x)}"
+        replay.samples = i.samples
+        exact.set_submodule(name, replay)
+    x = x.double() if x.is_floating_point() else x
+    if each_sample:
+        log_p = []
+        for s in range(i.samples):
+            for replay in replays.values():
+                replay.sample = s
+            log_p.append(log_likelihood(exact(x), y))
+        expected = minus_bound(torch.stack(log_p), y)
+    else:
+        expected = minus_bound(log_likelihood(exact(repeat(x, i.samples)), repeat(y, i.samples)).view(i.samples, len(y)), y)
+    expected.backward()
+    assert abs(loss.item() - expected.item()) <= 1e-3 * abs(expected.item()), f"loss {loss.item():.6f}, in float64 {expected.item():.6f}"
+    got = torch.cat([p.grad.double().flatten() for p in model.parameters()])
+    want = torch.cat([p.grad.flatten() for p in exact.parameters()])
+    error = ((got - want).norm() / want.norm()).item()
+    assert error <= 5e-3, f"gradient: relative error {error:.1e} against float64 with the same masks, allowed 5e-3"
+
+
+def check_statistics(i: Inputs, pass_both: Callable[[], Tensor], parameters: list[Tensor], draws: int = 8) -> None:
+    """For compiled and batched-by-vmap code, whose masks nobody sees: loss and size of the gradient, over several draws, are those of the
+    expanded batch in eager torch (which is checked by replay), within 6 standard errors and 2%.
+    """
+
+    def sizes(run: Callable[[], Tensor], of: list[Tensor]) -> Tensor:
+        found = []
+        for _ in range(draws):
+            loss = run()
+            found.append([loss.item(), torch.stack([p.grad.float().norm() for p in of]).norm().item()])
+        return torch.tensor(found, dtype=torch.float64)
+
+    model = copy.deepcopy(i.model)
+    backward = expanded(model, i)
+
+    def eager() -> Tensor:
+        model.zero_grad()
+        with torch.autocast(i.x.device.type, i.autocast or torch.bfloat16, enabled=i.autocast is not None):
+            return backward(i.x, i.y)
+
+    got, want = sizes(pass_both, parameters), sizes(eager, list(model.parameters()))
+    allowed = 6 * ((got.var(0) + want.var(0)) / draws).sqrt() + 0.02 * want.mean(0).abs()
+    off = (got.mean(0) - want.mean(0)).abs()
+    for k, name in enumerate(("loss", "gradient's norm")):
+        expected = f"{want.mean(0)[k]:.5f} +- {allowed[k]:.5f}"
+        assert off[k] <= allowed[k], f"{name}: mean over {draws} draws {got.mean(0)[k]:.5f}, expanded batch {expected}"
+
+
+def check_strategy(i: Inputs, make: Callable[[nn.Module, Inputs], Backward], gradient: bool) -> None:
+    """The same seed gives the loss, and where nothing is resampled the gradients, of ``iw.backward``'s own loop over the samples."""
+    x, y = i.small()
+    results = []
+    for form in (make, strategy("loop")):
+        model = copy.deepcopy(i.model)
+        loss = form(model, i)(x, y, seed=7)
+        results.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+    (loss, got), (expected, want) = results
+    assert abs(loss - expected) <= 1e-3 * abs(expected), f"loss {loss:.6f}, of the loop with the same seed {expected:.6f}"
+    error = ((got - want).norm() / want.norm()).item()
+    assert got.isfinite().all() and got.norm() > 0, "gradient is zero or not finite"
+    assert not gradient or error <= 5e-3, f"gradient: relative error {error:.1e} against the loop with the same seed, allowed 5e-3"
+
+
+CHECKS = {
+    "each sample": lambda i, make, run, parameters: check_by_replay(i, make, each_sample=True),
+    "joint": lambda i, make, run, parameters: check_by_replay(i, make, each_sample=False),
+    "statistics": lambda i, make, run, parameters: check_statistics(i, run, parameters),
+    "strategy": lambda i, make, run, parameters: check_strategy(i, make, gradient=True),
+    "resampled": lambda i, make, run, parameters: check_strategy(i, make, gradient=False),
+    "plain": lambda i, make, run, parameters: check_by_replay(_single(i), make, each_sample=True),
+}
+
+
+def _single(i: Inputs) -> Inputs:
+    return dataclasses.replace(i, samples=1)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def providers(native: str, *, compiled: bool = True, few: bool = False) -> dict[str, Callable[[Inputs], Variant]]:
+    """Who can train a model; ``native`` is the backend of the device. ``few``: those that are of interest in a sweep."""
+    found = {BASELINE: provider(loop, "each sample"), "expanded batch": provider(expanded, "joint")}
+    if compiled and not few:
+        found["expanded batch, torch.compile"] = provider(expanded_compiled, "statistics")
+    if not few:
+        found["torch.func.vmap"] = provider(vmapped, "statistics")
+    found[f"iw {native}"] = on_backend(native, provider(batched, "joint"))
+    if compiled and not few:
+        found[f"iw {native}, torch.compile"] = on_backend(native, provider(batched_compiled, "statistics"))
+    found[f"iw {native}, streamed"] = on_backend(native, provider(strategy("streamed", chunk=1), "strategy"))
+    found[f"iw {native}, resampled"] = on_backend(native, provider(strategy("resampled", keep=1), "resampled"))
+    if not few:
+        found[f"iw {native}, loop"] = on_backend(native, provider(strategy("loop"), "strategy"))
+        found[MORE_EXAMPLES] = provider(plain, "plain", more=True)
+    return found

@@ -1,0 +1,275 @@
+"""Providers of the benchmark suite, never timed: they pass their checks, checks find wrong ones, bytes are those that are moved."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from bench_counting import CountBytes
+from torch import nn
+
+from bench import host, iw_cross_entropy, layer, measure, noise, peers, step, training
+from bench.case import BASELINE, Case, Grid, Skip
+
+CPU = torch.device("cpu")
+
+
+def small_noise(work: str, samples: int = 3, dtype=torch.float32) -> noise.Inputs:
+    return noise.Inputs.of(a_case("noise", "64x40", work, samples, batch=64, dtype=dtype))
+
+
+def a_case(
+    op: str, size: str, work: str, samples: int, batch: int, classes=None, dtype=torch.float32, providers=None, setup=None, **options
+):
+    return Case("op", op, size, work, samples, batch, dtype, CPU, 0, lambda case: case, {}, classes)
+
+
+def small_logits(gradient: bool, samples: int = 4, classes: int = 17, dtype=torch.float32) -> iw_cross_entropy.Inputs:
+    work = "forward+backward" if gradient else "forward"
+    return iw_cross_entropy.Inputs.of(a_case("loss", "6x17", work, samples, 6, classes, dtype))
+
+
+def a_batch(samples: int = 3) -> training.Inputs:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.4), nn.Linear(8, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 5))
+    x, y = torch.randn(5, 6), torch.randint(5, (5,))
+    return training.Inputs(model, x, y, (torch.randn(15, 6), torch.randint(5, (15,))), samples, step=False)
+
+
+# Every provider that is there does what it says, and the checks see when it does not
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("work", ["forward", "backward"])
+def test_noise_providers_pass_their_checks(work, dtype):
+    i = small_noise(work, dtype=dtype)
+    for name, make in noise.providers(CPU, work).items():
+        if "compile" not in name and "Triton" not in name:
+            variant = make(i)
+            with measure.forced(variant.backend):
+                variant.run()
+                variant.check()
+            assert variant.bytes > 0
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["loss", "gradient"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_loss_providers_pass_their_checks(gradient, dtype):
+    i = small_logits(gradient, dtype=dtype)
+    checked = []
+    for name, make in iw_cross_entropy.providers(CPU, gradient).items():
+        if "compile" in name:
+            continue
+        try:
+            variant = make(i)
+        except Skip:
+            continue
+        with measure.forced(variant.backend):
+            for _ in range(2):  # twice: a run that destroys its inputs gets them back
+                if variant.before is not None:
+                    variant.before()
+                variant.run()
+            variant.check()
+        checked.append(name)
+    assert {BASELINE, "expanded batch", "torch.func.vmap", "iw reference"} <= set(checked)
+
+
+@pytest.mark.parametrize("name", training.providers("reference"))
+def test_training_providers_pass_their_checks(name):
+    if "compile" in name:
+        pytest.skip("compiled: see the slow test")
+    variant = training.providers("reference")[name](a_batch())
+    with measure.forced(variant.backend):
+        variant.run()
+        variant.check()
+
+
+def test_providers_of_models_with_batch_norm():
+    """Where BatchNorm stands behind noise: one pass over S*B rows and S passes are checked each against its own definition."""
+    x, y = torch.randn(4, 3, 8, 8), torch.randint(4, (4,))
+    i = training.Inputs(step.models.wide_resnet(10, 1, 4), x, y, (x.repeat(2, 1, 1, 1), y.repeat(2)), 2, expand="input")
+    for name in (BASELINE, "expanded batch", "iw reference", "iw reference, streamed"):
+        variant = training.providers("reference")[name](i)
+        with measure.forced("reference"):
+            variant.check()
+    with pytest.raises(Skip, match=r"torch\.func\.vmap cannot run this model: RuntimeError: Batch norm"):
+        training.providers("reference")["torch.func.vmap"](i)
+
+
+@pytest.mark.parametrize("architecture", [a for a in step.CPU.values() if a.tokens], ids=lambda a: a.size)
+def test_providers_of_token_models(architecture):
+    (x, y), more = architecture.data(2, CPU), architecture.data(4, CPU)
+    i = training.Inputs(architecture.make(), x, y, more, 2)
+    for name in (BASELINE, "iw reference"):
+        variant = training.providers("reference")[name](i)
+        with measure.forced("reference"):
+            variant.check()
+
+
+@pytest.mark.slow
+def test_compiled_providers_pass_their_checks():
+    i = a_batch()
+    for name, make in training.providers("reference").items():
+        if "compile" in name:
+            variant = make(i)
+            with measure.forced(variant.backend):
+                variant.check()
+
+
+def test_peers_in_torch_pass_their_checks():
+    if not hasattr(F, "linear_cross_entropy"):
+        pytest.skip("torch has no linear_cross_entropy")
+    x, y = torch.randn(8, 16), torch.randint(5, (8,))
+    i = training.Inputs(step.models.head(16, 5), x, y, (x, y), 4, step=False)
+    training.provider(layer.with_peer(peers.torch_linear), "joint")(i).check()
+
+
+def test_a_provider_with_one_mask_for_all_samples_is_found_out():
+    i = small_noise("forward")
+    same = noise.variant_of(lambda i: lambda x: F.dropout(x, noise.P).repeat(i.samples, 1), noise.FUSED)
+    with pytest.raises(AssertionError, match="masks of two samples agree"):
+        same(i).check()
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (lambda x: F.dropout(x.repeat(3, 1), 0.4), "not close|Mismatched"),
+        (lambda x: F.dropout(x.repeat(3, 1), 0.5) / 2, "not close|Mismatched"),
+        (lambda x: torch.where(torch.rand(192, 40) < 0.55, 2 * x.repeat(3, 1), 0.0), "of the elements are kept"),
+    ],
+    ids=["other p", "no scale", "other rate"],
+)
+def test_wrong_noise_is_found_out(form, message):
+    i = small_noise("forward")
+    with pytest.raises(AssertionError, match=message):
+        noise.variant_of(lambda _: form, noise.FUSED)(i).check()
+
+
+def test_a_wrong_noise_gradient_is_found_out():
+    i = small_noise("backward")
+
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return F.dropout(x.repeat(3, 1), noise.P)
+
+        @staticmethod
+        def backward(ctx, dy):
+            return 2 * dy.view(3, -1, dy.shape[1]).sum(0)  # no masks
+
+    with pytest.raises(AssertionError, match=r"not close|Mismatched"):
+        noise.variant_of(lambda _: Wrong.apply, noise.FUSED)(i).check()
+
+
+def test_a_wrong_loss_or_gradient_is_found_out():
+    """The unweighted mean in the place of the bound, and a cross-entropy that ignores the upstream gradient of each row."""
+    i = small_logits(True)
+    with pytest.raises(AssertionError, match="loss: relative error"):
+        iw_cross_entropy.variant_of(iw_cross_entropy.mean, iw_cross_entropy.EAGER)(i).check()
+
+    class Rows(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, z, y):
+            ctx.save_for_backward(z, y)
+            return F.cross_entropy(z, y, reduction="none")
+
+        @staticmethod
+        def backward(ctx, upstream):
+            z, y = ctx.saved_tensors
+            return (torch.softmax(z, 1) - F.one_hot(y, z.shape[1])) * upstream.mean(), None
+
+    with pytest.raises(AssertionError, match="gradient: relative error"):
+        iw_cross_entropy.variant_of(lambda i: iw_cross_entropy.rows(i, Rows.apply), iw_cross_entropy.EAGER)(i).check()
+
+
+def test_wrong_training_is_found_out():
+    """Equal weights instead of importance weights; one noise sample too few; another dropout probability."""
+    i = a_batch()
+
+    def mean(model, i):
+        def backward(x, y):
+            loss = -torch.stack([training.log_likelihood(model(x), y) for _ in range(i.samples)]).mean()
+            loss.backward()
+            return loss
+
+        return backward
+
+    with pytest.raises(AssertionError, match="loss"):
+        training.provider(mean, "each sample")(i).check()
+
+    def few(model, i):
+        return training.loop(model, training._single(i))
+
+    with pytest.raises(AssertionError, match="drew 4 masks, expected 3"):
+        training.provider(few, "each sample")(i).check()
+
+    def other(model, i):
+        model[2].p = 0.1
+        return training.loop(model, i)
+
+    with pytest.raises(AssertionError, match=r"loss|gradient"):
+        training.provider(other, "each sample")(i).check()
+    with pytest.raises(AssertionError, match="loss: mean over 8 draws"):
+        training.provider(lambda model, i: training._backward_of(lambda x, y: 2 * F.cross_entropy(model(x), y)), "statistics")(i).check()
+
+
+def test_host_providers_pass_their_checks():
+    for c in host.cases(Grid(CPU, samples=(1, 4))):
+        inputs = c.setup(c)
+        for make in c.providers.values():
+            try:
+                variant = make(inputs)
+            except Skip:
+                continue
+            with measure.forced(variant.backend):
+                variant.run()
+                variant.check()
+
+
+# Bytes: the formulas against what torch's operators are given and give back
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("work", ["forward", "backward"])
+@pytest.mark.parametrize("name", [BASELINE, "expanded batch", "torch.func.vmap", "limit: no noise"])
+def test_bytes_of_noise_providers(name, work, samples):
+    variant = noise.providers(CPU, work)[name](small_noise(work, samples))
+    with CountBytes(least=64 * 40 * 4) as count:
+        variant.run()
+    assert count.bytes == pytest.approx(variant.bytes, rel=0.01), count.report()
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["loss", "gradient"])
+@pytest.mark.parametrize("name", [BASELINE, "expanded batch", "torch.func.vmap", iw_cross_entropy.LESS, "iw reference"])
+def test_bytes_of_loss_providers(name, gradient):
+    providers = iw_cross_entropy.providers(CPU, gradient)
+    if name not in providers:
+        pytest.skip("measured with its gradient only")
+    i = small_logits(gradient, samples=2, classes=301)
+    variant = providers[name](i)
+    with measure.forced(variant.backend), CountBytes(least=6 * 301 * 4) as count:
+        variant.run()
+    assert count.bytes == pytest.approx(variant.bytes, rel=0.01), count.report()
+
+
+def test_bytes_of_the_fused_ops():
+    """One read and one write: the inputs and outputs of the single op that runs."""
+    i = small_noise("forward")
+    x, y = i.x.numel() * 4, 3 * i.x.numel() * 4
+    assert noise.FUSED.forward(i.x.numel(), 4, 3) == x + y
+    loss = small_logits(True)
+    assert iw_cross_entropy.FUSED(loss) == 2 * loss.logits.numel() * 4
+    for c in noise.cases(Grid(CPU, quick=True)):
+        assert c.fewest_bytes == noise.FUSED.forward(c.batch * 4096, torch.finfo(c.dtype).bits // 8, c.samples)
+
+
+def test_saved_bytes_count_each_storage_once_and_follow_releases():
+    x, leaf = torch.randn(100), torch.randn(100, requires_grad=True)
+    with measure.SavedBytes([leaf]) as saved:
+        y = leaf * x  # keeps x
+        z = (y * leaf).exp() + y * x  # keeps y, leaf (not counted), the result of exp, and x again
+        assert saved.now == 3 * 400
+        z.sum().backward()
+        del y, z
+        assert saved.now == 0
+        (leaf * x).sum().backward()
+    assert saved.peak == 3 * 400
+    assert saved.now == 0

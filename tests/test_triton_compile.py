@@ -1,0 +1,71 @@
+"""Triton's kernels compiled ahead of time, for GPUs that are not here: nothing spills, nothing is added up by atomics."""
+
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+import triton_report  # noqa: E402
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install triton"),
+    pytest.mark.skipif(sys.platform != "linux", reason="triton compiles on Linux"),
+]
+
+
+@functools.cache
+def compiled(arch: int, only: str = "") -> list[triton_report.Kernel]:
+    """In a process of its own: this one may interpret."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(ROOT / "tools" / "triton_report.py"), "--json", "--arch", str(arch), "--only", only]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout.startswith("["), done.stderr[-3000:]
+    return [triton_report.Kernel(**kernel) for kernel in json.loads(done.stdout)]
+
+
+def check(kernels: list[triton_report.Kernel]) -> None:
+    assert {str(k): k.stack_bytes for k in kernels if k.stack_bytes} == {}, "registers were spilled"
+    limits = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+    for k in kernels:
+        assert k.registers * 32 * k.warps <= 65536, k
+        assert k.shared_bytes <= limits[k.arch], k
+        assert not k.atomics or k.name.startswith("multinomial"), k  # whose counts are integers: any order gives the same
+        assert k.asserts == (k.name == "iw_cross_entropy_denominator_kernel"), k  # labels are looked at in one place
+
+
+@pytest.mark.parametrize("only", ["elements-bf16", "imagenet-all", "captions-probabilities"])
+def test_some_kernels(only):
+    """The plain form of the noise; the loss that one program holds; the loss of several positions, kernel after kernel."""
+    check(compiled(90, only))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", triton_report.ARCHITECTURES)
+def test_every_kernel(arch):
+    kernels = compiled(arch)
+    check(kernels)
+    lines = [line for path in (ROOT / "iwsgd_ext" / "triton").glob("*.py") for line in path.read_text().splitlines()]
+    defined = {line[4:].split("(")[0] for line in lines if line.startswith("def ") and "_kernel(" in line}
+    assert {k.name for k in kernels} == defined, "every kernel has a case"
+
+
+@pytest.mark.slow
+def test_noise_leaves_room_for_warps():
+    """The plain forms: half of a multiprocessor's warps, and no exchange between threads where a group is 16 bytes."""
+    for k in compiled(90):
+        if k.name.startswith("noise") and k.case in ("elements-bf16", "elements-expanded", "rows"):
+            assert k.registers <= 64 and k.shared_bytes == 0, k
+
+
+def test_report_is_read_right():
+    report = "Resource usage:\n Common:\n  GLOBAL:0\n Function k:\n  REG:107 STACK:48 SHARED:1024 LOCAL:0 CONSTANT[0]:640 TEXTURE:0\n"
+    assert triton_report.parse(report) == (107, 48)
+    with pytest.raises(RuntimeError, match="no register count"):
+        triton_report.parse("Fatal error")
