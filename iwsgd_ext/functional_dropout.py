@@ -137,10 +137,10 @@ class FunctionalDropout(TorchFunctionMode):
     traces it like any other code.
     """
 
-    def __init__(self, watch: Watch | None = None, context: sampling | None = None):
+    def __init__(self, watch: Watch | None = None):
         super().__init__()
         self.watch = watch
-        self.context = context  # that of the forward
+        self.context: sampling | None = None  # that of the forward
 
     @staticmethod
     def end_interrupted() -> None:
