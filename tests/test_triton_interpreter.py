@@ -470,6 +470,18 @@ def test_loss_past_two_to_the_31(tmp_path):
             assert torch.equal(a, b) and b.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+def test_scale(dtype):
+    """A gradient times a factor that only the device reads: rounded once; of 1 it stays as it is, NaN and all."""
+    for n, factor in ((1, -2.0), (3001, 0.3), (3001, 1.0), (0, 5.0)):
+        x = torch.randn(n).to(dtype)
+        x[::7] = math.nan
+        got = x.clone()
+        acc = torch.promote_types(dtype, torch.float32)
+        torch.ops.iwsgd_triton.iw_cross_entropy_scale_(got, torch.tensor(factor, dtype=acc))
+        assert_same_bits(got, (x.to(acc) * torch.tensor(factor, dtype=acc)).to(dtype))
+
+
 def test_target_out_of_range():
     with pytest.raises(ValueError, match=r"target: .*\[0, 5\).* got 7 in example 1"):
         iw.iw_cross_entropy(torch.randn(4, 5), torch.tensor([0, 7]), 2)

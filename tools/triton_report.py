@@ -118,6 +118,7 @@ def loss_cases() -> dict:
     import torch
 
     import iwsgd_ext as iw
+    from iwsgd_ext.triton import iw_cross_entropy
 
     def call(samples, batch, classes, positions=(), dtype=torch.bfloat16, kind="labels", last=False, **options):
         def run():
@@ -158,6 +159,7 @@ def loss_cases() -> dict:
         "captions": call(4, 4, 8000, (17,), last=True),
         "captions-probabilities": call(2, 4, 500, (17,), kind="probabilities"),
         "many-samples": call(2000, 1, 1000),
+        "scale": lambda: iw_cross_entropy._scale(torch.zeros(8 * 256, 1000, dtype=torch.bfloat16), torch.ones(())),
         "ones-loss": call(1, 1, 1, kind="all"),
         "ones-positions": call(1, 1, 1, (2,), kind="probabilities"),
         "ones-reread": call(1, 200, 40001, reduction="none"),
