@@ -31,7 +31,7 @@ class Limits(NamedTuple):
 LIMITS = {
     80: Limits(65536, 64, 64, 4096, 0.5),
     90: Limits(65536, 64, 64, 4096, 0.5),
-    100: Limits(65536, 64, 64, 4096, 0.5),
+    100: Limits(32768, 64, 128, 2048, 0.5),  # ptxas takes more registers for it, and spills from the sizes above
 }
 
 
