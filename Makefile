@@ -13,6 +13,8 @@ JOBS := $(or $(MAX_JOBS),$(shell getconf _NPROCESSORS_ONLN))
 COMPILERS := $(if $(filter default undefined,$(origin CXX)),c++ g++ clang++,$(firstword $(CXX)))
 # torch's build looks for the program ninja on the PATH; set-up must not: there python3 is the interpreter that .venv is made from
 export PATH := $(VENV)/bin:$(PATH)
+# Tests run in as many processes as there are cores, of one thread each, where pytest-xdist is there.
+PYTEST = $(PY) -m pytest $$($(PY) -c 'import xdist' 2> /dev/null && echo -n auto --dist loadgroup)
 # examples/ and bench/ import the package from the checkout
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
@@ -59,14 +61,14 @@ demo-short: $(VENV)/.built  ## the same, small
 	$(PY) examples/digits.py --quick $(ARGS)
 
 test: $(VENV)/.built  ## all tests, in Python and in C++
-	$(PY) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(PYTEST) $(ARGS)
 	@if ! command -v cmake > /dev/null; then echo 'C++ tests left out: there is no cmake'; \
 	elif ! { $(foreach compiler,$(COMPILERS),command -v $(compiler) ||) false; } > /dev/null; then \
 	  echo 'C++ tests left out: there is no C++ compiler ($(COMPILERS))'; \
 	else $(MAKE) --no-print-directory ctest; fi
 
 test-fast: $(VENV)/.built  ## the Python tests without the slow ones, and without the reference backend where kernels are built
-	$(PY) -m pytest -m 'not slow' $(if $(wildcard iwsgd_ext/_ops*),-k 'not cpu-reference') $(ARGS)
+	OMP_NUM_THREADS=1 $(PYTEST) -m 'not slow' $(if $(wildcard iwsgd_ext/_ops*),-k 'not cpu-reference') $(ARGS)
 
 test-models: $(VENV)/.built  ## converted models of timm and transformers, fetched into build/ where they are not installed
 	@$(PY) tools/test_models.py $(ARGS)

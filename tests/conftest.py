@@ -36,6 +36,9 @@ def pytest_generate_tests(metafunc):
 
 def pytest_collection_modifyitems(config, items):
     """Leaves the cases of this process: each by itself, but those of a file that share what is slow to make."""
+    for item in items:
+        if item.get_closest_marker("one_process"):
+            item.add_marker(pytest.mark.xdist_group(item.path.name))  # for make test, which deals out by pytest-xdist
     if SHARDS == 1:
         return
     keys = [item.path if item.get_closest_marker("one_process") else item.nodeid for item in items]

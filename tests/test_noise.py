@@ -327,3 +327,28 @@ def test_any_call(device, backend, data):
         expand=expand,
         batch_dim=batch_dim,
     )
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_change_nothing(threads):
+    """Work is cut by chunks of examples, whatever the threads that take them: outputs and gradients are the same bits."""
+    forms = {
+        "dropout": lambda x: F.dropout(x, 0.3, samples=4, seed=5),
+        "channels": lambda x: F.dropout1d(x[:, :, None].expand(-1, -1, 3), 0.3, samples=4, seed=5),
+        "rates": lambda x: F.dropout(x, torch.linspace(0, 1, 5001), samples=4, seed=5),
+        "alpha": lambda x: F.alpha_dropout(x, 0.3, samples=4, seed=5),
+        "gaussian": lambda x: F.gaussian_dropout(x, 0.3, samples=4, seed=5),
+        "multinomial": lambda x: F.multinomial_dropout(x, None, 2000, samples=4, seed=5),
+    }
+    x = torch.randn(23, 5001, requires_grad=True)
+    before = torch.get_num_threads()
+    try:
+        for name, form in forms.items():
+            results = []
+            for n in (1, threads):
+                torch.set_num_threads(n)
+                y = form(x)
+                results.append((y.detach(), *torch.autograd.grad(y.square().sum(), x)))
+            assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), name
+    finally:
+        torch.set_num_threads(before)

@@ -34,6 +34,7 @@ OPTIONAL = {
     "wheel": "building wheels",
     "pybind11>=2.12": "the build information module (torch's copy serves without it)",
     "hypothesis": "property tests",
+    "pytest-xdist": "tests on all cores",
     "scikit-learn": "the demo and the tests of the examples",
     "matplotlib": "the demo's figures",
     "rich": "the demo's and the benchmarks' tables",
