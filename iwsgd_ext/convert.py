@@ -100,7 +100,8 @@ def convert(
     if unreached:
         warnings.warn(NOT_REACHED + "; ".join(unreached), stacklevel=2)
     if conversion.refused:
-        warnings.warn(f"example_inputs: the model stops on them before any noise ({conversion.refused}); expand='input' is taken", stacklevel=2)
+        text = f"example_inputs: the model stops on them before any noise ({conversion.refused}); expand='input' is taken"
+        warnings.warn(text, stacklevel=2)
     return model
 
 
