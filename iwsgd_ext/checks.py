@@ -152,13 +152,15 @@ def check_logits(logits: Tensor, target: Tensor, samples: int) -> None:
     check(not target.requires_grad, "target", "a tensor that does not require grad", "one that does")
     check(logits.shape[1] >= 1, "logits", "at least one class", f"shape {tuple(logits.shape)}")
     rows, spatial = logits.shape[0], tuple(logits.shape[2:])
-    per_example = (logits.shape[1], *spatial) if target.is_floating_point() else spatial
-    check(
-        target.dim() >= 1 and tuple(target.shape[1:]) == per_example,
-        "target",
-        f"shape (batch, {', '.join(map(str, per_example))})" if per_example else "shape (batch,)",
-        f"{tuple(target.shape)} for logits {tuple(logits.shape)}",
-    )
+    soft = target.is_floating_point()
+    per_example = (logits.shape[1], *spatial) if soft else spatial
+    if target.dim() < 1 or tuple(target.shape[1:]) != per_example:
+        shape = f"(batch, {', '.join(map(str, per_example))})" if per_example else "(batch,)"
+        hint = ". Classes are dimension 1 of the logits, as in F.cross_entropy" if spatial else ""
+        if soft and target.shape[1:] == spatial:
+            hint = f". A target of {target.dtype} holds class probabilities; class indices are int64"
+        got = f"{tuple(target.shape)} for logits {tuple(logits.shape)}"
+        raise ValueError(f"target: expected shape {shape}, got {got}{hint}")
     check_rows(rows, samples, target.shape[0])
 
 

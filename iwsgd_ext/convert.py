@@ -69,7 +69,7 @@ def convert(
 
     Warns:
         UserWarning: the model draws noise that is not reached (inside other libraries' kernels, by torch.rand, ...), here where it is
-            known, else in the first training forward.
+            known, else in the first training forward. Or the model does not run on ``example_inputs``, so that "auto" is "input".
 
     Example:
         >>> import torch, iwsgd_ext as iw
@@ -99,6 +99,9 @@ def convert(
         raise
     if unreached:
         warnings.warn(NOT_REACHED + "; ".join(unreached), stacklevel=2)
+    if conversion.refused:
+        text = f"example_inputs: the model stops on them before any noise ({conversion.refused}); expand='input' is taken"
+        warnings.warn(text, stacklevel=2)
     return model
 
 
@@ -166,6 +169,7 @@ def _choose_expansion(model: nn.Module, conversion: "Conversion", args: tuple, k
     reason = f"'first' does not fit: {run.misfit or run.error}"
     if run.first_noise is None:
         reason = f"no noise was drawn{f' before {run.error}' if run.error else ''}"
+        conversion.refused = None if run.asks_values else run.error
     around = (run.first_noise or "").split(".")
     for depth in range(len(around) - 1, 0, -1):
         name = ".".join(around[:depth])
@@ -219,6 +223,7 @@ class Conversion:
         self.calls: list[Call] = []  # by a run
         self.unverified = True  # no run has gone through
         self.stopped: str | None = None  # why the dry run did not go through
+        self.refused: str | None = None  # the error of a model that does not run on its example inputs at all
 
     def learn(self, calls: list[Call], error: str | None) -> None:
         """Takes what a run has shown."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -23,6 +23,7 @@ class DryRun:
 
     calls: list[Call]
     error: str | None = None  # where the run stopped
+    asks_values: bool = False  # it stopped as the forward asks for values, which fake tensors have not
     misfit: str | None = None  # what is wrong with the output's rows
     first_noise: str | None = None  # the module that drew the first noise
 
@@ -108,6 +109,7 @@ def dry_run(model: nn.Module, batch_dim: int | None, args: tuple, kwargs: dict) 
                 run.misfit = below.misfit
         except Exception as error:  # whatever a model raises where shapes do not fit, or where it asks for values
             text = str(error).splitlines()[0] if str(error) else ""
+            run.asks_values = isinstance(error, DataDependentOutputException | DynamicOutputShapeException)
             run.error = f"{type(error).__name__}: {text if len(text) <= 100 else text[:97] + '...'}"
     run.calls, run.first_noise = list(watch.calls), context.first_noise
     return run

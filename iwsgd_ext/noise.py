@@ -18,6 +18,8 @@ Unit = Literal["element", "channel", "row", "feature"]
 
 ADDRESS = "Tensor origin, Tensor? sample_ids, SymInt samples, SymInt stream, SymInt first_example, SymInt positions, SymInt share"
 _LAW = "int threshold, Tensor? thresholds, float scale"
+# Inside of an autograd Function torch 2.11 compiles x.transpose_() to a gradient of zeros, in silence; 2.13 does it right.
+TRANSPOSITION_LOSES_GRADIENT = torch.__version__ < "2.13"
 torch.library.define("iwsgd_ext::draw_origin", "(int call, *, Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 
 
@@ -116,6 +118,8 @@ class Rows(NamedTuple):
         """
         sizes = [y.shape[1] if d == self.batch_dim else shape[d] for d in self.order(len(shape))]
         y = torch.ops.aten._unsafe_view.default(y, sizes)
+        if self.channels_last and TRANSPOSITION_LOSES_GRADIENT and torch.compiler.is_compiling():
+            return y.movedim(-1, 1).clone()  # keeps the order in memory, at the price of a copy
         if self.channels_last:
             for d in range(len(shape) - 1, 1, -1):
                 y.transpose_(d, d - 1)  # the channels from the last place to the second

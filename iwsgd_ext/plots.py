@@ -60,7 +60,8 @@ def weights(stats: IWStats | Tensor, ax=None):
     """
     w = stats.weights if isinstance(stats, IWStats) else stats
     if not isinstance(w, Tensor) or w.dim() < 1 or not w.numel():
-        raise TypeError(f"stats: expected IWStats or a tensor of weights [S, ...], got {type(stats).__name__}")
+        got = f"a tensor of shape {tuple(w.shape)}" if isinstance(w, Tensor) else type(stats).__name__
+        raise TypeError(f"stats: expected IWStats or a tensor of weights [S, ...], got {got}")
     ax = _axes(ax)
     samples = w.shape[0]
     bins = [samples * i / 40 for i in range(41)]

@@ -196,8 +196,9 @@ class sampling:
             return False, self.batch
         raise ValueError(
             f"A noise layer met {rows} rows, but in this context the batch is {self.batch} and samples={samples}, so it can be "
-            f"{self.batch} (to be expanded) or {samples * self.batch} (expanded already). Where the rows' dimension is not "
-            "the first, give batch_dim; where the model changes its rows between noise layers, use expand='input' (iw.convert)."
+            f"{self.batch} (to be expanded) or {samples * self.batch} (expanded already). Each batch needs a context of its own. "
+            "Where the rows' dimension is not the first, give batch_dim; where the model changes its rows between noise layers, "
+            "use expand='input' (iw.convert)."
         )
 
     def _origin_on(self, device: torch.device) -> Tensor:

@@ -243,6 +243,8 @@ def test_bytes_of_loss_providers(name, gradient):
     providers = iw_cross_entropy.providers(CPU, gradient)
     if name not in providers:
         pytest.skip("measured with its gradient only")
+    if name == "iw reference" and gradient and torch.__version__ < "2.13":
+        pytest.skip("an older torch moves 14% more in the reference's gradient; the formula is that of 2.13")
     i = small_logits(gradient, samples=2, classes=301)
     variant = providers[name](i)
     with measure.forced(variant.backend), CountBytes(least=6 * 301 * 4) as count:

@@ -78,6 +78,16 @@ def test_channels_last_convolutions(device):
             torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
 
 
+def test_channels_last_before_a_relu_in_place(device):
+    """What the layer returns is no view, which an autograd Function's caller may not write in place; the gradient arrives."""
+    model = iw.convert(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Dropout(0.5), nn.ReLU(inplace=True)).to(device), S, expand="first")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(4, 3, 5, 7, device=device).contiguous(memory_format=torch.channels_last)
+    for a, b in zip(run(model, x, 3), run(compiled, x, 3), strict=True):
+        assert a.abs().sum() > 0
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("expand", ["input", "1"])
 def test_inductor(device, expand):

@@ -88,6 +88,26 @@ class TestExpansion:
         model = iw.convert(Skip(), S)
         assert model(torch.ones(B, 6)).shape == (S * B, 6)
 
+    @pytest.mark.parametrize("wrong", [torch.ones(B, 7), 5, (torch.ones(B, 6), torch.ones(B, 6))], ids=["features", "int", "two"])
+    def test_auto_warns_where_the_model_does_not_run_on_the_example_inputs(self, wrong):
+        with pytest.warns(UserWarning, match=r"example_inputs: the model stops on them.*expand='input'"):
+            model = iw.convert(mlp(), S, example_inputs=wrong)
+        assert model(torch.ones(B, 6)).shape == (S * B, 2)
+
+    def test_auto_does_not_warn_of_a_forward_that_asks_for_values(self, recwarn):
+        """Fake tensors have none, so the dry run stops; the example inputs are right."""
+
+        class Asks(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.drop = nn.Dropout(0.5)
+
+            def forward(self, x):
+                return self.drop(x * 2 if x.sum().item() > 0 else x)
+
+        assert iw.convert(Asks(), S, example_inputs=torch.ones(B, 6))(torch.ones(B, 6)).shape == (S * B, 6)
+        assert not [w for w in recwarn if "example_inputs" in str(w.message)]
+
     def test_first_raises_where_a_skip_path_does_not_fit(self):
         model = iw.convert(Skip(), S, expand="first")
         with pytest.raises(RuntimeError, match="size of tensor"):

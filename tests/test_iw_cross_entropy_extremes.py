@@ -211,6 +211,12 @@ def call(rows=6, target=(3,), samples=2, logits=None, **options):
 
 
 BAD = {
+    "float-indices": (ValueError, {"target": torch.zeros(3)}, "target: expected shape .batch, 5., got .3,.*class indices are int64"),
+    "classes-last": (
+        ValueError,
+        {"logits": torch.zeros(6, 4, 5), "target": (3, 4)},
+        "target: expected shape .batch, 5., got .3, 4. for logits .6, 4, 5.. Classes are dimension 1",
+    ),
     "eval": (ValueError, {"rows": 3}, "logits: expected 2 samples [*] 3 targets = 6 rows, got 3.*eval mode"),
     "repeated-targets": (ValueError, {"target": (6,)}, "expected 2 samples [*] 6 targets = 12 rows, got 6.*targets were repeated"),
     "second-expansion": (ValueError, {"rows": 12}, "got 12.*a second layer expanded"),
@@ -283,7 +289,7 @@ def test_missing_backend():
         iw.set_backend("tpu")
     for name, built in iw.backend_info()["built"].items():
         if not built:
-            with pytest.raises(RuntimeError, match=f"{name}.*built from source"):
+            with pytest.raises(RuntimeError, match=f"{name}.*pip install"):
                 iw.set_backend(name)
 
 
