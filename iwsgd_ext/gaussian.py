@@ -9,20 +9,11 @@ from torch import Tensor, nn
 
 from . import backend
 from .checks import check_layer_input, check_rate, check_std
-from .noise import ADDRESS, Rows, Unit
+from .noise import ADDRESS, Rows, Unit, fake_rows, fake_sum
 from .sampling import ambient
 
-
-def _fake(x, origin, sample_ids, samples, stream, first_example, positions, share, std, multiply, expand):
-    return x.new_empty(x.shape[0], x.shape[1] * samples if expand else x.shape[1], x.shape[2])
-
-
-def _fake_sum(dy, origin, sample_ids, samples, *_):
-    return dy.new_empty(dy.shape[0], dy.shape[1] // samples, dy.shape[2])
-
-
-backend.define("gaussian", f"(Tensor x, {ADDRESS}, float std, bool multiply, bool expand) -> Tensor", _fake)
-backend.define("gaussian_sum", f"(Tensor dy, {ADDRESS}, float std) -> Tensor", _fake_sum)
+backend.define("gaussian", f"(Tensor x, {ADDRESS}, float std, bool multiply, bool expand) -> Tensor", fake_rows)
+backend.define("gaussian_sum", f"(Tensor dy, {ADDRESS}, float std) -> Tensor", fake_sum)
 
 
 class Multiply(torch.autograd.Function):

@@ -23,16 +23,17 @@ TRANSPOSITION_LOSES_GRADIENT = torch.__version__ < "2.13"
 torch.library.define("iwsgd_ext::draw_origin", "(int call, *, Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 
 
-def _fake(x, origin, sample_ids, samples, stream, first_example, positions, share, threshold, thresholds, scale, shift, fill, expand):
-    return x.new_empty(x.shape[0], x.shape[1] * samples if expand else x.shape[1], x.shape[2])
+def fake_rows(x, origin, sample_ids, samples, *arguments):
+    """What noise makes of fake rows x [O, B, I]; the last of the arguments says whether it expands them."""
+    return x.new_empty(x.shape[0], x.shape[1] * samples if arguments[-1] else x.shape[1], x.shape[2])
 
 
-def _fake_sum(dy, origin, sample_ids, samples, *_):
+def fake_sum(dy, origin, sample_ids, samples, *_):
     return dy.new_empty(dy.shape[0], dy.shape[1] // samples, dy.shape[2])
 
 
-backend.define("noise", f"(Tensor x, {ADDRESS}, {_LAW}, float shift, float fill, bool expand) -> Tensor", _fake)
-backend.define("noise_sum", f"(Tensor dy, {ADDRESS}, {_LAW}) -> Tensor", _fake_sum)
+backend.define("noise", f"(Tensor x, {ADDRESS}, {_LAW}, float shift, float fill, bool expand) -> Tensor", fake_rows)
+backend.define("noise_sum", f"(Tensor dy, {ADDRESS}, {_LAW}) -> Tensor", fake_sum)
 backend.define("noise_out", f"(Tensor x, {ADDRESS}, {_LAW}, float shift, float fill, bool expand, Tensor(a!) out) -> ()", lambda *_: None)
 
 

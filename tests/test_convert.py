@@ -2,12 +2,14 @@
 
 import copy
 import io
+import logging
 import pickle
 
 import naive
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import iwsgd_ext as iw
 from iwsgd_ext.sampling import current
@@ -83,6 +85,21 @@ class TestExpansion:
         many = torch.cat([x] * S)
         keep = naive.naive_keep(x, 0.5, samples=S, seed=1) * 2
         torch.testing.assert_close(y, many + model.linear(many * keep))
+
+    def test_auto_says_nothing_where_first_does_not_fit(self, capfd):
+        """torch logs each failure on fake tensors with its traceback; outside of the dry run it still does."""
+        logger = logging.getLogger("torch._subclasses.fake_tensor")
+        handler, level = logging.StreamHandler(), logger.level
+        logger.addHandler(handler)
+        try:
+            iw.convert(Skip(), S, example_inputs=torch.ones(B, 6))
+            assert capfd.readouterr() == ("", "")
+            assert logger.level == level
+            with FakeTensorMode(), pytest.raises(RuntimeError):
+                torch.ones(2, 3) + torch.ones(4, 3)
+            assert "failed while attempting" in capfd.readouterr().err
+        finally:
+            logger.removeHandler(handler)
 
     def test_auto_without_example_inputs_is_input(self):
         model = iw.convert(Skip(), S)

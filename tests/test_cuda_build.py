@@ -14,6 +14,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
+import gpu_exercise  # noqa: E402
 import ptxas_report  # noqa: E402
 
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -51,6 +52,12 @@ def test_kernels_compile_without_warnings_and_spill_nothing(source, arch):
     assert any("_fwd_kernel" in k.name for k in kernels), [k.name for k in kernels]
     assert {k.name: (k.spill_bytes, k.stack_bytes) for k in kernels if k.spill_bytes or k.stack_bytes} == {}
     assert all(k.shared_bytes <= 48 * 1024 for k in kernels)
+
+
+def test_driver_of_the_checks_names_what_is_compiled():
+    """What tools/gpu_exercise.py looks for on a GPU, against the kernels in the object files."""
+    compiled = {re.sub("<.*", "", kernel.name) for source in SOURCES for kernel in compile_kernels(source, "90")}
+    assert compiled == gpu_exercise.kernels("cuda")
 
 
 def test_noise_kernels_leave_room_for_warps():

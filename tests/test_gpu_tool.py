@@ -12,6 +12,10 @@ from pathlib import Path
 import pytest
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
+sys.path.insert(0, str(TOOLS))
+import gpu_exercise  # noqa: E402
+import gpu_run  # noqa: E402
+
 spec = importlib.util.spec_from_file_location("iwsgd_gpu_tool", TOOLS / "gpu.py")
 gpu = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(gpu)
@@ -187,7 +191,7 @@ def test_benchmarks_come_along(session, tmp_path, monkeypatch, program, status):
     """Their numbers, table and page, and no more than a few pictures."""
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "__main__.py").write_text(program)
-    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_run, "ROOT", tmp_path)
     gpu.run_stages([gpu.Stage("bench", 50, gpu.bench)], session, lambda line: None)
     assert session.results[0].status == status, session.results[0].text
     if status == "ok":
@@ -211,15 +215,43 @@ def test_time_limits_fit():
     assert {s.needs for s in gpu.STAGES} - {None} <= set(limits)
 
 
-def test_driver_of_the_checks(tmp_path):
-    """It agrees with plain PyTorch on the CPU too, and knows every kernel by name."""
-    root = {**os.environ, "PYTHONPATH": str(TOOLS.parent), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(TOOLS / "gpu_exercise.py"), "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, env=root)
-    assert done.returncode == 0 and "loss cases agree" in done.stdout, done.stdout + done.stderr
-    code = "import gpu_exercise; print(*sorted(gpu_exercise.kernels()))"
-    names = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**root, "PYTHONPATH": f"{TOOLS}:{TOOLS.parent}"}
+def test_driver_of_the_checks():
+    """It agrees with plain PyTorch on the CPU too."""
+    environment = {**os.environ, "PYTHONPATH": str(TOOLS.parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(TOOLS / "gpu_exercise.py"), "--device", "cpu", "--dtype", "float32", "bfloat16"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "scale cases agree" in done.stdout, done.stdout + done.stderr
+
+
+def test_driver_of_the_checks_knows_every_kernel():
+    """Each kernel of the sources is launched by one of its parts, which on a GPU the stages every-kernel see."""
+    found = {name: gpu_exercise.kernels(name) for name in ("cuda", "triton")}
+    sources = [source.read_text() for source in gpu_exercise.SOURCES["cuda"]]
+    assert len(found["cuda"]) == sum(source.count("__global__") for source in sources)
+    launched = [kernel for claimed in gpu_exercise.EXERCISES.values() for kernel in claimed]
+    assert sorted(launched) == sorted(found["cuda"] | found["triton"])
+
+
+def test_kernels_are_found_in_sources():
+    """Also those whose bounds take parentheses, and not what is launched or called."""
+    cuda = "template <class T>\n__global__ void __launch_bounds__(kBlock, kBlocks<T>)\n    a_kernel(int x) {}\nb_kernel<<<1, 2>>>(x);\n"
+    assert gpu_exercise.declared(cuda + "__global__ void c_kernel(int) {}", "cuda") == {"a_kernel", "c_kernel"}
+    assert gpu_exercise.declared("def a_kernel(\n    x):\n    b_kernel(x)\n", "triton") == {"a_kernel"}
+
+
+def test_cases_of_triton_have_a_stage_of_their_own(tmp_path):
+    """By the names that conftest.py gives: each case is in one of the two stages."""
+    (tmp_path / "conftest.py").write_text(
+        (Path(__file__).parent / "conftest.py").read_text()
+        + 'DEVICES = ["cuda"]\nBUILT = {"reference": True, "cuda": True, "triton": True}\n'
     )
-    declared = sum(source.read_text().count("__global__") for source in (TOOLS.parent / "csrc" / "cuda").glob("*.cu"))
-    assert len(names.stdout.split()) == declared, names.stdout + names.stderr
+    (tmp_path / "test_two.py").write_text("def test_a(backend): pass\ndef test_b(device): pass\ndef test_triton(): pass\n")
+    collected = []
+    for only in (gpu.TRITON, f"not {gpu.TRITON}"):
+        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-c", "/dev/null", "--rootdir", tmp_path, "-k", only, tmp_path]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(TOOLS.parent)})
+        collected.append({line.split("::")[1] for line in done.stdout.splitlines() if "::" in line})
+    assert collected == [
+        {"test_a[cuda-triton]"},
+        {"test_a[cuda-reference]", "test_a[cuda-native]", "test_b[cuda]", "test_triton"},
+    ]

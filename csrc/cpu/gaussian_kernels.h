@@ -97,36 +97,17 @@ inline const A* normals(const RowAddress& address, int64_t position, int64_t n, 
 // The numbers of elements [begin, end) of the inner dimension at outer index o.
 template <class A>
 inline const A* normals(const Layout& layout, const RowAddress& row, int64_t o, int64_t begin, int64_t end, Buffer<A>& buffer) {
-  const int64_t first = o * layout.inner + begin, last = o * layout.inner + end;
-  const int64_t position = first / layout.share % layout.positions;
+  const int64_t position = (o * layout.inner + begin) / layout.share % layout.positions;
   if (layout.share == 1 && position + (end - begin) <= layout.positions) return normals(row, position, end - begin, buffer);
   Buffer<A> drawn;
-  A* z = buffer;
-  for (int64_t index = first; index < last;) {
-    const int64_t at = index / layout.share % layout.positions, offset = index % layout.share;
-    // positions up to where they wrap, or the chunk ends
-    const int64_t n = std::min((last - index + offset + layout.share - 1) / layout.share, layout.positions - at);
-    const A* of_position = normals(row, at, n, drawn);
-    const int64_t stop = std::min(last, index - offset + n * layout.share);
-    for (int64_t left = layout.share - offset; index < stop; left = layout.share, ++of_position) {
-      const int64_t run = std::min(left, stop - index);
-      std::fill(z, z + run, *of_position);
-      z += run;
-      index += run;
-    }
-  }
+  spread(layout, o, begin, end, static_cast<A*>(buffer), [&](int64_t at, int64_t n) {
+    const A* z = normals(row, at, n, drawn);
+    return [z](int64_t i) { return z[i]; };
+  });
   return buffer;
 }
 
 // ---- one chunk: elements [begin, end) of the inner dimension at outer index o, of one example ----
-
-// Calls body(i) for vectors of L elements as long as they are left of n, and single(i) for the rest.
-template <int L, class Vector, class Single>
-inline void each(int64_t n, Vector&& vector, Single&& single) {
-  int64_t i = 0;
-  for (; i + L <= n; i += L) vector(i);
-  for (; i < n; ++i) single(i);
-}
 
 // y = x * (1 + std * z), or x + std * z, for all noise samples.
 template <class T>
@@ -141,11 +122,11 @@ void gaussian_chunk(const Gaussian& call, int64_t o, int64_t b, int64_t begin, i
     const T* from = x + draw.input_row(o, s, b) + begin;
     T* to = y + draw.row(o, s, b) + begin;
     if (call.multiply)
-      each<lanes<A>>(
+      sweep<lanes<A>>(
           end - begin, [&](int64_t i) { store(to + i, load(from + i) * (load(z + i) * splat<V>(std) + A(1))); },
           [&](int64_t i) { to[i] = from_acc<T>(to_acc(from[i]) * (z[i] * std + A(1))); });
     else
-      each<lanes<A>>(
+      sweep<lanes<A>>(
           end - begin, [&](int64_t i) { store(to + i, load(from + i) + load(z + i) * splat<V>(std)); },
           [&](int64_t i) { to[i] = from_acc<T>(to_acc(from[i]) + z[i] * std); });
   }
@@ -164,10 +145,10 @@ void gaussian_sum_chunk(const Gaussian& call, int64_t o, int64_t b, int64_t begi
   for (int64_t s = 0; s < draw.samples; ++s) {
     const A* z = normals(draw.layout, draw.address.row(s, b, draw.layout.examples), o, begin, end, buffer);
     const T* from = dy + draw.row(o, s, b) + begin;
-    each<lanes<A>>(
+    sweep<lanes<A>>(
         end - begin, [&](int64_t i) { store(sum + i, load(sum + i) + load(from + i) * (load(z + i) * splat<V>(std) + A(1))); },
         [&](int64_t i) { sum[i] += to_acc(from[i]) * (z[i] * std + A(1)); });
   }
   T* to = dx + draw.example(o, b) + begin;
-  each<lanes<A>>(end - begin, [&](int64_t i) { store(to + i, load(sum + i)); }, [&](int64_t i) { to[i] = from_acc<T>(sum[i]); });
+  sweep<lanes<A>>(end - begin, [&](int64_t i) { store(to + i, load(sum + i)); }, [&](int64_t i) { to[i] = from_acc<T>(sum[i]); });
 }

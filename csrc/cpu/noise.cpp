@@ -12,33 +12,17 @@
 #include "for_each_isa.h"
 
 #include "../noise_op.h"
+#include "chunks.h"
 
 namespace iwsgd {
 namespace {
 
 constexpr int64_t kGrainElements = 32768;  // below this a second thread costs more than it brings
 
-// Calls body(o, b, begin, end) for every chunk of the examples, in parallel.
-template <class Body>
-void for_each_chunk(const Draw& draw, const Body& body) {
-  constexpr int64_t kChunk = baseline::kChunk;
-  const Layout& layout = draw.layout;
-  const int64_t chunks = (layout.inner + kChunk - 1) / kChunk;
-  const int64_t work = std::max<int64_t>(1, std::min(layout.inner, kChunk) * draw.samples);
-  const int64_t grain = std::max<int64_t>(1, kGrainElements / work);
-  torch::stable::parallel_for(0, layout.outer * layout.examples * chunks, grain, [&](int64_t first, int64_t last) {
-    for (int64_t task = first; task < last; ++task) {
-      const int64_t chunk = task % chunks, row = task / chunks;
-      const int64_t begin = chunk * kChunk;
-      body(row / layout.examples, row % layout.examples, begin, std::min(layout.inner, begin + kChunk));
-    }
-  });
-}
-
 template <class T>
 void noise_fwd_cpu(const Draw& draw, const T* x, T* y) {
   const Rule& rule = draw.rule;
-  for_each_chunk(draw, [&](int64_t o, int64_t b, int64_t begin, int64_t end) {
+  for_each_chunk(draw, baseline::kChunk, kGrainElements, [&](int64_t o, int64_t b, int64_t begin, int64_t end) {
     if (rule.thresholds != nullptr) {
       IWSGD_ISA_CALL(noise_rates_chunk, draw, o, b, begin, end, x, y);
       return;
@@ -65,7 +49,7 @@ void noise_bwd_cpu(const Draw& draw, const T* dy, T* dx) {
     std::memset(static_cast<void*>(dx), 0, draw.layout.outer * draw.layout.examples * draw.layout.inner * sizeof(T));
     return;
   }
-  for_each_chunk(draw, [&](int64_t o, int64_t b, int64_t begin, int64_t end) {
+  for_each_chunk(draw, baseline::kChunk, kGrainElements, [&](int64_t o, int64_t b, int64_t begin, int64_t end) {
     if (rates) {
       IWSGD_ISA_CALL(noise_rates_sum_chunk, draw, o, b, begin, end, dy, dx);
     } else {

@@ -87,14 +87,6 @@ inline T keep_one(acc_t<T> x, uint64_t bit) {
   return from_acc<T>(bit_cast<A>(static_cast<U>(bit_cast<U>(x) & (U(0) - static_cast<U>(bit & 1u)))));
 }
 
-// Calls vector(i) for i = 0, L, 2L ... while L elements are left of n, then single(i) for the rest.
-template <int L, class Vector, class Single>
-inline void sweep(int64_t n, Vector&& vector, Single&& single) {
-  int64_t i = 0;
-  for (; i + L <= n; i += L) vector(i);
-  for (; i < n; ++i) single(i);
-}
-
 // What becomes of elements by the bits that keep them: scale * x, or 0.
 template <class T>
 struct Scaled {

@@ -27,27 +27,10 @@ inline void draw_factors(const Draw& draw, int64_t o, int64_t s, int64_t b, int6
     const A made = scale * (A(kFieldRange) / A(std::max(int32_t(kFieldRange) - threshold, 1)));
     return bit_cast<A>(static_cast<U>(bit_cast<U>(made) & (U(0) - static_cast<U>(kept))));
   };
-  const int64_t last = o * layout.inner + end;
-  for (int64_t index = o * layout.inner + begin; index < last;) {
-    const int64_t position = index / layout.share % layout.positions, offset = index % layout.share;
-    // positions up to where they wrap, or the chunk ends
-    const int64_t n = std::min((last - index + offset + layout.share - 1) / layout.share, layout.positions - position);
+  spread(layout, o, begin, end, factors, [&](int64_t position, int64_t n) {
     const uint16_t* drawn = draw_fields(buffer, row, position, n);
-    const int64_t stop = std::min(last, index - offset + n * layout.share);
-    if (layout.share == 1) {
-      for (int64_t i = 0; i < n; ++i) factors[i] = factor(drawn[i], thresholds[position + i]);
-      factors += n;
-    } else {
-      int64_t left = layout.share - offset;
-      for (int64_t i = 0, at = index; i < n; ++i, left = layout.share) {
-        const int64_t run = std::min(left, stop - at);
-        std::fill(factors, factors + run, factor(drawn[i], thresholds[position + i]));
-        factors += run;
-        at += run;
-      }
-    }
-    index = stop;
-  }
+    return [&factor, drawn, of = thresholds + position](int64_t i) { return factor(drawn[i], of[i]); };
+  });
 }
 
 template <class T>

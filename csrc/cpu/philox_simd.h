@@ -111,3 +111,29 @@ inline void store_words(const Drawn& drawn, void* to) {
   }
 #endif
 }
+
+// Writes what belongs to elements [begin, end) of the inner dimension at outer index o: of_positions(position, n) draws for n positions,
+// without a wrap among them, and returns the value of each as a function of its number.
+template <class A, class OfPositions>
+inline void spread(const Layout& layout, int64_t o, int64_t begin, int64_t end, A* to, OfPositions&& of_positions) {
+  const int64_t last = o * layout.inner + end;
+  for (int64_t index = o * layout.inner + begin; index < last;) {
+    const int64_t position = index / layout.share % layout.positions, offset = index % layout.share;
+    // positions up to where they wrap, or the chunk ends
+    const int64_t n = std::min((last - index + offset + layout.share - 1) / layout.share, layout.positions - position);
+    const auto value = of_positions(position, n);
+    const int64_t count = std::min(last - index, n * layout.share - offset);
+    if (layout.share == 1) {
+      for (int64_t i = 0; i < n; ++i) to[i] = value(i);
+    } else {
+      int64_t left = layout.share - offset;
+      for (int64_t i = 0, at = 0; i < n; ++i, left = layout.share) {
+        const int64_t run = std::min(left, count - at);
+        std::fill(to + at, to + at + run, value(i));
+        at += run;
+      }
+    }
+    to += count;
+    index += count;
+  }
+}

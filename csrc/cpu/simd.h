@@ -165,3 +165,11 @@ inline void end_of_streams() {
   _mm_sfence();
 #endif
 }
+
+// Calls vector(i) for i = 0, L, 2L ... while L elements are left of n, then single(i) for the rest.
+template <int L, class Vector, class Single>
+inline void sweep(int64_t n, Vector&& vector, Single&& single) {
+  int64_t i = 0;
+  for (; i + L <= n; i += L) vector(i);
+  for (; i < n; ++i) single(i);
+}

@@ -8,6 +8,7 @@ from . import iw_cross_entropy_kernels as kernels
 from .device import alignment, device_of, divide_up, power_of_two
 from .iw_cross_entropy_plan import MAX_SAMPLES, PARTIALS, Shape, held_plan, reread_plan, split_plan, weights_plan
 from .iw_cross_entropy_rows import alpha_mode
+from .iw_cross_entropy_scale import iw_cross_entropy_scale_kernel
 from .launch import TYPES, float_bits, guard, launch
 
 NONE, MEAN, SUM = 0, 1, 2
@@ -136,7 +137,7 @@ def _scale(dlogits: Tensor, factor: Tensor) -> None:
     n, acc = dlogits.numel(), torch.promote_types(dlogits.dtype, torch.float32)
     values = {"dlogits": dlogits, "factor": factor, "n": n, "ACC": TYPES[acc], "BLOCK": BLOCK}
     with guard(dlogits):
-        launch(kernels.iw_cross_entropy_scale_kernel, min(divide_up(n, BLOCK), SCALE_PROGRAMS), 4, values)
+        launch(iw_cross_entropy_scale_kernel, min(divide_up(n, BLOCK), SCALE_PROGRAMS), 4, values)
 
 
 torch.library.impl("iwsgd_triton::iw_cross_entropy", "CompositeExplicitAutograd", _out_of_place)

@@ -1,0 +1,79 @@
+// What stands around the CUDA loss kernels: which regime is chosen, and the upstream gradient's product.
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "../cuda/iw_cross_entropy_launch.h"
+#include "../cuda/iw_cross_entropy_scale.cuh"
+#include "check.h"
+
+using namespace iwsgd;
+
+// The upstream gradient: any size and alignment, and nothing at all where it is 1.
+template <class T>
+void scale_as(acc_t<T> factor) {
+  for (const int64_t n : {0, 1, 7, 8, 9, 100, 1000})
+    for (int offset = 0; offset < 9; ++offset) {
+      std::vector<std::pair<double, double>> memory(n * sizeof(T) / 16 + 16), before;
+      T* const x = reinterpret_cast<T*>(memory.data()) + offset;
+      for (int64_t i = -offset; i < n + 8; ++i) x[i] = from_acc<T>(static_cast<acc_t<T>>(i % 13) / 4);
+      before = memory;
+      const T* const old = reinterpret_cast<const T*>(before.data()) + offset;
+      for (int64_t thread = 0; thread < 37; ++thread) scale_elements(x, n, &factor, thread, 37);
+      for (int64_t i = -offset; i < n + 8; ++i) {
+        const T expected = i >= 0 && i < n && factor != 1 ? from_acc<T>(to_acc(old[i]) * factor) : old[i];
+        CHECK(std::memcmp(&x[i], &expected, sizeof(T)) == 0, "element ", i, " of ", n, " at offset ", offset, " times ", factor);
+      }
+    }
+}
+
+void scales() {
+  for (const double factor : {1.0, 0.3, 0.0}) {
+    scale_as<float>(static_cast<float>(factor)), scale_as<double>(factor);
+    scale_as<bf16>(static_cast<float>(factor)), scale_as<fp16>(static_cast<float>(factor));
+  }
+}
+
+// The choice between the regimes, by the numbers of real devices. S, C and bytes of an element, a unit for each of 8192 examples.
+void plans() {
+  const DeviceLimits a100{108, 166912, 167936, 41943040};
+  DeviceLimits h200{132, 232448, 233472, 62914560};
+  h200.most_ranks = kMostRanks;
+  const auto shape = [](int64_t S, int64_t C, int64_t bytes) { return LossShape{S, 8192, C, 1, bytes, 4, true, true, true, C * bytes % 16 == 0}; };
+  const auto ranks = [](const LossShape& s, const DeviceLimits& device, int64_t held = 8) {
+    if (tile_plan(s, device).use) return 1;
+    const ClusterPlan plan = cluster_plan(s, device, [&](const ClusterPlan&) { return held; });
+    if (!plan.use) return 0;
+    CHECK(plan.shared_bytes <= device.shared_per_block && plan.ranks * plan.classes >= s.C && plan.blocks == plan.ranks * held, "C ", s.C);
+    CHECK(plan.threads % plan.lanes == 0 && (plan.lanes & (plan.lanes - 1)) == 0, "lanes ", plan.lanes);
+    return plan.ranks;
+  };
+  const auto expect = [](int got, int expected, const char* what) { CHECK(got == expected, what, ": ", got, " blocks, not ", expected); };
+  expect(ranks(shape(8, 10, 2), h200), 1, "digits");
+  expect(ranks(shape(8, 7000, 2), h200), 1, "the largest tile");
+  expect(ranks(shape(8, 8192, 2), h200), 2, "just above");
+  expect(ranks(shape(8, 32000, 2), h200), 8, "a vocabulary: 512 KB, two blocks on a multiprocessor");
+  expect(ranks(shape(8, 100000, 2), h200), 16, "1.6 MB");
+  expect(ranks(shape(8, 128256, 2), h200), 16, "2 MB, one block on a multiprocessor");
+  expect(ranks(shape(8, 220000, 2), h200), 16, "3.5 MB");
+  expect(ranks(shape(8, 262144, 2), h200), 0, "4 MB: slices");
+  expect(ranks(shape(64, 27000, 2), h200), 16, "many samples");
+  expect(ranks(shape(64, 131072, 2), h200), 0, "too many");
+  expect(ranks(shape(8, 128256, 2), h200, 0), 0, "no group of multiprocessors is large enough");
+  expect(ranks(shape(8, 32000, 2), a100), 0, "no clusters");
+  expect(ranks(shape(8, 5000, 2), a100), 1, "no clusters, a tile");
+  LossShape joint = shape(8, 32000, 2);
+  joint.positions = 4;
+  expect(ranks(joint, h200), 0, "units of several positions");
+  LossShape columns = shape(8, 32000, 2);
+  columns.even = false;
+  expect(ranks(columns, h200), 0, "classes that are not adjacent");
+  // Rows of 100,000 classes fit 8 blocks only as one on a multiprocessor; 16 take two.
+  CHECK(cluster_with(shape(8, 100000, 2), 16).shared_bytes <= h200.shared_per_multiprocessor / 2 - 1024, "two on a multiprocessor");
+}
+
+int main() {
+  scales();
+  plans();
+  return test::report();
+}
