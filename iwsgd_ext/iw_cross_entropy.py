@@ -51,7 +51,7 @@ class _IWCrossEntropy(torch.autograd.Function):
     """loss, log_p, weights, bound of logits [S*B, C, ...]; saves dlogits for an upstream gradient of one."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, target: Tensor, samples: int, inplace: bool, process_group, *options):
+    def forward(ctx, logits: Tensor, anchor: Tensor | None, target: Tensor, samples: int, inplace: bool, process_group, *options):
         need_gradient = ctx.needs_input_grad[0]
         rows = _with_positions(logits.detach())  # a view that autograd tracks could not be unpacked after a change in place
         alpha, reduction = options[-3], options[-1]
@@ -75,26 +75,27 @@ class _IWCrossEntropy(torch.autograd.Function):
         ctx.mark_non_differentiable(log_p, weights, bound)
         ctx.set_materialize_grads(False)
         if need_gradient:
-            ctx.save_for_backward(dlogits)
+            ctx.save_for_backward(dlogits, anchor)
             ctx.samples, ctx.per_unit, ctx.shape = samples, reduction == 0, logits.shape
         return loss, log_p, weights, bound
 
     @staticmethod
     def backward(ctx, dloss: Tensor | None, *_):
-        none = (None,) * 13
+        none = (None,) * 14
         if dloss is None:
             return None, *none
-        (dlogits,) = ctx.saved_tensors
+        dlogits, anchor = ctx.saved_tensors
+        factor = dloss.detach()
         # A retained graph needs its dlogits again; a compiler joins the product with what follows.
         once = not torch.compiler.is_compiling() and not torch._C._autograd._get_current_graph_task_keep_graph()
         if once and not ctx.per_unit and _is_dense(dlogits) and backend.backend_of(dlogits.device) != "reference":
             # The device alone reads the factor, and does nothing where it is 1, which it mostly is: no pass over memory, no wait.
-            backend.op("iw_cross_entropy_scale_", dlogits.device)(dlogits, dloss)
+            backend.op("iw_cross_entropy_scale_", dlogits.device)(dlogits, factor)
         else:
-            dlogits = _scale(dlogits, dloss, ctx.samples, out=dlogits if once else None)
+            dlogits = _scale(dlogits, factor, ctx.samples, out=dlogits if once else None)
         result = dlogits.view(ctx.shape)
-        if torch.is_grad_enabled():  # dloss alone may not require grad, and a second derivative would be zero in silence
-            result = _NoSecondDerivative.apply(result, torch.empty(0, requires_grad=True))
+        if torch.is_grad_enabled():  # else a second derivative would be zero in silence
+            result = _NoSecondDerivative.apply(result, dloss, anchor)
         return result, *none
 
 
@@ -117,7 +118,7 @@ def _scale(dlogits: Tensor, factor: Tensor, samples: int, out: Tensor | None = N
 
 class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gradient: Tensor, _: Tensor) -> Tensor:
+    def forward(ctx, gradient: Tensor, *_: Tensor | None) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
@@ -224,7 +225,9 @@ def iw_cross_entropy(
         level == "position",
         REDUCTIONS.index("sum" if late else reduction),
     )
-    loss, log_p, w, bound = _IWCrossEntropy.apply(logits, target.contiguous(), samples, inplace, process_group, *options)
+    # What a second derivative would come through: nothing of the logits' values or memory, but their graph.
+    anchor = logits[:0].clone() if logits.requires_grad and not torch.compiler.is_compiling() else None
+    loss, log_p, w, bound = _IWCrossEntropy.apply(logits, anchor, target.contiguous(), samples, inplace, process_group, *options)
     if late:
         n = _denominator(*operands[:-1], ignore_index, loss.dtype) if normalizer is None else normalizer
         loss = loss * torch.where(n == 0, 0, 1 / n)

@@ -325,3 +325,15 @@ def test_a_gradient_larger_than_caches(backend, device, dtype, smoothing):
     whole = gradient(0, batch)
     for first in (0, 64, 128, 192, 256, 1000, batch - 64):
         assert torch.equal(whole[:, first : first + 64], gradient(first, first + 64)), first
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_no_second_derivative_in_silence(backend, device, reduction):
+    """However it is asked for: by named inputs, of the network or of the upstream gradient, or of everything."""
+    w, a = torch.randn(3, 5, device=device, requires_grad=True), torch.tensor(2.0, device=device, requires_grad=True)
+    x, target = torch.randn(8, 3, device=device), torch.randint(5, (4,), device=device)
+    for inputs in (w, a, None):
+        loss = iw.iw_cross_entropy(torch.relu(x @ w), target, 2, reduction=reduction) * a
+        (first,) = torch.autograd.grad(loss.sum(), w, create_graph=True)
+        with pytest.raises(RuntimeError, match="iw_cross_entropy has no second derivative"):
+            first.sum().backward() if inputs is None else torch.autograd.grad(first.sum(), inputs)
