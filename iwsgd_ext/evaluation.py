@@ -199,10 +199,12 @@ def _noisy_evaluation(model: nn.Module):
     functional = any(conversion_of(module) is not None and conversion_of(module).catches for module in model.modules())
     if not noisy and not functional:
         raise ValueError("model: expected one with noise layers of this package (iw.convert puts them in), got none")
+    # In eval mode torch's encoder layer may compute itself by one fused call, and no layer inside of it is called.
+    fused = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
     before = [(module, vars(module).get("training", module.training)) for module in model.modules()]
     try:
         model.eval()
-        for module in noisy:
+        for module in (*noisy, *fused):
             module.training = True
         with torch.no_grad():
             yield

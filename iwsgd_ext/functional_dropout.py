@@ -163,12 +163,17 @@ class FunctionalDropout(TorchFunctionMode):
             return self._look(func, args, kwargs)
         return func(*args, **kwargs)
 
+    def _context(self) -> sampling | None:
+        """The innermost context; None where an interrupt has left this mode behind its forward, so that a later context is not its own."""
+        context = current()
+        return context if torch.compiler.is_compiling() or self.context in _stack.contexts else None
+
     def _draw(self, func: Callable, form: tuple[Callable, bool], in_place: bool, args: tuple, kwargs: dict) -> Tensor:
         layer, training = form
         x = _argument(args, kwargs, 0, "input", None)
         p = _argument(args, kwargs, 1, "p", 0.5)
         training = _argument(args, kwargs, 2, "train" if "train" in kwargs else "training", training)
-        context = current()
+        context = self._context()
         if context is None or not (training or context.evaluating):
             return func(*args, **kwargs)
         _check_not_reentrant(func)
@@ -181,7 +186,7 @@ class FunctionalDropout(TorchFunctionMode):
 
     def _attend(self, args: tuple, kwargs: dict) -> Tensor:
         p = _argument(args, kwargs, 4, "dropout_p", 0.0)
-        if current() is None or p == 0:
+        if self._context() is None or p == 0:
             return ATTENTION(*args, **kwargs)
         _check_not_reentrant(ATTENTION)
         if self.watch is not None:

@@ -146,7 +146,8 @@ class IWMultinomialDropout(nn.modules.dropout._DropoutNd):
         [B, ...] -> [S*B, ...] for the first noise layer, [S*B, ...] -> [S*B, ...] after it; float32, float64, bfloat16, float16.
 
     Raises:
-        ValueError: p outside of [0, 1); probabilities of another shape, negative, or all 0; rows that are neither B nor S*B.
+        ValueError: p outside of [0, 1); probabilities of another shape, negative, or all 0; rows that are neither B nor S*B; evolutional
+            probabilities of expanded rows where sample_ids differ among examples.
         TypeError: an input that is not floating-point.
 
     Example:
@@ -177,6 +178,10 @@ class IWMultinomialDropout(nn.modules.dropout._DropoutNd):
         probabilities = "evolutional" if self.evolutional else self.probabilities
         if isinstance(probabilities, Tensor):
             check_probabilities(probabilities, one_example(x, address["batch_dim"]))
+        ids = address["sample_ids"]
+        if self.evolutional and not address["expand"] and ids is not None and ids.dim() == 2:
+            expected = f"[{address['samples']}] where evolutional probabilities are those of one sample's expanded rows"
+            raise ValueError(f"sample_ids: expected {expected}, got {tuple(ids.shape)} (strategy='resampled' draws for each example)")
         return multinomial_noise(x, probabilities, 1.0 - self.p, **address)
 
     def extra_repr(self) -> str:

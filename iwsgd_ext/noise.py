@@ -193,7 +193,8 @@ def rates_law(p: Tensor, x: Tensor, rows: Rows, unit: Unit, examples: int) -> La
         torch._assert_async(valid, "p: expected probabilities in [0, 1]")
     shape = [x.shape[d] if d in drawn else values.shape[d] for d in range(x.dim())]
     values = values.expand(shape).permute(rows.batch_dim, *inside).reshape(shape[rows.batch_dim], _product(shape[d] for d in drawn))
-    return Law(0, (values * reference.FIELD_RANGE + 0.5).floor().to(torch.int32), 1.0, 0.0, 0.0)
+    # Contiguous, as the kernels read them: a product keeps the memory order of p.
+    return Law(0, (values * reference.FIELD_RANGE + 0.5).floor().to(torch.int32).contiguous(), 1.0, 0.0, 0.0)
 
 
 def _threshold_of(p: float) -> int:

@@ -102,6 +102,7 @@ class sampling:
         self._replayed_origin: Tensor | None = None
 
     def __enter__(self) -> "sampling":
+        current()  # ends what an interrupt has left, which would be out of reach below this one
         self.task = graph_task()
         _stack.contexts.append(self)
         return self

@@ -86,6 +86,23 @@ class TestPredict:
         assert not any(m.training for m in model.modules())
         assert torch.equal(model(x), model[4](model[3](h)))
 
+    def test_noise_inside_of_an_encoder_layer(self):
+        """In eval mode torch computes an encoder layer by one fused call, in which no noise layer is called."""
+        encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), 1)
+        layer = encoder.layers[0]
+        layer.dropout2.p = 0.5
+        model = iw.convert(nn.Sequential(encoder, nn.Flatten(), nn.Linear(24, C)).double(), 2, expand="input").eval()
+        x, modes = torch.randn(B, 3, 8, dtype=torch.float64), [m.training for m in model.modules()]
+        got = iw.predict(model, x, 4, seed=SEED)
+        with torch.no_grad():
+            h = layer.norm1(x + layer.self_attn(x, x, x)[0])
+            out = torch.cat([layer.linear2(torch.relu(layer.linear1(h)))] * 4)
+            keep = naive.naive_keep(out, 0.5, samples=4, seed=SEED, stream=2, expand=False)  # after two layers of p=0
+            h = layer.norm2(torch.cat([h] * 4) + out * keep * 2)
+            want = torch.softmax(model[2](h.flatten(1)), 1).view(4, B, C).mean(0)
+        torch.testing.assert_close(got.exp(), want)
+        assert [m.training for m in model.modules()] == modes
+
     def test_modes_are_as_before(self):
         """Also where the model raises."""
         net = Net()

@@ -260,6 +260,9 @@ def test_exceptions_and_interrupts():
         model(x)
     torch.manual_seed(1)
     noise = F.dropout(x)  # what is left of the interrupted forward does not catch it
+    with iw.sampling(S):
+        assert F.dropout(x).shape == x.shape  # in a later context neither
+        assert torch.equal(F.scaled_dot_product_attention(x[None], x[None], x[None], dropout_p=1.0), torch.zeros_like(x)[None])
     other = iw.convert(Net(F_dropout), 2)
     assert other(x).shape == (2 * B, 8)
     assert (_get_current_function_mode(), current()) == (None, None)

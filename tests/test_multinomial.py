@@ -329,6 +329,20 @@ class TestLayer:
         with iw.sampling(2, seed=5, sample_ids=[2, 3]):
             assert torch.equal(model(x), whole[12:])
 
+    def test_evolutional_refuses_rows_of_several_samples(self):
+        """Where each example has another sample, no sample's rows are whole: their root mean squares would be no sample's."""
+        x, y = torch.randn(6, 9), torch.randint(3, (6,))
+        layer = iw.IWMultinomialDropout(0.5, probabilities="evolutional")
+        model = torch.nn.Sequential(iw.IWDropout(0.5), layer, torch.nn.Linear(9, 3))
+        with pytest.raises(ValueError, match=r"sample_ids: expected \[2\] where evolutional.* got \(2, 6\)"):
+            iw.backward(model, iw.IWCrossEntropyLoss(4), x, y, samples=4, strategy="resampled", keep=2)
+        ids = torch.randint(9, (2, 6))
+        with iw.sampling(2, seed=5, sample_ids=ids):  # rows before all noise are every sample's
+            z = layer(x)
+        for s, b in itertools.product(range(2), range(6)):
+            with iw.sampling(1, seed=5, sample_ids=[ids[s, b].item()]):
+                assert torch.equal(layer(x)[b], z[6 * s + b])
+
     def test_evolutional_of_dead_features(self, device, backend):
         """Nothing to tell features apart: uniform, and no NaN."""
         layer = iw.IWMultinomialDropout(0.5, probabilities="evolutional")

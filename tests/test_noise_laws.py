@@ -98,6 +98,17 @@ def test_rates_channels_last(backend, device):
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("expand", [True, False], ids=["expand", "rows"])
+@pytest.mark.parametrize("batch_dim", [0, 1, 2])
+def test_rates_of_any_strides(backend, device, batch_dim, expand):
+    """Rows innermost in memory, dimensions reversed, gaps."""
+    x = torch.randn(6, 6, 6, device=device, dtype=torch.float64)
+    for p in (torch.rand(6, 6, 6).movedim(-1, batch_dim), torch.rand(6, 6, 6).permute(2, 1, 0), torch.rand(6, 6, 12)[:, :, ::2]):
+        fields = fields_of(x, samples=2, expand=expand, batch_dim=batch_dim)
+        y = F.dropout(x, p.to(device), samples=2, seed=SEED, expand=expand, batch_dim=batch_dim)
+        torch.testing.assert_close(y.cpu(), in_float64(x.cpu(), p, 2, expand, batch_dim, fields), rtol=1e-12, atol=0)
+
+
 def test_equal_rates_are_dropout(backend, device):
     x = torch.randn(3, 70, device=device)
     torch.testing.assert_close(
