@@ -2,6 +2,7 @@
 
 import csv
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,12 @@ from torch import Tensor
 from .checks import check
 from .iw_cross_entropy import IWCrossEntropyLoss
 from .stats import IWStats, IWSummary
+
+
+def not_compiled(function: Callable) -> Callable:
+    """:func:`torch.compiler.disable` without its import of the compiler, which takes longer than all of this package."""
+    function._torchdynamo_disable = True
+    return function
 
 
 class StatsLogger:
@@ -66,7 +73,7 @@ class StatsLogger:
         self.observers = criterion.observers
         self.observers.append(self.add)
 
-    @torch.compiler.disable
+    @not_compiled
     def add(self, stats: IWStats) -> None:
         """One step. The criterion calls it; call it yourself with what ``iw.backward(..., return_stats=True)`` returns."""
         values = torch.stack([v.double() for v in stats.summary()])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_integer, check_sample_ids, check_samples
-from .noise import Law, Unit, draw_origin, make_origin, noise
+from .noise import Law, Unit, constant_in_graphs, draw_origin, make_origin, noise
 
 # The compiler takes integers that it reaches from globals for constants: it would compile a block anew for each stream. This names
 # the contexts' counters as dynamic, so that one graph serves all streams.
@@ -265,7 +265,7 @@ def graph_task() -> int:
     return _traced_graph_task() if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _traced_graph_task() -> int:
     return torch._C._current_graph_task_id()  # at the time of tracing: a recompute outside of a context is another graph than a forward
 

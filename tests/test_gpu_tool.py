@@ -191,6 +191,7 @@ def test_benchmarks_come_along(session, tmp_path, monkeypatch, program, status):
     """Their numbers, table and page, and no more than a few pictures."""
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "__main__.py").write_text(program)
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # that of make test has the real benchmarks
     monkeypatch.setattr(gpu_run, "ROOT", tmp_path)
     gpu.run_stages([gpu.Stage("bench", 50, gpu.bench)], session, lambda line: None)
     assert session.results[0].status == status, session.results[0].text

@@ -38,7 +38,7 @@ OPTIONAL = {
     "scikit-learn": "the demo and the tests of the examples",
     "matplotlib": "the demo's figures",
     "rich": "the demo's and the benchmarks' tables",
-    "triton>=3.6; sys_platform == 'linux'": "the tests of the Triton kernels",
+    "triton>=3.6,<3.8; sys_platform == 'linux'": "the tests of the Triton kernels",
 }
 VERSIONS = """
 import importlib.metadata, json, sys

@@ -305,7 +305,8 @@ def iw_cross_entropy_statistics_kernel(
     tl.store(tops + s * P + p, top, there)
     tl.store(totals + s * P + p, total, there)
     tl.store(likelihoods + s * P + p, u, there)
-    tl.store(cs + p, c, there & (s == 0))
+    if s == 0:
+        tl.store(cs + p, c, there)
 
 
 @triton.jit(do_not_specialize=EXACT)
@@ -332,7 +333,8 @@ def iw_cross_entropy_join_kernel(
     n, cbar = tl.sum(counted, 0), tl.sum(c, 0)
     cbar = tl.where(n > 0, cbar / tl.where(n > 0, n, 1.0), 0.0)
     tl.store(log_p + s * B + b, unit_log_likelihood(tl.sum(u, 0), cbar, tl.float64).to(ACC))
-    tl.store(outers + b, cbar.to(ACC), s == 0)
+    if s == 0:
+        tl.store(outers + b, cbar.to(ACC))
 
 
 @triton.jit(do_not_specialize=EXACT)
