@@ -14,7 +14,7 @@ COMPILERS := $(if $(filter default undefined,$(origin CXX)),c++ g++ clang++,$(fi
 # torch's build looks for the program ninja on the PATH; set-up must not: there python3 is the interpreter that .venv is made from
 export PATH := $(VENV)/bin:$(PATH)
 # Tests run in as many processes as there are cores, of one thread each, where pytest-xdist is there.
-PYTEST = $(PY) -m pytest $$($(PY) -c 'import xdist' 2> /dev/null && echo -n auto --dist loadgroup)
+PYTEST = $(PY) -m pytest $$($(PY) -c 'import xdist' 2> /dev/null && printf %s '-n auto --dist loadgroup')
 # examples/ and bench/ import the package from the checkout
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
