@@ -135,8 +135,8 @@ class TestInterpreter:
 
     @pytest.mark.slow
     def test_some_of_the_tests_of_every_backend(self):
-        """What all backends are held to, where it is small."""
+        """What all backends are held to, where it is small; but for bfloat16, which the interpreter rounds wrongly."""
         noise = "test_channels or odd-63 or Values and one_rounding and float16 or splitting or test_opcheck"
         loss = "by_hand or several and smoothed or first_of_equals"
-        self.run("tests/test_noise.py", "tests/test_noise_gradient.py", "-k", f"cpu-triton and ({noise})")
-        self.run("tests/test_iw_cross_entropy.py", "tests/test_iw_cross_entropy_options.py", "-k", f"cpu-triton and ({loss})")
+        self.run("tests/test_noise.py", "tests/test_noise_gradient.py", "-k", f"cpu-triton and not bfloat16 and ({noise})")
+        self.run("tests/test_iw_cross_entropy.py", "tests/test_iw_cross_entropy_options.py", "-k", f"cpu-triton and not bfloat16 and ({loss})")
