@@ -75,7 +75,7 @@ class StatsLogger:
 
     @not_compiled
     def add(self, stats: IWStats) -> None:
-        """One step. The criterion calls it; call it yourself with what ``iw.backward(..., return_stats=True)`` returns."""
+        """One step. The criterion calls it, and ``iw.backward`` in the strategies that do not call the criterion."""
         values = torch.stack([v.double() for v in stats.summary()])
         self.total = values if self.total is None else self.total + values
         self.count += 1

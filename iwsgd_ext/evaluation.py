@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
 from .batch_norm import _BatchNormMode
@@ -248,10 +249,12 @@ def _passes(model: nn.Module, inputs: Any, samples: int, chunk: int | None, seed
 
 
 def _examples(inputs: Any) -> int:
-    tensors = [v for v in tree_leaves(as_arguments(inputs)) if isinstance(v, Tensor) and v.dim() > 0]
-    if not tensors:
-        raise ValueError("x: expected at least one tensor with a dimension of examples")
-    return tensors[0].shape[0]
+    for v in tree_leaves(as_arguments(inputs), is_leaf=lambda v: isinstance(v, PackedSequence)):
+        if isinstance(v, PackedSequence):
+            return int(v.batch_sizes[0])  # these are on the CPU, wherever the data is
+        if isinstance(v, Tensor) and v.dim() > 0:
+            return v.shape[0]
+    raise ValueError("x: expected at least one tensor with a dimension of examples")
 
 
 def _origin(model: nn.Module, inputs: Any, seed, first_example=None) -> Tensor:

@@ -12,10 +12,14 @@ from .checks import check_alpha, check_samples
 
 
 def as_arguments(value: Any) -> tuple[tuple, dict]:
-    """What a user gave as one thing, as arguments of a call: a tuple or list by position, a mapping by name, anything else alone."""
+    """What a user gave as one thing, as arguments of a call: a tuple or list by position, a mapping by name, anything else alone.
+
+    (A named tuple is one thing: torch's PackedSequence is.)
+    """
     if isinstance(value, Mapping):
         return (), dict(value)
-    return (tuple(value), {}) if isinstance(value, tuple | list) else ((value,), {})
+    several = isinstance(value, tuple | list) and not hasattr(value, "_fields")
+    return (tuple(value), {}) if several else ((value,), {})
 
 
 def iw_logmeanexp(log_p: Tensor, samples: int, alpha: float = 1.0) -> Tensor:

@@ -109,14 +109,20 @@ def backward(
     if samples == 1 or (strategy == "streamed" and chunk == samples):
         strategy = "batched"  # one pass is all there is
     step = _Step(model, loss_fn, inputs, targets, samples, strategy, seed, first_example, grad_scale)
-    if strategy == "batched":
-        loss, stats = step.fused() if type(loss_fn) is IWCrossEntropyLoss else step.batched()
+    fused = strategy == "batched" and type(loss_fn) is IWCrossEntropyLoss
+    if fused:
+        loss, stats = step.fused()
+    elif strategy == "batched":
+        loss, stats = step.batched()
     elif strategy == "loop":
         loss, stats = step.loop()
     elif strategy == "streamed":
         loss, stats = step.streamed(chunk or 1)
     else:
         loss, stats = step.resampled(chunk or samples, keep)
+    if not fused:  # whose loss, called as it is, has told them itself
+        for observe in getattr(loss_fn, "observers", ()):
+            observe(stats)
     return (loss, stats) if return_stats else loss
 
 

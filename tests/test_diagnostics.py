@@ -135,6 +135,23 @@ def assert_rows(got, want):
 
 
 class TestLogger:
+    @pytest.mark.parametrize("strategy", ["batched", "streamed", "resampled", "loop"])
+    @pytest.mark.parametrize("kind", [iw.IWCrossEntropyLoss, type("Mine", (iw.IWCrossEntropyLoss,), {})], ids=["own", "subclass"])
+    def test_hears_of_each_step_once(self, tmp_path, kind, strategy):
+        """Whatever the strategy, and what it hears are the weights of all samples."""
+        model = torch.nn.Sequential(torch.nn.Linear(4, 8), iw.IWDropout(0.5), torch.nn.Linear(8, 3))
+        criterion, heard = kind(6), []
+        logger = iw.StatsLogger(criterion, tmp_path / "log.csv", every=1)
+        criterion.observers.append(heard.append)
+        x, y = torch.randn(5, 4), torch.randint(3, (5,))
+        for _ in range(2):
+            iw.backward(model, criterion, x, y, samples=6, strategy=strategy)
+        logger.close()
+        assert len(heard) == 2 and len((tmp_path / "log.csv").read_text().splitlines()) == 3
+        for stats in heard:
+            torch.testing.assert_close(stats.weights, torch.softmax(stats.log_p.double(), 0).float())
+            assert stats.weights.shape == (6, 5)
+
     @pytest.mark.parametrize("return_stats", [False, True])
     @pytest.mark.parametrize("every", [1, 3, 50])
     def test_csv(self, tmp_path, every, return_stats):

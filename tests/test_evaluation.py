@@ -380,3 +380,25 @@ def test_an_output_that_is_no_tensor():
 
     with pytest.raises(TypeError, match="model: expected one whose output is a floating-point tensor of logits, got dict"):
         iw.predict(Wrapped(), data(), 2)
+
+
+def test_packed_sequence():
+    """One argument, whose examples are its sequences: predict and backward take it bare."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.head = iw.IWLSTM(3, 4, 2, dropout=0.5), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.lstm(x)[1][0][-1])
+
+    net, target = Net().double(), torch.tensor([0, 1])
+    x = nn.utils.rnn.pack_sequence([torch.randn(n, 3, dtype=torch.float64) for n in (5, 3)])
+    passes = []
+    for s in range(4):
+        with iw.sampling(1, seed=SEED, sample_ids=[s]):
+            passes.append(torch.softmax(net(x), 1).detach())
+    torch.testing.assert_close(iw.predict(net, x, 4, seed=SEED), (sum(passes) / 4).log())
+    loss = iw.backward(net, iw.IWCrossEntropyLoss(4), x, target, samples=4, seed=SEED, strategy="streamed")
+    torch.testing.assert_close(loss, -(sum(p[torch.arange(2), target] for p in passes) / 4).log().mean())
