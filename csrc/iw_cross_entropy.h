@@ -74,7 +74,6 @@ struct Statistics {
   int64_t first, stride;
   A* u;
   int64_t u_first, u_stride;
-  A* e;  // exp(z - max) [S, positions of a block, C], or null where it is taken anew for the gradient
   int64_t at(int64_t s, int64_t position) const { return s * stride + position - first; }
   A& likelihood(int64_t s, int64_t position) const { return u[s * u_stride + position - u_first]; }
 };

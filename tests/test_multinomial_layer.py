@@ -90,29 +90,3 @@ class TestLayer:
     def test_at_least_one_draw(self, device, backend):
         y = iw.IWMultinomialDropout(0.9)(torch.ones(4, 3, device=device))
         torch.testing.assert_close(y.sum(1), torch.full_like(y[:, 0], 3.0))
-
-
-BAD = [
-    (TypeError, "draws: expected an int, got float", {"draws": 2.0}),
-    (ValueError, "draws: expected an integer in 1 .. .*, got 0", {"draws": 0}),
-    (ValueError, "draws: expected an integer in 1 .. .*, got 2147483648", {"draws": 2**31}),
-    (TypeError, "probabilities: expected a tensor or None, got list", {"probabilities": [0.5, 0.5, 0.0]}),
-    (TypeError, "probabilities: expected a floating-point tensor, got torch.int64", {"probabilities": torch.ones(3, dtype=torch.int64)}),
-    (ValueError, r"probabilities: expected the shape of one example, \(3,\), got \(4,\)", {"probabilities": torch.ones(4)}),
-    (ValueError, "probabilities: expected finite numbers >= 0", {"probabilities": torch.tensor([1.0, -0.1, 1.0])}),
-    (
-        ValueError,
-        "probabilities: expected finite numbers >= 0 that are not all 0",
-        {"probabilities": torch.tensor([1.0, float("nan"), 1.0])},
-    ),
-    (
-        ValueError,
-        "probabilities: expected finite numbers >= 0 that are not all 0",
-        {"probabilities": torch.tensor([1.0, float("inf"), 1.0])},
-    ),
-    (ValueError, "probabilities: expected finite numbers >= 0", {"probabilities": torch.zeros(3)}),
-    (TypeError, "x: expected float32, .* or float16, got torch.int64", {"x": torch.ones(2, 3, dtype=torch.int64)}),
-    (ValueError, "x: expected .*, got 0-D", {"x": torch.tensor(1.0)}),
-    (ValueError, "samples: expected an integer >= 1, got 0", {"samples": 0}),
-    (ValueError, "divisible by samples=4 where expand=False, got 6 rows", {"samples": 4, "expand": False}),
-]

@@ -172,6 +172,22 @@ def test_splitting_the_batch_and_the_samples_changes_nothing(device, backend, un
     assert torch.equal(form(x, samples=1, sample_ids=chosen), torch.stack([whole[s, b] for b, s in enumerate(chosen[0].tolist())]))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [F.dropout, F.alpha_dropout], ids=["dropout", "alpha"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_output_larger_than_caches(device, backend, dtype, form):
+    """Outputs that go past the caches on their way to memory are those of the batch's parts, which do not, bit for bit."""
+    if backend == "reference" and dtype != torch.float32:
+        pytest.skip("one type shows that the parts make up the whole")
+    samples, features = 9, 5000  # rows begin at the start of a line, or within one
+    batch = 97 * 2**20 // (samples * features * dtype.itemsize)
+    x = torch.randn(batch, features, device=device).to(dtype)
+    whole = form(x, P, samples=samples, seed=3).view(samples, batch, features)
+    for first in range(0, batch, 100):
+        part = form(x[first : first + 100], P, samples=samples, seed=3, first_example=first)
+        assert torch.equal(whole[:, first : first + 100].flatten(0, 1), part), first
+
+
 def test_time_major_draws_what_batch_first_draws(device, backend):
     x = torch.randn(6, 5, 9, device=device)
     batch_first = F.dropout(x.transpose(0, 1).contiguous(), P, samples=3, seed=4)

@@ -105,7 +105,7 @@ void run(const LossArguments<T, A>& a) {
     // Too few examples to share out: the threads share the positions of each step.
     std::vector<A> memory(3 * a.S * positions);
     A *max = memory.data(), *sum = max + a.S * positions, *u = sum + a.S * positions;
-    const Statistics<A> stats{max, sum, 0, positions, u, 0, positions, nullptr};
+    const Statistics<A> stats{max, sum, 0, positions, u, 0, positions};
     torch::stable::parallel_for(0, positions, grain, [&](int64_t first, int64_t last) { IWSGD_ISA_CALL(statistics, a, c, stats, first, last); });
     IWSGD_ISA_CALL(join_positions, a, outer, stats, 0, units);
     IWSGD_ISA_CALL(weigh, a, 0, units);

@@ -6,11 +6,12 @@
 template <class T, class A>
 struct Panel {
   static constexpr int L = lanes<A>;
+  using Index = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
   int64_t first;
   int n;  // positions that are there
   Target<A> targets[L];
   alignas(64) A c[L], weight[L], hot[L], example_weight[L];
-  int64_t label[L];
+  vec_int<A> label;  // -1 where there is none
   bool all_counted = true;
 
   Panel(const LossArguments<T, A>& a, const A* c_of, int64_t p, int64_t last) : first(p) {
@@ -22,7 +23,7 @@ struct Panel {
       weight[j] = target.weight;
       hot[j] = target.weight * target.hot;
       example_weight[j] = a.example_weight_of(p + std::min(j, n - 1));
-      label[j] = target.ignored || target.label < 0 ? 0 : target.label;
+      label[j] = target.ignored ? -1 : static_cast<Index>(target.label);
       all_counted = all_counted && !target.ignored;
     }
   }
@@ -33,33 +34,41 @@ struct Panel {
     const int64_t step = a.lane_stride(), classes = a.C, class_stride = a.class_stride;
     if (step == 1 && n == L) {
       for (int64_t i = 0; i < classes; ++i) store(tile + i * L, load(z + i * class_stride));
-      return;
+    } else if (class_stride == 1) {
+      for_each_vector<A>(classes, [&](int64_t i, int there) {
+        vec<A> v[L];
+#pragma GCC unroll 16
+        for (int j = 0; j < L; ++j) v[j] = load_some(z + std::min(j, n - 1) * step + i, there, A(0));
+        turn<A>(v);
+        for (int k = 0; k < there; ++k) store(tile + (i + k) * L, v[k]);
+      });
+    } else {
+      for (int j = 0; j < L; ++j)
+        for (int64_t i = 0; i < classes; ++i) tile[i * L + j] = to_acc(z[std::min(j, n - 1) * step + i * class_stride]);
     }
-    // Turned as they are, in the upper part of the tile's memory, and then converted vector by vector from its lower end on.
-    T* turned = reinterpret_cast<T*>(tile + classes * L) - classes * L;
-    for (int j = 0; j < L; ++j) {
-      const T* row = z + std::min(j, n - 1) * step;
-      for (int64_t i = 0; i < classes; ++i) turned[i * L + j] = row[i * class_stride];
-    }
-    if constexpr (!std::is_same_v<T, A>)
-      for (int64_t i = 0; i < classes; ++i) store(tile + i * L, load(turned + i * L));
   }
-  // and back; the tile's memory is used up
-  void write(const LossArguments<T, A>& a, int64_t s, A* tile) const {
+  // and back
+  void write(const LossArguments<T, A>& a, int64_t s, const A* tile) const {
     T* dz = a.drow(s, first);
     const int64_t step = a.dlane_stride(), classes = a.C, class_stride = a.dclass_stride;
     if (step == 1 && n == L) {
       for (int64_t i = 0; i < classes; ++i) store(dz + i * class_stride, load(tile + i * L));
-      return;
-    }
-    T* turned = reinterpret_cast<T*>(tile);
-    if constexpr (!std::is_same_v<T, A>)
-      for (int64_t i = 0; i < classes; ++i) store(turned + i * L, load(tile + i * L));
-    for (int j = 0; j < n; ++j) {
-      T* row = dz + j * step;
-      for (int64_t i = 0; i < classes; ++i) row[i * class_stride] = turned[i * L + j];
+    } else if (class_stride == 1) {
+      for_each_vector<A>(classes, [&](int64_t i, int there) {
+        vec<A> v[L];
+#pragma GCC unroll 16
+        for (int k = 0; k < L; ++k) v[k] = load(tile + (i + std::min(k, there - 1)) * L);
+        turn<A>(v);
+        for (int j = 0; j < n; ++j) store_some(dz + j * step + i, v[j], there);
+      });
+    } else {
+      for (int j = 0; j < n; ++j)
+        for (int64_t i = 0; i < classes; ++i) dz[j * step + i * class_stride] = from_acc<T>(tile[i * L + j]);
     }
   }
+
+  // -1 in the lanes whose label class i is
+  vec_int<A> at_label(int64_t i) const { return label == static_cast<Index>(i); }
 
   // the panel's part of a row of numbers, one for each position
   vec<A> lanes_of(const A* row) const { return load_some(row, n, A(1)); }
@@ -72,9 +81,13 @@ void panel_statistics(const LossArguments<T, A>& a, const Panel<T, A>& panel, co
   constexpr int L = lanes<A>;
   panel.read(a, s, tile);
   V most = splat<V>(-std::numeric_limits<A>::infinity()), sum = splat<V>(A(0));
-  for (int64_t i = 0; i < a.C; ++i) most = vmax(load(tile + i * L), most);
-  alignas(64) A at_label[L], soft_likelihood[L];
-  for (int j = 0; j < L; ++j) at_label[j] = tile[panel.label[j] * L + j];
+  V at_label = splat<V>(A(0));
+  for (int64_t i = 0; i < a.C; ++i) {
+    const V z = load(tile + i * L);
+    most = vmax(z, most);
+    at_label = select(panel.at_label(i), z, at_label);
+  }
+  alignas(64) A soft_likelihood[L];
   double weighted[L] = {}, alone[L] = {};  // sums of (soft target) * (z - max), and of the soft target
   if (has_soft_target(a))
     for (int64_t i = 0; i < a.C; ++i)
@@ -90,7 +103,7 @@ void panel_statistics(const LossArguments<T, A>& a, const Panel<T, A>& panel, co
   }
   const V log_sum = vlog(sum);
   V u = splat<V>(A(0));
-  if (a.labels != nullptr) u = load(panel.hot) * ((load(at_label) - most) - log_sum);
+  if (a.labels != nullptr) u = load(panel.hot) * ((at_label - most) - log_sum);
   if (has_soft_target(a)) {
     for (int j = 0; j < L; ++j) soft_likelihood[j] = static_cast<A>(weighted[j] - alone[j] * log_sum[j]);
     u += load(panel.weight) * load(soft_likelihood);
@@ -109,13 +122,13 @@ void panel_statistics(const LossArguments<T, A>& a, const Panel<T, A>& panel, co
 // Gradient of one noise sample of a panel whose tile holds exp(z - max).
 template <class T, class A>
 void panel_gradient(const LossArguments<T, A>& a, const Panel<T, A>& panel, A scale, const Statistics<A>& stats, int64_t s, A* tile) {
+  using V = vec<A>;
   constexpr int L = lanes<A>;
-  alignas(64) A k[L];
-  for (int j = 0; j < L; ++j) k[j] = j < panel.n ? a.weight(s, panel.first + j) * scale * panel.example_weight[j] : A(0);
-  const vec<A> factor = load(k) * load(panel.c) / panel.lanes_of(stats.sum + stats.at(s, panel.first));
-  for (int64_t i = 0; i < a.C; ++i) store(tile + i * L, load(tile + i * L) * factor);
-  if (a.labels != nullptr)
-    for (int j = 0; j < panel.n; ++j) tile[panel.label[j] * L + j] -= k[j] * panel.hot[j];
+  const A* w = a.weights + s * a.units();
+  const V weight = a.shares_weights() ? splat<V>(w[panel.first / a.positions_each]) : load_some(w + panel.first, panel.n, A(0));
+  const V k = weight * splat<V>(scale) * load(panel.example_weight), of_label = k * load(panel.hot);
+  const V factor = k * load(panel.c) / panel.lanes_of(stats.sum + stats.at(s, panel.first));
+  for (int64_t i = 0; i < a.C; ++i) store(tile + i * L, load(tile + i * L) * factor - masked<A>(panel.at_label(i), of_label));
   if (has_soft_target(a))
     for (int64_t i = 0; i < a.C; ++i)
       for (int j = 0; j < panel.n; ++j) tile[i * L + j] -= k[j] * panel.weight[j] * soft_target(a, panel.targets[j], i);

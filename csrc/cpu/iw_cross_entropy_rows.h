@@ -4,76 +4,76 @@ template <class T, class A>
 A maximum(const T* z, int64_t n) {
   using V = vec<A>;
   constexpr int L = lanes<A>;
+  constexpr A kLeast = -std::numeric_limits<A>::infinity();
   V m[4];  // four chains hide the latency of max
-  for (V& v : m) v = splat<V>(-std::numeric_limits<A>::infinity());
+  for (V& v : m) v = splat<V>(kLeast);
   int64_t i = 0;
   for (; i + 4 * L <= n; i += 4 * L)
-    for (int k = 0; k < 4; ++k) m[k] = vmax(load(z + i + k * L), m[k]);
-  for (; i + L <= n; i += L) m[0] = vmax(load(z + i), m[0]);
-  A most = horizontal_max(vmax(vmax(m[0], m[1]), vmax(m[2], m[3])));
-  for (; i < n; ++i) most = std::max(most, to_acc(z[i]));  // NaN does not count here: it comes in through the sum
-  return most;
+    for (int k = 0; k < 4; ++k) m[k] = vmax(load(z + i + k * L), m[k]);  // NaN does not count here: it comes in through the sum
+  for (; i < n; i += L) m[0] = vmax(load_some(z + i, n - i, kLeast), m[0]);
+  return horizontal_max(vmax(vmax(m[0], m[1]), vmax(m[2], m[3])));
 }
 
-// The sum of e[i] = exp(z[i] - most); e may be z, or null.
+// The sum of exp(z[i] - most). Meanwhile the row that is read next comes from memory, which waits for nothing here.
 template <class T, class A>
-A exponentials(const T* z, int64_t n, A most, A* e) {
+A sum_of_exponentials(const T* z, int64_t n, A most, const T* next) {
   using V = vec<A>;
-  constexpr int L = lanes<A>;
+  constexpr int L = lanes<A>, kLine = kLineBytes / static_cast<int>(sizeof(T));
   V total = splat<V>(A(0));
   int64_t i = 0;
-  while (i + L <= n) {  // a partial sum for every 64 vectors keeps rounding errors from growing with n
+  while (i + kLine <= n) {  // a partial sum for every 64 lines keeps rounding errors from growing with n
     V part = splat<V>(A(0));
-    const int64_t stop = std::min(n - L + 1, i + 64 * L);
-    if (e != nullptr)
-      for (; i < stop; i += L) {
-        const V value = vexp(load(z + i) - most);
-        store(e + i, value);
-        part += value;
-      }
-    else
-      for (; i < stop; i += L) part += vexp(load(z + i) - most);
+    for (const int64_t stop = std::min(n - kLine + 1, i + 64 * kLine); i < stop; i += kLine) {
+      __builtin_prefetch(next + i, 0, 2);  // to the second level: the first holds this row
+#pragma GCC unroll 8
+      for (int k = 0; k < kLine; k += L) part += vexp(load(z + i + k) - most);
+    }
     total += part;
   }
-  A sum = horizontal_sum(total);
-  if (i < n) {
-    const V value = vexp(load_some(z + i, n - i, -std::numeric_limits<A>::infinity()) - most);
-    if (e != nullptr) store_some(e + i, value, n - i);
-    sum += horizontal_sum(value);
-  }
-  return sum;
+  for (; i < n; i += L) total += vexp(load_some(z + i, n - i, -std::numeric_limits<A>::infinity()) - most);
+  return horizontal_sum(total);
 }
 
 // dz[i] = gradient(i, n), the n <= L values from class i on, with `at_label` in the label's place (-1: none). dz may be what gradient
-// reads. Where `past_cache`, whole vectors go past the caches.
+// reads at the same place. Where `past_cache`, whole lines go past the caches.
 template <class A, class T, class Gradient>
 void write_gradient(T* dz, int64_t classes, int64_t label, A at_label, bool past_cache, const Gradient& gradient) {
-  constexpr int64_t L = lanes<A>;
-  if (!past_cache) {
-    for_each_vector<A>(classes, [&](int64_t i, int n) { store_some(dz + i, gradient(i, n), n); });
-    if (label >= 0) dz[label] = from_acc<T>(at_label);
-    return;
-  }
+  constexpr int L = lanes<A>, kLine = kLineBytes / static_cast<int>(sizeof(T));
   const auto single = [&](int64_t i, int64_t stop) {
-    if (i < stop) store_some(dz + i, gradient(i, stop - i), stop - i);
+    for (int64_t j = i; j < stop; j += L) store_some(dz + j, gradient(j, stop - j), stop - j);
     if (label >= i && label < stop) dz[label] = from_acc<T>(at_label);
   };
-  // A line that is both streamed and written would be read back: the label's vector is put together first.
-  constexpr std::size_t kLine = L * sizeof(T);
-  const int64_t head = std::min<int64_t>(classes, (kLine - reinterpret_cast<std::size_t>(dz) % kLine) % kLine / sizeof(T));
-  const int64_t vectors = (classes - head) / L, of_label = label >= head ? (label - head) / L : vectors;
-  const auto streams = [&](int64_t first, int64_t last) {
-    for (int64_t i = head + first * L; i < head + last * L; i += L) stream(dz + i, gradient(i, L));
+  if (!past_cache) return single(0, classes);
+  vec<A> v[kLine / L];
+  const auto take = [&](int64_t i) {
+#pragma GCC unroll 16
+    for (int k = 0; k < kLine; k += L) v[k / L] = gradient(i + k, L);
   };
+  const auto give = [&](int64_t i) {
+#pragma GCC unroll 16
+    for (int k = 0; k < kLine; k += lanes<T>) stream(dz + i + k, rounded<T>(v + k / L));
+  };
+  const auto streams = [&](int64_t i, int64_t stop) {
+    for (; i < stop; i += kLine) {
+      take(i);
+      give(i);
+    }
+  };
+  const auto past = static_cast<int64_t>(reinterpret_cast<std::size_t>(dz) % kLineBytes / sizeof(T));  // elements of the line before
+  const int64_t head = std::min<int64_t>(classes, (kLine - past) % kLine), tail = head + (classes - head) / kLine * kLine;
+  if (tail < classes) __builtin_prefetch(dz + tail, 1);  // the one line here that is read before it is written
   single(0, head);
-  streams(0, std::min(of_label, vectors));
-  if (of_label < vectors) {
-    vec<A> v = gradient(head + of_label * L, L);
-    v[(label - head) % L] = at_label;
-    stream(dz + head + of_label * L, v);
-    streams(of_label + 1, vectors);
+  if (label >= head && label < tail) {  // a line that is both streamed and written would be read back: the label's is put together first
+    const int64_t at = label - (label - head) % kLine;
+    streams(head, at);
+    take(at);
+    v[(label - at) / L][(label - at) % L] = at_label;
+    give(at);
+    streams(at + kLine, tail);
+  } else {
+    streams(head, tail);
   }
-  single(head + vectors * L, classes);
+  single(tail, classes);
 }
 
 // sum over classes of (soft target) * (z - most), and of the soft target alone.
@@ -89,15 +89,6 @@ void soft_sums(const LossArguments<T, A>& a, const Target<A>& target, const T* z
   alone = horizontal_sum(y);
 }
 
-// Where the exponentials of a row are kept between the steps: in the block's memory if it has some, else in the gradient's own place
-// where the type allows, else nowhere (null).
-template <class T, class A>
-inline A* kept_exponentials(const LossArguments<T, A>& a, const Statistics<A>& stats, int64_t s, int64_t p) {
-  if (stats.e != nullptr) return stats.e + stats.at(s, p) * a.C;
-  if constexpr (std::is_same_v<T, A>) return a.dlogits != nullptr ? a.drow(s, p) : nullptr;
-  return nullptr;
-}
-
 template <class T, class A>
 void row_statistics(const LossArguments<T, A>& a, const A* c, const Statistics<A>& stats, int64_t first, int64_t last) {
   for (int64_t s = 0; s < a.S; ++s)
@@ -106,15 +97,15 @@ void row_statistics(const LossArguments<T, A>& a, const A* c, const Statistics<A
       A u = A(0);
       if (!target.ignored) {
         const T* z = a.row(s, p);
-        const A most = maximum<T, A>(z, a.C);
-        // u = sum_c q v log p, each term relative to the maximum first, which is exact where logits are large. Taken before the
-        // exponentials, which may go to the same memory.
-        const A at_label = target.label >= 0 ? to_acc(z[target.label]) - most : A(0);
-        A weighted = A(0), alone = A(0);
-        if (has_soft_target(a)) soft_sums(a, target, z, most, weighted, alone);
-        const A sum = exponentials(z, a.C, most, kept_exponentials(a, stats, s, p)), log_sum = std::log(sum);
-        if (target.label >= 0) u = target.hot * (at_label - log_sum);
-        if (has_soft_target(a)) u += weighted - alone * log_sum;
+        const T* next = p + 1 < last ? a.row(s, p + 1) : a.row((s + 1) % a.S, s + 1 < a.S ? first : last);
+        const A most = maximum<T, A>(z, a.C), sum = sum_of_exponentials(z, a.C, most, next), log_sum = std::log(sum);
+        // u = sum_c q v log p, each term relative to the maximum first, which is exact where logits are large.
+        if (target.label >= 0) u = target.hot * (to_acc(z[target.label]) - most - log_sum);
+        if (has_soft_target(a)) {
+          A weighted, alone;
+          soft_sums(a, target, z, most, weighted, alone);
+          u += weighted - alone * log_sum;
+        }
         u *= target.weight;
         stats.max[stats.at(s, p)] = most;
         stats.sum[stats.at(s, p)] = sum;
@@ -123,9 +114,12 @@ void row_statistics(const LossArguments<T, A>& a, const A* c, const Statistics<A
     }
 }
 
+// The exponentials are taken anew: that costs less than memory to keep them in, beside logits that are in cache and a gradient that
+// waits for its place in memory.
 template <class T, class A>
 void row_gradients(const LossArguments<T, A>& a, const A* c, A scale, const Statistics<A>& stats, int64_t first, int64_t last) {
-  std::vector<A> memory;
+  using V = vec<A>;
+  const bool past_cache = streams_gradient(a);
   for (int64_t s = 0; s < a.S; ++s)
     for (int64_t p = first; p < last; ++p) {
       T* dz = a.drow(s, p);
@@ -135,27 +129,20 @@ void row_gradients(const LossArguments<T, A>& a, const A* c, A scale, const Stat
         std::fill(dz, dz + a.C, T{});
         continue;
       }
-      const A outside = w * scale * a.example_weight_of(p), k = outside * target.weight;
+      const T* z = a.row(s, p);
+      const A most = stats.max[stats.at(s, p)], outside = w * scale * a.example_weight_of(p), k = outside * target.weight;
       const A factor = outside * target.c / stats.sum[stats.at(s, p)];
-      A* e = kept_exponentials(a, stats, s, p);
-      if (e == nullptr) {
-        memory.resize(a.C);
-        e = memory.data();
-        exponentials(a.row(s, p), a.C, stats.max[stats.at(s, p)], e);
-      }
       A at_label = A(0);
-      if (target.label >= 0) {  // read before dz, which may be the same memory, is written
-        at_label = e[target.label] * factor - k * target.hot;
+      if (target.label >= 0) {  // before dz, which may be the same memory, is written
+        at_label = vexp(splat<V>(to_acc(z[target.label]) - most))[0] * factor - k * target.hot;
         if (a.smoothing > 0) at_label -= k * soft_target(a, target, target.label);
       }
-      const bool past_cache = stats.e != nullptr && streams_gradient(a);
+      const auto likely = [=](int64_t i, int64_t n) { return vexp(load_some(z + i, n, most) - most) * factor; };
       if (has_soft_target(a))
         write_gradient(dz, a.C, target.label, at_label, past_cache,
-                       [&](int64_t i, int64_t n) {
-                         return minus_product(load_some(e + i, n, A(0)) * factor, soft_targets(a, target, i, n), splat<vec<A>>(k));
-                       });
+                       [&](int64_t i, int64_t n) { return minus_product(likely(i, n), soft_targets(a, target, i, n), splat<V>(k)); });
       else
-        write_gradient(dz, a.C, target.label, at_label, past_cache, [&](int64_t i, int64_t n) { return load_some(e + i, n, A(0)) * factor; });
+        write_gradient(dz, a.C, target.label, at_label, past_cache, likely);
     }
   end_of_streams();
 }

@@ -69,16 +69,16 @@ inline vdouble select(vlong mask, vdouble v, vdouble w) { return (vdouble)(((vlo
 // -86.6, where the normal range of float comes to its end, AVX-512 gives subnormals and the others give 0.
 inline vfloat vexp(vfloat x) {
   // exp(x) = 2^t = 2^n 2^f, n an integer and |f| <= 1/2. Polynomial: least relative error of 2^f over [-1/2, 1/2], 1 at 0.
-  vfloat t = x * 1.44269504088896341f;
+  const vfloat t = x * 1.44269504088896341f;
 #if IWSGD_AVX512
-  t = vmax(splat<vfloat>(-150.0f), t);  // NaN stays
-  const vfloat n = (vfloat)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const vfloat f = (vfloat)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);  // 0 for -infinity
+  const vfloat n = t - f;
 #else
   const vfloat magic = splat<vfloat>(12582912.0f);  // 1.5 * 2^23: adding it rounds, and leaves n in the low bits
   const vfloat shifted = t + magic;
   const vfloat n = shifted - magic;
-#endif
   const vfloat f = t - n;
+#endif
   vfloat p = f * 1.4902517689e-4f + 1.3389582111e-3f;
   p = p * f + 9.6200179572e-3f;
   p = p * f + 5.5503651828e-2f;
