@@ -139,4 +139,5 @@ class TestInterpreter:
         noise = "test_channels or odd-63 or Values and one_rounding and float16 or splitting or test_opcheck"
         loss = "by_hand or several and smoothed or first_of_equals"
         self.run("tests/test_noise.py", "tests/test_noise_gradient.py", "-k", f"cpu-triton and not bfloat16 and ({noise})")
-        self.run("tests/test_iw_cross_entropy.py", "tests/test_iw_cross_entropy_options.py", "-k", f"cpu-triton and not bfloat16 and ({loss})")
+        files = ("tests/test_iw_cross_entropy.py", "tests/test_iw_cross_entropy_options.py")
+        self.run(*files, "-k", f"cpu-triton and not bfloat16 and ({loss})")
