@@ -257,12 +257,13 @@ inline bool consecutive(const Layout& layout, int64_t o, int64_t begin, int64_t 
   return layout.share == 1 && position % kGroup == 0 && position + (end - begin) <= layout.positions;
 }
 
-// Up to kTogether noise samples are drawn side by side: 64 elements of each in turn, so that x is read once, the groups'
-// share of the generator is computed once (NOTE [Shared rounds]), and every tensor is walked in one steady stream.
+// Up to kTogether noise samples are drawn by turns: 64 elements of each, so that x is read once, the groups' share of the
+// generator is computed once (NOTE [Shared rounds]), and every tensor is walked in one steady stream. Of these, kAbreast at once.
 constexpr int64_t kTogether = 8;
+constexpr int kAbreast = kVectors == 1 ? 4 : 1;
 
-// For the 64 elements from i on of a chunk with consecutive positions: calls whole(bits, first, last, i), where bits(s) draws the keep
-// bits of noise sample s in first .. last; for the n < 64 elements at its end rest(bits, s, i, n) for each sample.
+// For the 64 elements from i on of a chunk with consecutive positions: calls whole(for_each_sample, i), where for_each_sample(body) calls
+// body(bits, s) with the keep bits of one noise sample after another; for the n < 64 elements at its end rest(bits, s, i, n).
 template <class Whole, class Rest>
 inline void for_each_64(const Draw& draw, int64_t o, int64_t b, int64_t begin, int64_t end, Whole&& whole, Rest&& rest) {
   const Keys keys(draw.address.seed());
@@ -275,11 +276,20 @@ inline void for_each_64(const Draw& draw, int64_t o, int64_t b, int64_t begin, i
     for (int64_t s = 0; s < together; ++s) rows[s] = Row(draw.address.row(s0 + s, b, draw.layout.examples), keys);
     for (int64_t i = begin; i < end; i += 64) {
       const Groups groups(group + static_cast<uint32_t>((i - begin) / kGroup), stream, keys);
-      const auto bits = [&](int64_t s) { return keep_64(groups, rows[s - s0], keys, threshold); };
+      const auto for_each_sample = [&](auto&& body) {
+        int64_t s = 0;
+        for (; s + kAbreast <= together; s += kAbreast) {
+          Drawn drawn[kAbreast];
+          draw_8<kAbreast>(groups, rows + s, keys, drawn);
+#pragma GCC unroll 8
+          for (int n = 0; n < kAbreast; ++n) body(words_to_bits(drawn[n], threshold), s0 + s + n);
+        }
+        for (; s < together; ++s) body(words_to_bits(draw_8(groups, rows[s], keys), threshold), s0 + s);
+      };
       if (end - i >= 64)
-        whole(bits, s0, s0 + together, i);
+        whole(for_each_sample, i);
       else
-        for (int64_t s = s0; s < s0 + together; ++s) rest(bits(s).word(), s, i, end - i);
+        for_each_sample([&](Bits bits, int64_t s) { rest(bits.word(), s, i, end - i); });
     }
   }
 }
@@ -294,13 +304,14 @@ void noise_chunk(const Draw& draw, int64_t o, int64_t b, int64_t begin, int64_t 
     const bool past_cache = streams_output(draw, y + begin, y_step);
     for_each_64(
         draw, o, b, begin, end,
-        [=](const auto& bits, int64_t first, int64_t last, int64_t i) {
+        [=](const auto& for_each_sample, int64_t i) {
           if (x_step == 0) {
             const Kept64<T> kept(x + i, becomes);
-            for (int64_t s = first; s < last; ++s) kept.write(y + s * y_step + i, bits(s), becomes, past_cache);
+            for_each_sample([&](Bits bits, int64_t s) { kept.write(y + s * y_step + i, bits, becomes, past_cache); });
           } else {
-            for (int64_t s = first; s < last; ++s)
-              Kept64<T>(x + s * x_step + i, becomes).write(y + s * y_step + i, bits(s), becomes, past_cache);
+            for_each_sample([&](Bits bits, int64_t s) {
+              Kept64<T>(x + s * x_step + i, becomes).write(y + s * y_step + i, bits, becomes, past_cache);
+            });
           }
         },
         [=](uint64_t bits, int64_t s, int64_t i, int64_t n) { apply(bits, x + s * x_step + i, y + s * y_step + i, n, becomes); });
@@ -338,9 +349,9 @@ void noise_sum_chunk(const Draw& draw, int64_t o, int64_t b, int64_t begin, int6
     acc_t<T>* const to = sum;
     for_each_64(
         draw, o, b, begin, end,
-        [=](const auto& bits, int64_t first, int64_t last, int64_t i) {
+        [=](const auto& for_each_sample, int64_t i) {
           Sum64<T> sum_64(to + (i - begin));
-          for (int64_t s = first; s < last; ++s) sum_64.add(bits(s), dy + s * step + i);
+          for_each_sample([&](Bits bits, int64_t s) { sum_64.add(bits, dy + s * step + i); });
           sum_64.write(to + (i - begin));
         },
         [=](uint64_t bits, int64_t s, int64_t i, int64_t n) { accumulate(bits, dy + s * step + i, to + (i - begin), n); });

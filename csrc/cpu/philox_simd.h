@@ -72,24 +72,46 @@ struct Drawn {
   vwords w01[kVectors], w23[kVectors];
 };
 
-inline Drawn draw_8(const Groups& groups, const Row& row, const Keys& keys) {
+// The words of eight groups for each of N rows. Chains that know nothing of each other stand side by side, N * V of them, so that none
+// waits for its products: with AVX-512 (a Xeon) the gradient of bfloat16 was 1.09 times as fast for N = 4 as for 1, and no worse elsewhere.
+template <int N>
+inline void draw_8(const Groups& groups, const Row* rows, const Keys& keys, Drawn* drawn) {
   constexpr uint64_t kLow = 0xFFFFFFFFu;
-  Drawn drawn;
-  for (int v = 0; v < kVectors; ++v) {
-    vwords c0 = (groups.p1[v] >> 32) ^ row.x0, c1 = groups.p1[v], c2 = groups.p0[v] ^ row.x2, c3 = splat<vwords>(row.c3);
-#pragma GCC unroll 10
-    for (int round = 2; round < kPhiloxRounds - 1; ++round) {
-      const vwords p0 = multiply_low(c0, kPhiloxM0), p1 = multiply_low(c2, kPhiloxM1);
-      c0 = (p1 >> 32) ^ c1 ^ uint64_t(keys.k0[round]);
-      c2 = (p0 >> 32) ^ c3 ^ uint64_t(keys.k1[round]);
-      c1 = p1;
-      c3 = p0;
+  constexpr int V = kVectors < 2 ? 1 : 2, M = N * V;
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; v += V) {
+    vwords c0[M], c1[M], c2[M], c3[M];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const Row& row = rows[m / V];
+      c0[m] = (groups.p1[v + m % V] >> 32) ^ row.x0;
+      c1[m] = groups.p1[v + m % V];
+      c2[m] = groups.p0[v + m % V] ^ row.x2;
+      c3[m] = splat<vwords>(row.c3);
     }
+#pragma GCC unroll 10
+    for (int round = 2; round < kPhiloxRounds - 1; ++round)
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        const vwords p0 = multiply_low(c0[m], kPhiloxM0), p1 = multiply_low(c2[m], kPhiloxM1);
+        c0[m] = (p1 >> 32) ^ c1[m] ^ uint64_t(keys.k0[round]);
+        c2[m] = (p0 >> 32) ^ c3[m] ^ uint64_t(keys.k1[round]);
+        c1[m] = p1;
+        c3[m] = p0;
+      }
     // The last round leaves its two words side by side: a product with its halves swapped is (high, low).
-    const vwords p0 = multiply_low(c0, kPhiloxM0), p1 = multiply_low(c2, kPhiloxM1);
-    drawn.w01[v] = (p1 >> 32 | p1 << 32) ^ ((c1 & kLow) ^ uint64_t(keys.k0[kPhiloxRounds - 1]));
-    drawn.w23[v] = (p0 >> 32 | p0 << 32) ^ ((c3 & kLow) ^ uint64_t(keys.k1[kPhiloxRounds - 1]));
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const vwords p0 = multiply_low(c0[m], kPhiloxM0), p1 = multiply_low(c2[m], kPhiloxM1);
+      Drawn& to = drawn[m / V];
+      to.w01[v + m % V] = (p1 >> 32 | p1 << 32) ^ ((c1[m] & kLow) ^ uint64_t(keys.k0[kPhiloxRounds - 1]));
+      to.w23[v + m % V] = (p0 >> 32 | p0 << 32) ^ ((c3[m] & kLow) ^ uint64_t(keys.k1[kPhiloxRounds - 1]));
+    }
   }
+}
+inline Drawn draw_8(const Groups& groups, const Row& row, const Keys& keys) {
+  Drawn drawn;
+  draw_8<1>(groups, &row, keys, &drawn);
   return drawn;
 }
 
