@@ -157,6 +157,16 @@ inline vec<A> masked(vec_int<A> mask, vec<A> v) {
   return (vec<A>)((vec_int<A>)v & mask);
 }
 
+// v with x in lane i, if there is one. In registers: a vector loaded behind a scalar's store waits until all stores before are done.
+template <class A>
+inline vec<A> with_lane(vec<A> v, int64_t i, A x) {
+  using I = vec_int<A>;
+  I lane;
+  for (int j = 0; j < lanes<A>; ++j) lane[j] = j;
+  const I here = lane == splat<I>(static_cast<std::conditional_t<sizeof(A) == 8, int64_t, int32_t>>(i));
+  return (vec<A>)(((I)splat<vec<A>>(x) & here) | ((I)v & ~here));
+}
+
 // a[from], b[from], a[from + 1], b[from + 1] ...
 template <class A>
 inline vec<A> interleave(vec<A> a, vec<A> b, int from) {
