@@ -40,7 +40,7 @@ CPU = {
     "WRN": Architecture("WRN-10-1", lambda: models.wide_resnet(10, 1, 10), 16, 10, quick=True, expand="input", rows=4 * MIB),
     "shared trunk": Architecture("6 convolutions", lambda: models.shared_trunk(16, (2, 2, 2), 10), 32, 10, quick=True, rows=2 * MIB),
     "deep MLP": Architecture("512x6, noise at the input", strategies.network, 128, 10, (512,), rows=MIB // 16),
-    "wide MLP": Architecture("1024x6, noise at the input", lambda: strategies.network(1024), 512, 10, (1024,), rows=MIB // 8),
+    "wide MLP": Architecture("1024x6, noise at the input", lambda: strategies.network(1024), 1024, 10, (1024,), rows=MIB // 8),
     "VGG": Architecture("width 16", lambda: models.vgg(16, (2, 2, 2), 10), 16, 10, rows=2 * MIB),
     "ViT": Architecture("128x4, 64 patches", lambda: models.VisionTransformer(32, 4, 128, 4, 4, 10), 8, 10, rows=4 * MIB),
     "GPT-2": Architecture("128x2, 64 tokens", lambda: models.GPT2(1000, 64, 128, 2, 4), 4, 1000, (64,), True, rows=4 * MIB),
