@@ -68,7 +68,7 @@ class MultinomialNoise(torch.autograd.Function):
     def forward(ctx, x: Tensor, bounds: Tensor, draws: int, origin: Tensor, sample_ids: Tensor | None, *address: int) -> Tensor:
         ctx.save_for_backward(bounds, origin, sample_ids)
         ctx.draws, ctx.rows, ctx.address = draws, x.shape[0], address
-        return _times(x, _factors(x, bounds, draws, origin, sample_ids, *address)).to(x.dtype)
+        return _of_type(_times(x, _factors(x, bounds, draws, origin, sample_ids, *address)), x.dtype)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
@@ -76,7 +76,12 @@ class MultinomialNoise(torch.autograd.Function):
         # plain torch, so that it has a derivative of its own
         dx = _times(dy, _factors(dy, bounds, ctx.draws, origin, sample_ids, *ctx.address))
         dx = dx if ctx.rows == dx.shape[0] else dx.sum(0, keepdim=True)
-        return dx.to(dy.dtype), *[None] * (4 + len(ctx.address))
+        return _of_type(dx, dy.dtype), *[None] * (4 + len(ctx.address))
+
+
+def _of_type(x: Tensor, dtype: torch.dtype) -> Tensor:
+    # A conversion that does nothing, at the end of an autograd Function, is compiled by torch 2.11 to a gradient of zeros, in silence.
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _factors(x, bounds, draws, origin, sample_ids, samples, stream, first_example) -> Tensor:
