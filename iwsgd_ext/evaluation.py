@@ -54,7 +54,7 @@ def predict(
         Log-probabilities of the logits' shape with B rows, float32 (float64 for float64 logits).
 
     Raises:
-        ValueError, TypeError: an argument is not as above, the model has no noise layer, its output no S*B rows.
+        ValueError, TypeError: an argument is not as above, the model has no noise layer, its output no S*B rows or a single class.
 
     Example:
         >>> import torch, iwsgd_ext as iw
@@ -75,6 +75,11 @@ def predict(
             dims = logits.dim()
             expected = f"a dimension of logits {tuple(logits.shape)} that is not the first"
             check(-dims < class_dim < dims and class_dim != 0, "class_dim", expected, class_dim)
+            if logits.shape[class_dim] == 1:  # its softmax is 1 whatever the output: a regression's, or the logit of a binary label
+                raise ValueError(
+                    f"model: expected logits of two classes or more in dimension {class_dim}, got shape {tuple(logits.shape)}; predict "
+                    "averages a softmax over classes, which one output has not"
+                )
             log_p = torch.log_softmax(logits, class_dim, dtype=torch.promote_types(logits.dtype, torch.float32))
             log_p = log_p.unflatten(0, (k, len(logits) // k))
             part = log_p.logsumexp(0) if reduce == "arithmetic" else log_p.sum(0)

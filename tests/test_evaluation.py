@@ -360,6 +360,11 @@ BAD = [
     (ValueError, "class_dim: expected .*, got 0", lambda x: iw.predict(Net(), x, 2, class_dim=0)),
     (ValueError, "class_dim: expected .*, got -2", lambda x: iw.predict(Net(), x, 2, class_dim=-2)),
     (ValueError, "x: expected at least one tensor", lambda x: iw.predict(Net(), {}, 2)),
+    (
+        ValueError,
+        r"model: expected logits of two classes or more in dimension 1, got shape \(10, 1\)",
+        lambda x: iw.predict(nn.Sequential(Net(), nn.Linear(C, 1)).to(x.dtype), x, 2),
+    ),
     (TypeError, "loss_fn: expected .*, got CrossEntropyLoss", lambda x: iw.bound_curve(Net(), [(x, x)], 2, loss_fn=nn.CrossEntropyLoss())),
     (TypeError, "batches: expected pairs .*, got Tensor", lambda x: iw.bound_curve(Net(), [x], 2)),
     (ValueError, "batches: expected at least one, got none", lambda x: iw.bound_curve(Net(), [], 2)),
