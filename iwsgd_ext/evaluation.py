@@ -42,7 +42,8 @@ def predict(
 
     Args:
         model: a converted model, or any with noise layers of this package, whose output is logits.
-        x: what the model is called with: a tensor, a tuple or list of arguments, or a dict of them by name.
+        x: what the model is called with: a tensor, a tuple or list of arguments, or a dict of them by name. A model that was converted
+            with ``batch_dim=1`` has its examples there; its output has them first.
         samples: S.
         reduce: "arithmetic" (a mixture, which a likelihood belongs to) or "geometric" (what scaling by 1 - p approximates).
         class_dim: dimension of the classes in the logits; -1 for most language models.
@@ -182,7 +183,7 @@ def bound_curve(
             parts = [loss_fn.log_likelihood(outputs, targets, k) for k, outputs in _passes(model, inputs, samples, chunk, seed, first)]
             curves.append(subset_means(torch.cat([log_p for log_p, _, _ in parts]), alpha).cpu())
             weights.append(parts[0][1].double().cpu())
-            first += _examples(inputs)
+            first += _examples(model, inputs)
     if not curves:
         raise ValueError("batches: expected at least one, got none")
     curve, weight = torch.cat(curves, 1), torch.cat(weights)  # [S, units], [units]
@@ -234,7 +235,7 @@ def _passes(model: nn.Module, inputs: Any, samples: int, chunk: int | None, seed
     if seed is not None:
         check_integer("seed", seed)
     args, named = as_arguments(inputs)
-    batch = _examples(inputs)
+    batch = _examples(model, inputs)
     origin = _origin(model, inputs, seed, first_example)
     chunk = chunk or samples
     for first in range(0, samples, chunk):
@@ -248,17 +249,19 @@ def _passes(model: nn.Module, inputs: Any, samples: int, chunk: int | None, seed
             if rows % max(len(ids) * batch, 1) != 0:
                 raise ValueError(
                     f"model: expected an output of {len(ids)} samples * {batch} examples = {len(ids) * batch} rows (or a multiple), got "
-                    f"{rows}; was a noise layer called?"
+                    f"{rows}; was a noise layer called? The output's rows come first: a module around the model can move them."
                 )
         yield len(ids), output
 
 
-def _examples(inputs: Any) -> int:
+def _examples(model: nn.Module, inputs: Any) -> int:
+    conversion = conversion_of(model)
+    dim = conversion.batch_dim or 0 if conversion is not None else 0  # of a time-major model the first dimension is none of examples
     for v in tree_leaves(as_arguments(inputs), is_leaf=lambda v: isinstance(v, PackedSequence)):
         if isinstance(v, PackedSequence):
             return int(v.batch_sizes[0])  # these are on the CPU, wherever the data is
-        if isinstance(v, Tensor) and v.dim() > 0:
-            return v.shape[0]
+        if isinstance(v, Tensor) and -v.dim() <= dim < v.dim():
+            return v.shape[dim]
     raise ValueError("x: expected at least one tensor with a dimension of examples")
 
 
