@@ -176,7 +176,11 @@ def bound_curve(
     with _noisy_evaluation(model):
         for batch in _with_bar(batches) if progress else batches:
             if not isinstance(batch, tuple | list) or len(batch) != 2:
-                raise TypeError(f"batches: expected pairs (inputs, targets), got {type(batch).__name__}")
+                got = type(batch).__name__ + (f" of {len(batch)}" if isinstance(batch, tuple | list) else "")
+                raise TypeError(
+                    f"batches: expected pairs (inputs, targets), as a DataLoader or [(x, y)] gives, got {got}; several inputs of a model "
+                    "are one tuple or dict"
+                )
             inputs, targets = batch
             if seed is None:
                 seed = _origin(model, inputs, None)[:1]
