@@ -64,7 +64,7 @@ def load() -> None:
     if os.environ.get("IWSGD_ISA") and _built["cpu"]:
         backend_info()  # raises if this machine has none of that name; an error inside a kernel would lose its text
     if os.environ.get("IWSGD_BACKEND"):
-        set_backend(os.environ["IWSGD_BACKEND"])
+        _force(os.environ["IWSGD_BACKEND"], "IWSGD_BACKEND")
 
 
 def _load_triton() -> None:
@@ -114,10 +114,15 @@ def set_backend(name: str | None) -> None:
         >>> iw.set_backend("reference")
         >>> iw.set_backend(None)
     """
+    _force(name, "name")
+
+
+def _force(name: str | None, given: str) -> None:
+    """``given``: where the name comes from, for the message."""
     global _forced
     if name is not None:
         if name not in NAMES:
-            raise ValueError(f"name: expected one of {', '.join(NAMES)} or None, got {name!r}")
+            raise ValueError(f"{given}: expected one of {', '.join(NAMES)}{' or None' * (given == 'name')}, got {name!r}")
         if not _built[name]:
             raise RuntimeError(f"backend {name!r} is not there: {_why_missing(name)}")
     _forced = name

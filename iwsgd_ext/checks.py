@@ -106,7 +106,8 @@ def check_rows(rows: int, samples: int, batch: int) -> None:
     if rows == batch:
         diagnosis = (
             "There is one row for each target: the model is in eval mode, has no noise layer, or ran outside iw.sampling; use samples=1 "
-            "there (IWCrossEntropyLoss.eval() does). Or the targets were repeated over the samples, which they must not be."
+            "there (IWCrossEntropyLoss.eval() does). Or it expanded another dimension than that of the rows (time-major models take "
+            "batch_dim=1). Or the targets were repeated over the samples, which they must not be."
         )
     elif batch and samples > 1 and rows == samples * samples * batch:
         diagnosis = "There are samples^2 rows for each target: a second layer expanded rows that were expanded already."

@@ -42,7 +42,8 @@ def predict(
 
     Args:
         model: a converted model, or any with noise layers of this package, whose output is logits.
-        x: what the model is called with: a tensor, a tuple or list of arguments, or a dict of them by name.
+        x: what the model is called with: a tensor, a tuple or list of arguments, or a dict of them by name. A model that was converted
+            with ``batch_dim=1`` has its examples there; its output has them first.
         samples: S.
         reduce: "arithmetic" (a mixture, which a likelihood belongs to) or "geometric" (what scaling by 1 - p approximates).
         class_dim: dimension of the classes in the logits; -1 for most language models.
@@ -54,7 +55,7 @@ def predict(
         Log-probabilities of the logits' shape with B rows, float32 (float64 for float64 logits).
 
     Raises:
-        ValueError, TypeError: an argument is not as above, the model has no noise layer, its output no S*B rows.
+        ValueError, TypeError: an argument is not as above, the model has no noise layer, its output no S*B rows or a single class.
 
     Example:
         >>> import torch, iwsgd_ext as iw
@@ -75,6 +76,11 @@ def predict(
             dims = logits.dim()
             expected = f"a dimension of logits {tuple(logits.shape)} that is not the first"
             check(-dims < class_dim < dims and class_dim != 0, "class_dim", expected, class_dim)
+            if logits.shape[class_dim] == 1:  # its softmax is 1 whatever the output: a regression's, or the logit of a binary label
+                raise ValueError(
+                    f"model: expected logits of two classes or more in dimension {class_dim}, got shape {tuple(logits.shape)}; predict "
+                    "averages a softmax over classes, which one output has not"
+                )
             log_p = torch.log_softmax(logits, class_dim, dtype=torch.promote_types(logits.dtype, torch.float32))
             log_p = log_p.unflatten(0, (k, len(logits) // k))
             part = log_p.logsumexp(0) if reduce == "arithmetic" else log_p.sum(0)
@@ -170,14 +176,18 @@ def bound_curve(
     with _noisy_evaluation(model):
         for batch in _with_bar(batches) if progress else batches:
             if not isinstance(batch, tuple | list) or len(batch) != 2:
-                raise TypeError(f"batches: expected pairs (inputs, targets), got {type(batch).__name__}")
+                got = type(batch).__name__ + (f" of {len(batch)}" if isinstance(batch, tuple | list) else "")
+                raise TypeError(
+                    f"batches: expected pairs (inputs, targets), as a DataLoader or [(x, y)] gives, got {got}; several inputs of a model "
+                    "are one tuple or dict"
+                )
             inputs, targets = batch
             if seed is None:
                 seed = _origin(model, inputs, None)[:1]
             parts = [loss_fn.log_likelihood(outputs, targets, k) for k, outputs in _passes(model, inputs, samples, chunk, seed, first)]
             curves.append(subset_means(torch.cat([log_p for log_p, _, _ in parts]), alpha).cpu())
             weights.append(parts[0][1].double().cpu())
-            first += _examples(inputs)
+            first += _examples(model, inputs)
     if not curves:
         raise ValueError("batches: expected at least one, got none")
     curve, weight = torch.cat(curves, 1), torch.cat(weights)  # [S, units], [units]
@@ -229,7 +239,7 @@ def _passes(model: nn.Module, inputs: Any, samples: int, chunk: int | None, seed
     if seed is not None:
         check_integer("seed", seed)
     args, named = as_arguments(inputs)
-    batch = _examples(inputs)
+    batch = _examples(model, inputs)
     origin = _origin(model, inputs, seed, first_example)
     chunk = chunk or samples
     for first in range(0, samples, chunk):
@@ -243,17 +253,19 @@ def _passes(model: nn.Module, inputs: Any, samples: int, chunk: int | None, seed
             if rows % max(len(ids) * batch, 1) != 0:
                 raise ValueError(
                     f"model: expected an output of {len(ids)} samples * {batch} examples = {len(ids) * batch} rows (or a multiple), got "
-                    f"{rows}; was a noise layer called?"
+                    f"{rows}; was a noise layer called? The output's rows come first: a module around the model can move them."
                 )
         yield len(ids), output
 
 
-def _examples(inputs: Any) -> int:
+def _examples(model: nn.Module, inputs: Any) -> int:
+    conversion = conversion_of(model)
+    dim = conversion.batch_dim or 0 if conversion is not None else 0  # of a time-major model the first dimension is none of examples
     for v in tree_leaves(as_arguments(inputs), is_leaf=lambda v: isinstance(v, PackedSequence)):
         if isinstance(v, PackedSequence):
             return int(v.batch_sizes[0])  # these are on the CPU, wherever the data is
-        if isinstance(v, Tensor) and v.dim() > 0:
-            return v.shape[0]
+        if isinstance(v, Tensor) and -v.dim() <= dim < v.dim():
+            return v.shape[dim]
     raise ValueError("x: expected at least one tensor with a dimension of examples")
 
 

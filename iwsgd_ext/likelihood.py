@@ -69,7 +69,8 @@ class IWLoss(nn.Module):
         alpha: 1 is IWSGD, 0 the mean over samples, inf the best sample.
 
     Raises:
-        ValueError: sizes that do not fit; a criterion that reduces.
+        ValueError: sizes that do not fit, or that broadcast rows against rows; a criterion that reduces.
+        TypeError: a criterion that is a class, or cannot be called.
 
     Example:
         >>> import torch, iwsgd_ext as iw
@@ -82,6 +83,10 @@ class IWLoss(nn.Module):
         super().__init__()
         check_samples(samples)
         check_alpha(alpha)
+        if isinstance(criterion, type):
+            raise TypeError(f"criterion: expected a module or function, got the class; make one: {criterion.__name__}(reduction='none')")
+        if not callable(criterion):
+            raise TypeError(f"criterion: expected a module or function with reduction='none', got {type(criterion).__name__}")
         if getattr(criterion, "reduction", "none") != "none":
             raise ValueError(f"criterion: expected reduction='none', got {criterion.reduction!r}: the likelihood of each example is needed")
         self.criterion = criterion
@@ -109,8 +114,19 @@ class IWLoss(nn.Module):
         def repeat(t):
             return t.expand(samples, *t.shape).flatten(0, 1) if isinstance(t, Tensor) and t.dim() > 0 and t.shape[0] == batch else t
 
-        cost = self.criterion(outputs, *map(repeat, args), **{name: repeat(t) for name, t in named.items()})
         rows = samples * batch
+        args, named = tuple(map(repeat, args)), {name: repeat(t) for name, t in named.items()}
+        try:
+            cost = self.criterion(outputs, *args, **named)
+        except (IndexError, RuntimeError, ValueError) as error:
+            # torch's own message knows nothing of samples; outputs that have the rows somewhere went wrong for another reason
+            if not isinstance(outputs, Tensor) or rows in outputs.shape:
+                raise
+            raise ValueError(
+                f"outputs: expected {samples} samples * {batch} targets = {rows} rows, got shape {tuple(outputs.shape)}; is the model in "
+                "eval mode (IWLoss.eval() goes with it), or its number of samples another, or were targets repeated over the samples?"
+            ) from error
+        _check_broadcast(outputs, [t for t in tree_leaves((args, named)) if isinstance(t, Tensor)], cost, rows)
         if cost.dim() == 0 or cost.shape[0] != rows:
             raise ValueError(
                 f"criterion: expected a cost for each element of {samples} samples * {batch} examples = {rows} rows, got shape "
@@ -127,3 +143,15 @@ class IWLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"samples={self.samples}, alpha={self.alpha}"
+
+
+def _check_broadcast(outputs: Any, targets: list[Tensor], cost: Tensor, rows: int) -> None:
+    """Outputs [rows, 1] beside targets [rows] make costs [rows, rows], every output against every target, which some criteria let pass."""
+    if not isinstance(outputs, Tensor) or cost.dim() < 2 or rows < 2 or cost.shape[0] != rows or rows not in cost.shape[1:]:
+        return
+    other = next((t for t in targets if 0 < t.dim() != outputs.dim()), None)
+    if other is not None and all(cost.numel() > t.numel() for t in (outputs, *targets)):
+        raise ValueError(
+            f"targets: expected the outputs' dimensions {tuple(outputs.shape)}, got {tuple(other.shape)} over all samples, and so costs "
+            f"{tuple(cost.shape)}, every row against every other; unsqueeze one or squeeze the other"
+        )

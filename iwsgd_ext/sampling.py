@@ -186,7 +186,7 @@ class sampling:
             if rows % samples != 0:
                 raise ValueError(
                     f"A noise layer met {rows} rows, which is no multiple of samples={samples}: with rows expanded outside the "
-                    "layers every tensor must hold samples * batch rows."
+                    "layers every tensor must hold samples * batch rows. Where the rows' dimension is not the first, give batch_dim."
                 )
             return False, rows // samples
         if self.batch is None:

@@ -360,8 +360,14 @@ BAD = [
     (ValueError, "class_dim: expected .*, got 0", lambda x: iw.predict(Net(), x, 2, class_dim=0)),
     (ValueError, "class_dim: expected .*, got -2", lambda x: iw.predict(Net(), x, 2, class_dim=-2)),
     (ValueError, "x: expected at least one tensor", lambda x: iw.predict(Net(), {}, 2)),
+    (
+        ValueError,
+        r"model: expected logits of two classes or more in dimension 1, got shape \(10, 1\)",
+        lambda x: iw.predict(nn.Sequential(Net(), nn.Linear(C, 1)).to(x.dtype), x, 2),
+    ),
     (TypeError, "loss_fn: expected .*, got CrossEntropyLoss", lambda x: iw.bound_curve(Net(), [(x, x)], 2, loss_fn=nn.CrossEntropyLoss())),
-    (TypeError, "batches: expected pairs .*, got Tensor", lambda x: iw.bound_curve(Net(), [x], 2)),
+    (TypeError, r"batches: expected pairs .*\[\(x, y\)\] .*, got Tensor;", lambda x: iw.bound_curve(Net(), (x, x), 2)),
+    (TypeError, "batches: expected pairs .*, got tuple of 3; several inputs", lambda x: iw.bound_curve(Net(), [(x, x, x)], 2)),
     (ValueError, "batches: expected at least one, got none", lambda x: iw.bound_curve(Net(), [], 2)),
     (ValueError, "batches: expected an example that counts", lambda x: iw.bound_curve(Net(), [(x, torch.full((B,), -100))], 2)),
 ]  # fmt: skip
@@ -380,6 +386,31 @@ def test_an_output_that_is_no_tensor():
 
     with pytest.raises(TypeError, match="model: expected one whose output is a floating-point tensor of logits, got dict"):
         iw.predict(Wrapped(), data(), 2)
+
+
+@pytest.mark.parametrize("steps", [2, 5, 7], ids=["fewer-than-rows", "as-many", "more"])
+def test_time_major(steps):
+    """Examples are in the second dimension of the inputs, in the first of the output, and numbered through over the batches."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.head = nn.Dropout(0.5), nn.Linear(3, C)
+
+        def forward(self, x):  # [T, rows, 3]
+            return self.head(self.drop(x).mean(0))
+
+    net = iw.convert(Net().double(), 2, batch_dim=1)
+    x, target = torch.randn(steps, 2 * B, 3, dtype=torch.float64), torch.randint(C, (2 * B,))
+    with torch.no_grad():  # noise by its address, with examples first
+        masks = 2 * naive.naive_keep(torch.ones(2 * B, steps, 3), 0.5, samples=4, seed=SEED).view(4, 2 * B, steps, 3)
+        l = torch.log_softmax(net.head((x.transpose(0, 1) * masks).mean(2)), -1)  # [4, 2 B, C]
+    torch.testing.assert_close(iw.predict(net, x, 4, seed=SEED), l.exp().mean(0).log())
+    batches = [(x[:, :B], target[:B]), (x[:, B:], target[B:])]
+    curve = iw.bound_curve(net, batches, 4, seed=SEED)
+    log_p = l[:, torch.arange(2 * B), target]
+    torch.testing.assert_close(curve.bound[-1], log_p.exp().mean(0).log().mean())
+    torch.testing.assert_close(curve.bound[0], log_p.mean())
 
 
 def test_packed_sequence():

@@ -217,7 +217,7 @@ BAD = {
         {"logits": torch.zeros(6, 4, 5), "target": (3, 4)},
         "target: expected shape .batch, 5., got .3, 4. for logits .6, 4, 5.. Classes are dimension 1",
     ),
-    "eval": (ValueError, {"rows": 3}, "logits: expected 2 samples [*] 3 targets = 6 rows, got 3.*eval mode"),
+    "eval": (ValueError, {"rows": 3}, "logits: expected 2 samples [*] 3 targets = 6 rows, got 3.*eval mode.*batch_dim=1"),
     "repeated-targets": (ValueError, {"target": (6,)}, "expected 2 samples [*] 6 targets = 12 rows, got 6.*targets were repeated"),
     "second-expansion": (ValueError, {"rows": 12}, "got 12.*a second layer expanded"),
     "other-samples": (ValueError, {"rows": 15}, "got 15.*drew 5 samples, the loss was told 2"),

@@ -210,9 +210,52 @@ def test_bfloat16_output(device):
             r"criterion: .*6 rows.*got shape \(3, 5\)",
         ),
         (lambda: iw.IWLoss(nn.MSELoss(reduction="none"), samples=2)(torch.zeros(6, 5), 1.0), "targets: .*at least one tensor"),
+        (
+            lambda: iw.IWLoss(nn.L1Loss(reduction="none"), samples=2)(torch.zeros(3, 5), torch.zeros(3, 5)),
+            r"outputs: expected 2 samples \* 3 targets = 6 rows, got shape \(3, 5\); .*eval",
+        ),
+        (
+            lambda: iw.IWLoss(nn.BCEWithLogitsLoss(reduction="none"), samples=2)(torch.zeros(6, 5), torch.zeros(6, 5)),
+            r"outputs: expected 2 samples \* 6 targets = 12 rows, got shape \(6, 5\); .*repeated",
+        ),
+        (
+            lambda: iw.IWLoss(nn.PoissonNLLLoss(reduction="none"), samples=2)(torch.zeros(6, 1), torch.zeros(3)),
+            r"targets: expected the outputs' dimensions \(6, 1\), got \(6,\) .*costs \(6, 6\)",
+        ),
+        (
+            lambda: iw.IWLoss(nn.PoissonNLLLoss(reduction="none"), samples=2)(torch.zeros(6), torch.zeros(3, 1)),
+            r"targets: expected the outputs' dimensions \(6,\), got \(6, 1\) .*costs \(6, 6\)",
+        ),
+        (  # torch's own words where the rows are right
+            lambda: iw.IWLoss(nn.BCEWithLogitsLoss(reduction="none"), samples=2)(torch.zeros(6, 5), torch.zeros(3)),
+            r"^Target size \(torch.Size\(\[6\]\)\) must be the same",
+        ),
     ],
-    ids=["reduces", "samples", "alpha", "sums", "eval-rows", "no-targets"],
+    ids=["reduces", "samples", "alpha", "sums", "eval-rows", "no-targets", "torch-raises", "repeated", "column", "flat", "torch-words"],
 )
+@pytest.mark.filterwarnings("ignore:Using a target size")
 def test_loss_refuses(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("criterion", "message"),
+    [(nn.MSELoss, r"got the class; make one: MSELoss\(reduction='none'\)"), (3, "criterion: expected a module or function .*, got int")],
+    ids=["class", "number"],
+)
+def test_loss_refuses_criterion(criterion, message):
+    with pytest.raises(TypeError, match=message):
+        iw.IWLoss(criterion, samples=2)
+
+
+def test_costs_larger_than_outputs(device):
+    """A criterion may have more costs than outputs: only rows against rows are refused. Each of 4 rows has a mean, and 3 observations."""
+    mean = torch.randn(2 * 2, 1, device=device, dtype=torch.float64)
+    observed = torch.randn(2, 3, device=device, dtype=torch.float64)
+    loss = iw.IWLoss(lambda output, target: (output - target).square(), samples=2)(mean, observed)
+    want = 0.0
+    for b in range(2):
+        l = [-sum((mean[s * 2 + b, 0].item() - v) ** 2 for v in observed[b].tolist()) for s in range(2)]
+        want -= math.log((math.exp(l[0]) + math.exp(l[1])) / 2) / 2
+    assert loss.item() == pytest.approx(want, rel=1e-12)
