@@ -5,6 +5,7 @@ import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -110,7 +111,7 @@ def dry_run(model: nn.Module, batch_dim: int | None, args: tuple, kwargs: dict) 
         except Exception as error:  # whatever a model raises where shapes do not fit, or where it asks for values
             text = str(error).splitlines()[0] if str(error) else ""
             run.asks_values = isinstance(error, DataDependentOutputException | DynamicOutputShapeException)
-            run.error = f"{type(error).__name__}: {text if len(text) <= 100 else text[:97] + '...'}"
+            run.error = f"{type(error).__name__}: {shorten(text, 100, placeholder=' ...')}"
     run.calls, run.first_noise = list(watch.calls), context.first_noise
     return run
 
