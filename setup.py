@@ -88,8 +88,10 @@ def ops_library(torch, cpp_extension) -> Extension:
         compile_args["cxx"].append("-DIWSGD_WITH_CUDA")
         compile_args["nvcc"] = ["-O3", "-std=c++17", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "--expt-relaxed-constexpr"]
         library_dirs = [*library_dirs, f"{home}/lib64"]
-        # torch's CUDA shims are weak symbols that torch resolves where it has them; the CUDA runtime comes along
-        link_args += ["-Wl,--no-as-needed", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        # torch's CUDA shims are weak symbols, resolved by libtorch.so, through which a torch with CUDA brings its CUDA library along.
+        # Nothing else is needed of it: where the compiler asks the linker for --as-needed, as Debian's and Ubuntu's do, it would be left
+        # out, and each shim be a null pointer. These words stand behind the libraries, so it is named again. The CUDA runtime comes along.
+        link_args += ["-Wl,--no-as-needed", "-ltorch", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     return Extension(
         "iwsgd_ext._ops",
         sources,

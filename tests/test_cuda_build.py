@@ -122,6 +122,13 @@ assert torch.equal(y, iw.functional.dropout(x, 0.5, samples=3, seed=7)), "the CP
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="no readelf to read the library with")
+def test_library_brings_torch_cuda_along(package):
+    """Through libtorch.so alone a torch with CUDA resolves the weak shims; without it the first call on a GPU jumps to address 0."""
+    done = subprocess.run(["readelf", "-d", package / "iwsgd_ext" / "_ops.so"], capture_output=True, text=True, check=True)
+    assert "[libtorch.so]" in done.stdout, done.stdout
+
+
 def test_every_cuda_file_is_looked_at():
     """Each .cu has its operators in OPS, so that the test above asks for their registration."""
     assert {path.name for path in SOURCES} == set(OPS)
