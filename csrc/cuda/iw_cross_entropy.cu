@@ -143,7 +143,7 @@ struct Launch {
 template <class T>
 struct Launches {
   cudaStream_t stream;
-  int64_t multiprocessors;
+  const DeviceLimits& limits;
   bool cooperative;
 
   void denominator(const Arguments<T>& a, const Work<T>& work) const {
@@ -158,7 +158,7 @@ struct Launches {
     allow_shared(kernel, plan.shared_bytes);
     if (!cooperative) return 0;
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, plan.threads, plan.shared_bytes));
-    return each * multiprocessors;
+    return each * limits.multiprocessors;
   }
   template <bool kSoft>
   void tile(const Arguments<T>& a, const Work<T>& work, const TilePlan& plan) const {
@@ -175,7 +175,12 @@ struct Launches {
     allow_shared(kernel, plan.shared_bytes);
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
     Launch launch(plan.ranks, plan.threads, plan.shared_bytes, stream);
-    check(cudaOccupancyMaxActiveClusters(&resident, kernel, &launch.in_clusters_of(plan.ranks).config));
+    const cudaError_t answer = cudaOccupancyMaxActiveClusters(&resident, kernel, &launch.in_clusters_of(plan.ranks).config);
+    if (answer == cudaErrorInvalidClusterSize) {  // no cluster of this device is so large: of sm_120, more than 8 blocks
+      static_cast<void>(cudaGetLastError());
+      return 0;
+    }
+    check(answer);
     return resident;
   }
   template <bool kSoft>
@@ -210,10 +215,12 @@ struct Launches {
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
   static unsigned grid(int64_t blocks) { return static_cast<unsigned>(blocks); }
+  // Always as much as there is: the limit is the function's, so that less, for a smaller call of another thread or of the same graph,
+  // would forbid a launch that is still to come.
   template <class Kernel>
-  static void allow_shared(Kernel kernel, int64_t bytes) {
+  void allow_shared(Kernel kernel, int64_t bytes) const {
     if (bytes > 48 * 1024)  // more than a launch has without asking
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(limits.shared_per_block)));
   }
 };
 
@@ -227,7 +234,7 @@ struct Cuda {
       return mutable_data<char>(memory);
     };
     const auto& [limits, cooperative] = this_device(logits.get_device_index());
-    run_loss(arguments, limits, allocate, Launches<T>{device.stream(), limits.multiprocessors, cooperative});
+    run_loss(arguments, limits, allocate, Launches<T>{device.stream(), limits, cooperative});
   }
   template <class T>
   static void scale(T* x, int64_t n, const acc_t<T>* factor, const Tensor& tensor) {
