@@ -122,6 +122,52 @@ assert torch.equal(y, iw.functional.dropout(x, 0.5, samples=3, seed=7)), "the CP
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="no readelf to read the library with")
+def test_library_brings_torch_cuda_along(package):
+    """Through libtorch.so alone a torch with CUDA resolves the weak shims; without it the first call on a GPU jumps to address 0."""
+    done = subprocess.run(["readelf", "-d", package / "iwsgd_ext" / "_ops.so"], capture_output=True, text=True, check=True)
+    assert "[libtorch.so]" in done.stdout, done.stdout
+
+
+FAILED_CALL = """
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+#include "cuda/common.cuh"
+cudaError_t last = cudaErrorInvalidValue;  // as the CUDA runtime keeps it
+extern "C" cudaError_t cudaGetLastError() { return std::exchange(last, cudaSuccess); }
+extern "C" AOTITorchError torch_c10_cuda_check_msg(int32_t error, const char*, const char*, uint32_t, bool, char** text) {
+  *text = error == 0 ? nullptr : strdup("as torch says");
+  return 0;
+}
+extern "C" void torch_c10_cuda_free_error_msg(char* text) { free(text); }
+int main() {
+  iwsgd::check(cudaSuccess);
+  if (last == cudaSuccess) return 1;  // not this call's
+  try {
+    iwsgd::check(cudaErrorInvalidValue);
+    return 2;
+  } catch (const std::runtime_error& error) {
+    if (strcmp(error.what(), "as torch says") != 0) return 3;
+  }
+  return cudaGetLastError() == cudaSuccess ? 0 : 4;
+}
+"""
+
+
+def test_a_failed_call_is_not_the_next_launchs_error(tmp_path):
+    """With functions in the place of the CUDA runtime's and torch's."""
+    from torch.utils import cpp_extension
+
+    (tmp_path / "failed.cpp").write_text(FAILED_CALL)
+    cuda = Path(ptxas_report.find_nvcc()).resolve().parent.parent
+    includes = [word for path in (cuda / "include", *cpp_extension.include_paths()) for word in ("-isystem", path)]
+    words = ["g++", "-std=c++17", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL", "-I", ROOT / "csrc", *includes]
+    done = subprocess.run([*words, tmp_path / "failed.cpp", "-o", tmp_path / "failed"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert subprocess.run([tmp_path / "failed"]).returncode == 0
+
+
 def test_every_cuda_file_is_looked_at():
     """Each .cu has its operators in OPS, so that the test above asks for their registration."""
     assert {path.name for path in SOURCES} == set(OPS)

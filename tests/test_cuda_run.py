@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,33 @@ class TestGraphs:
             graph.replay()
             for mine, expected in zip(got, call(), strict=True):
                 assert torch.equal(mine, expected)
+
+
+    def test_calls_of_one_kernel_that_take_different_shared_memory(self):
+        """The larger first: what the smaller one asks for must not be the limit of the graph's first launch."""
+        sizes = (6000, 4000)  # in float32 and for 4 samples 96 and 64 KB of a block
+        z = [torch.randn(SAMPLES * BATCH, classes, device="cuda") for classes in sizes]
+        target = torch.randint(4000, (BATCH,), device="cuda")
+        call = lambda: [iw.iw_cross_entropy(logits, target, SAMPLES) for logits in z]  # noqa: E731
+        graph, losses = captured(call)
+        graph.replay()
+        for loss, expected in zip(losses, call(), strict=True):
+            assert torch.equal(loss, expected)
+
+
+def test_threads_that_take_different_shared_memory():
+    """On one device: no thread's call may fail because another's asked for less."""
+    target = torch.randint(4000, (BATCH,), device="cuda")
+    inputs = [torch.randn(SAMPLES * BATCH, classes, device="cuda") for classes in (6000, 5000, 4000, 20_000)]
+    expected = [iw.iw_cross_entropy(z, target, SAMPLES) for z in inputs]
+    torch.cuda.synchronize()
+
+    def many(z):
+        return [iw.iw_cross_entropy(z, target, SAMPLES) for _ in range(200)]
+
+    with ThreadPoolExecutor(len(inputs)) as pool:
+        for losses, alone in zip(pool.map(many, inputs), expected, strict=True):
+            assert all(torch.equal(loss, alone) for loss in losses)
 
 
 class TestStreams:

@@ -152,10 +152,11 @@ def test_tests_are_read_from_every_process(session, tmp_path, monkeypatch):
 
 
 def test_a_process_of_the_tests_that_dies_is_a_failure(session, tmp_path):
-    (tmp_path / "test_dies.py").write_text("import os\ndef test_dies(): os._exit(3)\n")
-    work = lambda run: gpu._pytest(run, ["-m", "pytest", "-q", "-c", "/dev/null", "--rootdir", tmp_path, tmp_path], 1)  # noqa: E731
+    (tmp_path / "test_dies.py").write_text("import os\ndef test_lives(): pass\ndef test_dies(): os._exit(3)\n")
+    work = lambda run: gpu._pytest(run, ["-m", "pytest", "-v", "-c", "/dev/null", "--rootdir", tmp_path, tmp_path], 1)  # noqa: E731
     assert gpu.run_stages([gpu.Stage("tests", 60, work)], session, lambda line: None) == 1
     assert "1 of 1 processes were stopped or died (codes [3])" in session.results[0].text
+    assert session.results[0].text.splitlines()[-1].endswith("::test_dies"), "where it was"
 
 
 def test_without_a_gpu(tmp_path):

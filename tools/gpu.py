@@ -78,14 +78,14 @@ TRITON_SHARDS = TEST_SHARDS // 2
 
 def tests(run: Run) -> str:
     """The whole suite on the GPU, but for Triton's cases, dealt out to processes that run side by side."""
-    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", f"not {TRITON}", *(f"--ignore=tests/{name}" for name in OWN_STAGES)]
+    words = ["-m", "pytest", "-v", "-p", "no:cacheprovider", "-k", f"not {TRITON}", *(f"--ignore=tests/{name}" for name in OWN_STAGES)]
     return _pytest(run, words, TEST_SHARDS - TRITON_SHARDS)
 
 
 def triton_tests(run: Run) -> str:
     """The cases of every backend, on Triton: apart, because compiling a kernel for each kind of call may take all the time there is."""
     _require_triton(run)
-    return _pytest(run, ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", TRITON], TRITON_SHARDS)
+    return _pytest(run, ["-m", "pytest", "-v", "-p", "no:cacheprovider", "-k", TRITON], TRITON_SHARDS)
 
 
 def _require_triton(run: Run) -> None:
@@ -95,17 +95,18 @@ def _require_triton(run: Run) -> None:
 
 
 def own_tests(name: str) -> Callable[[Run], str]:
-    return lambda run: _pytest(run, ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{name}"], 1)
+    return lambda run: _pytest(run, ["-m", "pytest", "-v", "-p", "no:cacheprovider", f"tests/{name}"], 1)
 
 
 def _pytest(run: Run, words: list[str], shards: int) -> str:
+    logs = [run.log if shards == 1 else run.session.logs / f"{run.name}-{i}.log" for i in range(shards)]
+
     def shard(i: int) -> int:
         xml = run.session.logs / f"{run.name}-{i}.xml"
         settings = {"IWSGD_TEST_DEVICE": "cuda", "IWSGD_TEST_SHARD": f"{i}/{shards}"}
         settings |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # the processes fill the cores
-        log = run.log if shards == 1 else run.session.logs / f"{run.name}-{i}.log"
         try:
-            return run.python(*words, f"--junitxml={xml}", environment=settings, log=log)[0]
+            return run.python(*words, f"--junitxml={xml}", environment=settings, log=logs[i])[0]
         except Failed:
             return -1
 
@@ -114,9 +115,12 @@ def _pytest(run: Run, words: list[str], shards: int) -> str:
     counts, failures = read_junit(sorted(run.session.logs.glob(f"{run.name}-*.xml")))
     run.session.facts[run.name] = {**counts, "failures": failures}
     text = f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped"
-    # 5: a shard without cases. A process that died or was stopped leaves no counts.
-    if any(code not in (0, 1, 5) for code in codes):
-        raise Failed(f"{text}; {sum(c not in (0, 1, 5) for c in codes)} of {shards} processes were stopped or died (codes {codes})")
+    # 5: a shard without cases. A process that died or was stopped leaves no counts, but, by -v, the name of its case.
+    stopped = [log for log, code in zip(logs, codes, strict=True) if code not in (0, 1, 5)]
+    if stopped:
+        cases = [[line.strip() for line in log.read_text(errors="replace").splitlines() if "::" in line] for log in stopped]
+        first = f"{text}; {len(stopped)} of {shards} processes were stopped or died (codes {codes}), in:"
+        raise Failed("\n".join([first, *(f"- {of[-1]}" for of in cases if of), *(f"- {name}: {message}" for name, message in failures[:30])]))
     if failures:
         raise Failed("\n".join([text, *(f"- {name}: {message}" for name, message in failures[:30])]))
     if counts["passed"] == 0:

@@ -14,6 +14,13 @@
 
 namespace iwsgd {
 
+// Throws where a call of the CUDA runtime has failed, with torch's text. The runtime is a copy of this library's own, whose record of the
+// last error torch does not clear: the next launch's check would take it for that launch's.
+inline void check(cudaError_t result) {
+  if (result != cudaSuccess) static_cast<void>(cudaGetLastError());
+  STD_CUDA_CHECK(result);
+}
+
 // Makes x's device the current one for as long as it lives, and holds that device's current stream.
 class OnDeviceOf {
  public:

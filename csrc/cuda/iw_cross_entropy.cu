@@ -98,12 +98,12 @@ struct Device {
 Device ask_device(int device) {
   const auto attribute = [&](cudaDeviceAttr which) {
     int value = 0;
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
+    check(cudaDeviceGetAttribute(&value, which, device));
     return static_cast<int64_t>(value);
   };
   // A kernel built for an older architecture alone has no code for clusters; the driver's choice shows in what is loaded.
   cudaFuncAttributes loaded{};
-  STD_CUDA_CHECK(cudaFuncGetAttributes(&loaded, iw_cross_entropy_cluster_kernel<float, false>));
+  check(cudaFuncGetAttributes(&loaded, iw_cross_entropy_cluster_kernel<float, false>));
   const bool clusters = attribute(cudaDevAttrClusterLaunch) != 0 && loaded.ptxVersion >= 90 && loaded.binaryVersion >= 90;
   DeviceLimits limits{attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
                       attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor), attribute(cudaDevAttrL2CacheSize)};
@@ -143,7 +143,7 @@ struct Launch {
 template <class T>
 struct Launches {
   cudaStream_t stream;
-  int64_t multiprocessors;
+  const DeviceLimits& limits;
   bool cooperative;
 
   void denominator(const Arguments<T>& a, const Work<T>& work) const {
@@ -157,15 +157,15 @@ struct Launches {
     const auto kernel = iw_cross_entropy_fwd_kernel<T, kSoft>;
     allow_shared(kernel, plan.shared_bytes);
     if (!cooperative) return 0;
-    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, plan.threads, plan.shared_bytes));
-    return each * multiprocessors;
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, plan.threads, plan.shared_bytes));
+    return each * limits.multiprocessors;
   }
   template <bool kSoft>
   void tile(const Arguments<T>& a, const Work<T>& work, const TilePlan& plan) const {
     const auto kernel = iw_cross_entropy_fwd_kernel<T, kSoft>;
     allow_shared(kernel, plan.shared_bytes);
     Launch launch(plan.blocks, plan.threads, plan.shared_bytes, stream);
-    STD_CUDA_CHECK(cudaLaunchKernelEx(&launch.together(plan.one_launch).config, kernel, a, work, plan));
+    check(cudaLaunchKernelEx(&launch.together(plan.one_launch).config, kernel, a, work, plan));
   }
   // How many clusters the device holds at once; there may be no group of multiprocessors that is large enough for one.
   template <bool kSoft, class>
@@ -173,16 +173,21 @@ struct Launches {
     int resident = 0;
     const auto kernel = iw_cross_entropy_cluster_kernel<T, kSoft>;
     allow_shared(kernel, plan.shared_bytes);
-    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
     Launch launch(plan.ranks, plan.threads, plan.shared_bytes, stream);
-    STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&resident, kernel, &launch.in_clusters_of(plan.ranks).config));
+    const cudaError_t answer = cudaOccupancyMaxActiveClusters(&resident, kernel, &launch.in_clusters_of(plan.ranks).config);
+    if (answer == cudaErrorInvalidClusterSize) {  // no cluster of this device is so large: of sm_120, more than 8 blocks
+      static_cast<void>(cudaGetLastError());
+      return 0;
+    }
+    check(answer);
     return resident;
   }
   template <bool kSoft>
   void cluster(const Arguments<T>& a, const Work<T>& work, const ClusterPlan& plan) const {
     const auto kernel = iw_cross_entropy_cluster_kernel<T, kSoft>;
     Launch launch(plan.blocks, plan.threads, plan.shared_bytes, stream);
-    STD_CUDA_CHECK(cudaLaunchKernelEx(&launch.in_clusters_of(plan.ranks).config, kernel, a, work, plan));
+    check(cudaLaunchKernelEx(&launch.in_clusters_of(plan.ranks).config, kernel, a, work, plan));
   }
   template <bool kSoft>
   void statistics(const Arguments<T>& a, const Work<T>& work, const SlicePlan& plan) const {
@@ -210,10 +215,12 @@ struct Launches {
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
   static unsigned grid(int64_t blocks) { return static_cast<unsigned>(blocks); }
+  // Always as much as there is: the limit is the function's, so that less, for a smaller call of another thread or of the same graph,
+  // would forbid a launch that is still to come.
   template <class Kernel>
-  static void allow_shared(Kernel kernel, int64_t bytes) {
+  void allow_shared(Kernel kernel, int64_t bytes) const {
     if (bytes > 48 * 1024)  // more than a launch has without asking
-      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(limits.shared_per_block)));
   }
 };
 
@@ -227,7 +234,7 @@ struct Cuda {
       return mutable_data<char>(memory);
     };
     const auto& [limits, cooperative] = this_device(logits.get_device_index());
-    run_loss(arguments, limits, allocate, Launches<T>{device.stream(), limits.multiprocessors, cooperative});
+    run_loss(arguments, limits, allocate, Launches<T>{device.stream(), limits, cooperative});
   }
   template <class T>
   static void scale(T* x, int64_t n, const acc_t<T>* factor, const Tensor& tensor) {

@@ -84,7 +84,7 @@ void noise_fwd_cuda(const Draw& draw, const T* x, T* y, cudaStream_t stream) {
     return;
   }
   if (draw.rule.threshold >= kFieldRange) {  // p = 1 gives zeros, exactly
-    STD_CUDA_CHECK(cudaMemsetAsync(y, 0, draw.samples * draw.layout.outer * work.step * sizeof(T), stream));
+    check(cudaMemsetAsync(y, 0, draw.samples * draw.layout.outer * work.step * sizeof(T), stream));
     return;
   }
   const auto scale = static_cast<acc_t<T>>(draw.rule.scale);
@@ -112,7 +112,7 @@ void noise_bwd_cuda(const Draw& draw, const T* dy, T* dx, cudaStream_t stream) {
     return;
   }
   if (draw.rule.threshold >= kFieldRange) {
-    STD_CUDA_CHECK(cudaMemsetAsync(dx, 0, draw.layout.outer * work.step * sizeof(T), stream));
+    check(cudaMemsetAsync(dx, 0, draw.layout.outer * work.step * sizeof(T), stream));
     return;
   }
   const auto scale = static_cast<acc_t<T>>(draw.rule.scale);

@@ -50,7 +50,7 @@ def target_of(labels, class_weight, position_weight, p, there, C, ignore_index, 
         label = tl.where(known, given, -1).to(tl.int32)
         hot = tl.full(p.shape, 1.0, ACC) - smoothing
         if class_weight is not None:
-            hot *= tl.load(class_weight + label, known, 0.0)
+            hot *= tl.load(class_weight + given, known, 0.0)  # of label, Triton 3.6 makes a gradient in float64 that it cannot compile
     return counted, label, hot, m
 
 
