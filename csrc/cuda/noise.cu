@@ -43,20 +43,6 @@ __global__ void __launch_bounds__(kBlock, kRuleBlocks<T>) noise_rule_bwd_kernel(
   noise_rule_bwd<T, V>(work, dy, dx, blockIdx.x, static_cast<int>(threadIdx.x));
 }
 
-// Calls body with two types: the elements of an access as a std::integral_constant, and whether packs are known to be groups.
-// Only the 16-bit types gain by knowing: of the others the bits go through a shuffle.
-template <class T, class Body>
-void with_layout(const NoiseWork& work, std::initializer_list<const void*> tensors, const Body& body) {
-  using Vector = std::integral_constant<int, kVector<T>>;
-  if (!rows_are_aligned(work.draw.layout, sizeof(T), tensors)) return body(std::integral_constant<int, 1>{}, std::false_type{});
-  if constexpr (kVector<T> == kGroup) {
-    if (work.groups) return body(Vector{}, std::true_type{});
-  }
-  body(Vector{}, std::false_type{});
-}
-
-dim3 dimensions(const NoiseGrid& grid) { return {static_cast<unsigned>(grid.blocks), static_cast<unsigned>(grid.parts), 1}; }
-
 // Calls body with the elements of an access, as a std::integral_constant.
 template <class T, class Body>
 void with_access(const NoiseWork& work, std::initializer_list<const void*> tensors, const Body& body) {
@@ -65,6 +51,20 @@ void with_access(const NoiseWork& work, std::initializer_list<const void*> tenso
   else
     body(std::integral_constant<int, 1>{});
 }
+
+// Calls body with two types: the elements of an access as a std::integral_constant, and whether packs are known to be groups.
+// Only the 16-bit types gain by knowing: of the others the bits go through a shuffle.
+template <class T, class Body>
+void with_layout(const NoiseWork& work, std::initializer_list<const void*> tensors, const Body& body) {
+  with_access<T>(work, tensors, [&](auto vector) {
+    if constexpr (decltype(vector)::value == kGroup) {
+      if (work.groups) return body(vector, std::true_type{});
+    }
+    body(vector, std::false_type{});
+  });
+}
+
+dim3 dimensions(const NoiseGrid& grid) { return {static_cast<unsigned>(grid.blocks), static_cast<unsigned>(grid.parts), 1}; }
 
 template <class T>
 void noise_fwd_cuda(const Draw& draw, const T* x, T* y, cudaStream_t stream) {
