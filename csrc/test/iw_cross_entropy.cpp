@@ -1,4 +1,5 @@
-// The CPU loss of one example on each instruction set, in rows and in panels: NaN whatever its bits.
+// The CPU loss of one example on each instruction set, in rows and in panels: NaN whatever its bits, and what rounding does to sums over
+// many classes.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -51,7 +52,29 @@ void nan_payloads(const char* isa, Solve solve) {
         }
 }
 
-void on(const char* isa, Solve solve) { nan_payloads(isa, solve); }
+void many_classes(const char* isa, Solve solve) {
+  constexpr int64_t kClasses = 32001;
+  test::Random random;
+  for (const bool alike : {false, true}) {  // equal terms are all rounded to the same side
+    std::vector<float> z(kClasses);
+    for (float& x : z) x = alike ? -3.3f : static_cast<float>(random.word() * 0x1p-29 - 4);
+    z[0] = 4;
+    long double sum = 0, mean = 0;
+    for (const float x : z) sum += std::exp(static_cast<long double>(x)), mean += x / static_cast<long double>(kClasses);
+    for (const float smoothing : {0.0f, 0.1f, 1.0f})
+      for (const int64_t step : {1, 2}) {
+        const long double expected = (1 - smoothing) * z[1] + smoothing * mean - std::log(sum);
+        const Example got(solve, z, step, smoothing);
+        CHECK(std::abs(got.log_p / expected - 1) < 6e-7L, isa, ": equal ", alike, ", classes ", step, " apart, smoothing ", smoothing, ": ",
+              got.log_p, ", not ", expected);
+      }
+  }
+}
+
+void on(const char* isa, Solve solve) {
+  nan_payloads(isa, solve);
+  many_classes(isa, solve);
+}
 
 int main() {
   on("baseline", baseline::solve<float, float>);
