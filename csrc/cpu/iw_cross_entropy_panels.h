@@ -96,10 +96,14 @@ void panel_statistics(const LossArguments<T, A>& a, const Panel<T, A>& panel, co
         weighted[j] += soft * (tile[i * L + j] - most[j]);
         alone[j] += soft;
       }
-  for (int64_t i = 0; i < a.C; ++i) {
-    const V e = vexp(load(tile + i * L) - most);
-    store(tile + i * L, e);
-    sum += e;
+  for (int64_t i = 0; i < a.C;) {  // a partial sum for every 64 classes keeps rounding errors from growing with their number
+    V part = splat<V>(A(0));
+    for (const int64_t stop = std::min(a.C, i + 64); i < stop; ++i) {
+      const V e = vexp(load(tile + i * L) - most);
+      store(tile + i * L, e);
+      part += e;
+    }
+    sum += part;
   }
   const V log_sum = vlog(sum);
   V u = splat<V>(A(0));

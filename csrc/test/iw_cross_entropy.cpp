@@ -1,0 +1,87 @@
+// The CPU loss of one example on each instruction set, in rows and in panels: NaN whatever its bits, and what rounding does to sums over
+// many classes.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#include "../dtypes.h"
+#include "../iw_cross_entropy.h"
+#define ISA_KERNELS "iw_cross_entropy_kernels.h"
+#include "../cpu/for_each_isa.h"
+
+#include "check.h"
+
+using namespace iwsgd;
+
+using Solve = void (*)(const LossArguments<float, float>&, const float*, const float*, float, int64_t, int64_t);
+
+// One example under one noise sample, label 1. Classes `step` apart: where they are not adjacent, rows are worked on as panels.
+struct Example {
+  std::vector<float> z, dz;
+  float log_p = 0, weight = 0, bound = 0;
+
+  Example(Solve solve, const std::vector<float>& logits, int64_t step, float smoothing)
+      : z(logits.size() * step), dz(logits.size() * step) {
+    const auto classes = static_cast<int64_t>(logits.size()), label = int64_t(1);
+    for (int64_t i = 0; i < classes; ++i) z[i * step] = logits[i];
+    LossArguments<float, float> a{};
+    a.S = a.B = a.positions_each = 1, a.C = classes;
+    a.logits = z.data(), a.dlogits = dz.data();
+    a.row_stride = a.drow_stride = a.position_stride = a.dposition_stride = classes * step, a.class_stride = a.dclass_stride = step;
+    a.labels = &label, a.ignore_index = -100, a.smoothing = smoothing, a.alpha = 1;
+    a.log_p = &log_p, a.weights = &weight, a.bound = &bound;
+    const float c = 1;
+    solve(a, &c, &c, 1, 0, 1);
+  }
+};
+
+void nan_payloads(const char* isa, Solve solve) {
+  for (const uint32_t bits : {0x7FC00000u, 0xFFC00000u, 0x7FC00001u, 0x7FC000FFu, 0x7FC00100u, 0x7FFFFFFFu, 0xFFFFFFFFu})
+    for (const int64_t classes : {7, 100})
+      for (const int64_t step : {1, 2})
+        for (const int64_t at : {int64_t(0), int64_t(1), classes - 1}) {
+          std::vector<float> z(classes);
+          z[at] = bit_cast<float>(bits);
+          const Example got(solve, z, step, 0);
+          CHECK(std::isnan(got.log_p) && std::isnan(got.bound), isa, ": NaN ", bits, " at ", at, " of ", classes, ": ", got.log_p);
+          for (int64_t i = 0; i < classes; ++i) CHECK(std::isnan(got.dz[i * step]), isa, ": NaN ", bits, ": gradient ", got.dz[i * step]);
+        }
+}
+
+void many_classes(const char* isa, Solve solve) {
+  constexpr int64_t kClasses = 32001;
+  test::Random random;
+  for (const bool alike : {false, true}) {  // equal terms are all rounded to the same side
+    std::vector<float> z(kClasses);
+    for (float& x : z) x = alike ? -3.3f : static_cast<float>(random.word() * 0x1p-29 - 4);
+    z[0] = 4;
+    long double sum = 0, mean = 0;
+    for (const float x : z) sum += std::exp(static_cast<long double>(x)), mean += x / static_cast<long double>(kClasses);
+    for (const float smoothing : {0.0f, 0.1f, 1.0f})
+      for (const int64_t step : {1, 2}) {
+        const long double expected = (1 - smoothing) * z[1] + smoothing * mean - std::log(sum);
+        const Example got(solve, z, step, smoothing);
+        CHECK(std::abs(got.log_p / expected - 1) < 6e-7L, isa, ": equal ", alike, ", classes ", step, " apart, smoothing ", smoothing, ": ",
+              got.log_p, ", not ", expected);
+      }
+  }
+}
+
+void on(const char* isa, Solve solve) {
+  nan_payloads(isa, solve);
+  many_classes(isa, solve);
+}
+
+int main() {
+  on("baseline", baseline::solve<float, float>);
+#if defined(IWSGD_X86)
+  if (machine_isa() >= Isa::avx2) on("avx2", avx2::solve<float, float>);
+  if (machine_isa() >= Isa::avx512) on("avx512", avx512::solve<float, float>);
+#endif
+  std::cout << "up to " << kIsaNames[static_cast<int>(machine_isa())] << "\n";
+  return test::report();
+}
