@@ -72,7 +72,7 @@ inline vfloat vexp(vfloat x) {
   const vfloat t = x * 1.44269504088896341f;
 #if IWSGD_AVX512
   const vfloat f = (vfloat)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);  // 0 for -infinity
-  const vfloat n = t - f;
+  const vfloat n = t - f;  // of t as it was rounded for f; t has two uses, so that no compiler makes one rounding of the product and this
 #else
   const vfloat magic = splat<vfloat>(12583039.0f);  // 1.5 * 2^23 + 127: adding it rounds, and leaves the exponent of 2^n in the low bits
   const vfloat shifted = t + magic;
