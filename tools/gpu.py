@@ -117,12 +117,13 @@ def _pytest(run: Run, words: list[str], shards: int) -> str:
     text = f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped"
     # 5: a shard without cases. A process that died or was stopped leaves no counts, but, by -v, the name of its case.
     stopped = [log for log, code in zip(logs, codes, strict=True) if code not in (0, 1, 5)]
+    listed = [f"- {name}: {message}" for name, message in failures[:30]]
     if stopped:
         cases = [[line.strip() for line in log.read_text(errors="replace").splitlines() if "::" in line] for log in stopped]
         first = f"{text}; {len(stopped)} of {shards} processes were stopped or died (codes {codes}), in:"
-        raise Failed("\n".join([first, *(f"- {of[-1]}" for of in cases if of), *(f"- {name}: {message}" for name, message in failures[:30])]))
+        raise Failed("\n".join([first, *(f"- {of[-1]}" for of in cases if of), *listed]))
     if failures:
-        raise Failed("\n".join([text, *(f"- {name}: {message}" for name, message in failures[:30])]))
+        raise Failed("\n".join([text, *listed]))
     if counts["passed"] == 0:
         raise Failed(f"{text}: nothing was tested")
     return text
