@@ -40,7 +40,7 @@ template <class A, class T, class Gradient>
 void write_gradient(T* dz, int64_t classes, int64_t label, A at_label, bool past_cache, const Gradient& gradient) {
   constexpr int L = lanes<A>, kLine = kLineBytes / static_cast<int>(sizeof(T));
   const auto single = [&](int64_t i, int64_t stop) {
-    for (int64_t j = i; j < stop; j += L) store_some(dz + j, gradient(j, stop - j), stop - j);
+    for_each_vector<A>(stop - i, [&](int64_t j, int n) { store_some(dz + i + j, gradient(i + j, n), n); });
     if (label >= i && label < stop) dz[label] = from_acc<T>(at_label);
   };
   if (!past_cache) return single(0, classes);
