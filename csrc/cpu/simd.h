@@ -67,14 +67,6 @@ inline halves narrow(vfloat v, bf16) {
 }
 inline vfloat widen(halves u, fp16) { return (vfloat)_mm512_cvtph_ps(u); }
 inline halves narrow(vfloat v, fp16) { return _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
-template <class T>
-inline vfloat load(const T* p) {
-  return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), T{});
-}
-template <class T>
-inline void store(T* p, vfloat v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v, T{}));
-}
 // v where the lane's bit is set, else +0 (also for NaN and infinities).
 inline vfloat keep_lanes(vfloat v, uint32_t bits) { return (vfloat)_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), (__m512)v); }
 inline vdouble keep_lanes(vdouble v, uint32_t bits) { return (vdouble)_mm512_maskz_mov_pd(static_cast<__mmask8>(bits), (__m512d)v); }
@@ -101,14 +93,6 @@ inline halves narrow(vfloat v, bf16) {
 }
 inline vfloat widen(halves u, fp16) { return (vfloat)_mm256_cvtph_ps(u); }
 inline halves narrow(vfloat v, fp16) { return _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
-template <class T>
-inline vfloat load(const T* p) {
-  return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), T{});
-}
-template <class T>
-inline void store(T* p, vfloat v) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(v, T{}));
-}
 #else
 template <class T>
 inline vfloat load(const T* p) {
@@ -142,6 +126,20 @@ inline vshort keep_lanes(vshort v, uint32_t bits) {
 template <class V>
 inline V add_lanes(V sum, V v, uint32_t bits) {
   return sum + keep_lanes(v, bits);
+}
+#endif
+
+#if IWSGD_AVX512 || IWSGD_AVX2
+template <class T>
+inline vfloat load(const T* p) {
+  halves u;
+  std::memcpy(&u, p, sizeof u);
+  return widen(u, T{});
+}
+template <class T>
+inline void store(T* p, vfloat v) {
+  const halves u = narrow(v, T{});
+  std::memcpy(p, &u, sizeof u);
 }
 #endif
 
