@@ -107,7 +107,6 @@ class TestGraphs:
             for mine, expected in zip(got, call(), strict=True):
                 assert torch.equal(mine, expected)
 
-
     def test_calls_of_one_kernel_that_take_different_shared_memory(self):
         """The larger first: what the smaller one asks for must not be the limit of the graph's first launch."""
         sizes = (6000, 4000)  # in float32 and for 4 samples 96 and 64 KB of a block

@@ -332,7 +332,7 @@ def test_distributed_data_parallel(tmp_path):
 
         parallel.register_comm_hook(None, hook)
         for options in (*WAYS.values(), {"strategy": "resampled"}):
-            if options["strategy"] == "loop" and torch.__version__ < "2.13":
+            if options["strategy"] == "loop" and torch.__version__.startswith("2.11."):
                 continue  # torch 2.11's module writes a BatchNorm's buffers in each forward, and cannot go back through two of them
             sent.clear()
             got = run(parallel, x, target, criterion=iw.IWCrossEntropyLoss(2, alpha=math.inf), **options)

@@ -31,13 +31,21 @@ def compiled(arch: int, only: str = "") -> list[triton_report.Kernel]:
     return [triton_report.Kernel(**kernel) for kernel in json.loads(done.stdout)]
 
 
-def allowed_stack() -> int:
-    """Bytes: a few in four kernels by the ptxas of Triton 3.6, by a later one none."""
-    return 32 if importlib.metadata.version("triton").startswith("3.6.") else 0
+# Bytes that ptxas of Triton 3.6 puts on the stack, by kernel, case and architecture. Later ones put none.
+STACK_OF_3_6 = {
+    ("noise_bwd_kernel", "channels", 80): 8,
+    ("iw_cross_entropy_fwd_kernel", "imagenet", 80): 8,
+    ("iw_cross_entropy_fwd_kernel", "imagenet", 90): 8,
+    ("iw_cross_entropy_reread_kernel", "imagenet-all", 100): 16,
+    ("iw_cross_entropy_reread_kernel", "imagenet-probabilities", 100): 32,
+    ("iw_cross_entropy_gradient_kernel", "split-odd", 100): 8,
+}
 
 
 def check(kernels: list[triton_report.Kernel]) -> None:
-    assert {str(k): k.stack_bytes for k in kernels if k.stack_bytes > allowed_stack()} == {}, "registers were spilled"
+    known = STACK_OF_3_6 if importlib.metadata.version("triton").startswith("3.6.") else {}
+    spilled = {str(k): k.stack_bytes for k in kernels if k.stack_bytes > known.get((k.name, k.case, k.arch), 0)}
+    assert spilled == {}, "registers were spilled"
     limits = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
     for k in kernels:
         assert k.registers * 32 * k.warps <= 65536, k

@@ -6,7 +6,6 @@
 template <class T, class A>
 struct Panel {
   static constexpr int L = lanes<A>;
-  using Index = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
   int64_t first;
   int n;  // positions that are there
   Target<A> targets[L];
@@ -23,7 +22,7 @@ struct Panel {
       weight[j] = target.weight;
       hot[j] = target.weight * target.hot;
       example_weight[j] = a.example_weight_of(p + std::min(j, n - 1));
-      label[j] = target.ignored ? -1 : static_cast<Index>(target.label);
+      label[j] = target.ignored ? -1 : static_cast<lane_int<A>>(target.label);
       all_counted = all_counted && !target.ignored;
     }
   }
@@ -68,7 +67,7 @@ struct Panel {
   }
 
   // -1 in the lanes whose label class i is
-  vec_int<A> at_label(int64_t i) const { return label == static_cast<Index>(i); }
+  vec_int<A> at_label(int64_t i) const { return label == static_cast<lane_int<A>>(i); }
 
   // the panel's part of a row of numbers, one for each position
   vec<A> lanes_of(const A* row) const { return load_some(row, n, A(1)); }

@@ -145,7 +145,9 @@ inline void store(T* p, vfloat v) {
 
 // ---- across lanes ----
 
-// Integers as wide as A, lane by lane.
+// Integers as wide as A, and a vector of them.
+template <class A>
+using lane_int = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
 template <class A>
 using vec_int = std::conditional_t<sizeof(A) == 8, vlong, vint>;
 
@@ -161,7 +163,7 @@ inline vec<A> with_lane(vec<A> v, int64_t i, A x) {
   using I = vec_int<A>;
   I lane;
   for (int j = 0; j < lanes<A>; ++j) lane[j] = j;
-  const I here = lane == splat<I>(static_cast<std::conditional_t<sizeof(A) == 8, int64_t, int32_t>>(i));
+  const I here = lane == splat<I>(static_cast<lane_int<A>>(i));
   return (vec<A>)(((I)splat<vec<A>>(x) & here) | ((I)v & ~here));
 }
 
