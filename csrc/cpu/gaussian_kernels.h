@@ -43,7 +43,7 @@ inline Pair<vfloat> normal_pairs(vint a, vint b) {
   log = log * f + kLog0;
   const vfloat r = vsqrt(__builtin_convertvector(e, vfloat) * kLn2 + log * f);
 
-  const vint turned = b + 0x20000000;
+  const vint turned = (vint)((vuint)b + 0x20000000u);
   const vfloat h = (vfloat)((turned >> 7 & 0x7FFFFF) | 0x3F800000) - 1.5f, h2 = h * h;
   vfloat s = h2 * kSin7 + kSin5;
   s = s * h2 + kSin3;
@@ -52,7 +52,7 @@ inline Pair<vfloat> normal_pairs(vint a, vint b) {
   c = c * h2 + kCos2;
   c = c * h2 + 1.0f;
   const vint odd = turned << 1 >> 31, sign = splat<vint>(INT32_MIN);
-  const vint cos_sign = (turned + 0x40000000) & sign, sin_sign = turned & sign;
+  const vint cos_sign = (vint)((vuint)turned + 0x40000000u) & sign, sin_sign = turned & sign;
   return {r * (vfloat)((vint)select(odd, s, c) ^ cos_sign), r * (vfloat)((vint)select(odd, c, s) ^ sin_sign)};
 }
 

@@ -12,6 +12,7 @@ constexpr int kLanes = kBytes / 4;  // floats in a vector
 
 typedef float vfloat __attribute__((vector_size(kBytes)));
 typedef int32_t vint __attribute__((vector_size(kBytes)));
+typedef uint32_t vuint __attribute__((vector_size(kBytes)));  // for sums that wrap
 typedef double vdouble __attribute__((vector_size(kBytes)));
 typedef int64_t vlong __attribute__((vector_size(kBytes)));
 typedef int16_t vshort __attribute__((vector_size(kBytes)));
