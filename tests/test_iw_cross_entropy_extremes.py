@@ -10,7 +10,7 @@ from naive_loss import assert_equals_naive, naive_loss, result_of
 import iwsgd_ext as iw
 
 INF, NAN = math.inf, math.nan
-CLASSES = pytest.mark.parametrize("classes", [10, 65], ids=["columns", "rows"])
+CLASSES = pytest.mark.parametrize("classes", [10, 65, 2500], ids=["columns", "rows", "chunks"])
 # What is put into the logits of one row: (class 0, class 1), or every class; the label is 1.
 SPECIAL = {
     "nan": (NAN, 0.0),

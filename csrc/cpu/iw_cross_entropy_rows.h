@@ -14,66 +14,90 @@ A maximum(const T* z, int64_t n) {
   return horizontal_max(vmax(vmax(m[0], m[1]), vmax(m[2], m[3])));
 }
 
-// The sum of exp(z[i] - most). Meanwhile the row that is read next comes from memory, which waits for nothing here.
+// The sum of exp(z[i] - most). Meanwhile as much of what is read next comes from `ahead` in memory, which waits for nothing here.
 template <class T, class A>
-A sum_of_exponentials(const T* z, int64_t n, A most, const T* next) {
+A sum_of_exponentials(const T* z, int64_t n, A most, const T* ahead) {
   using V = vec<A>;
   constexpr int L = lanes<A>, kLine = kLineBytes / static_cast<int>(sizeof(T));
-  V total = splat<V>(A(0));
+  V sum = splat<V>(A(0));
   int64_t i = 0;
-  while (i + kLine <= n) {  // a partial sum for every 64 lines keeps rounding errors from growing with n
-    V part = splat<V>(A(0));
-    for (const int64_t stop = std::min(n - kLine + 1, i + 64 * kLine); i < stop; i += kLine) {
-      __builtin_prefetch(next + i, 0, 2);  // to the second level: the first holds this row
+  for (; i + kLine <= n; i += kLine) {
+    __builtin_prefetch(ahead + i, 0, 2);  // to the second level: the first holds what is worked on
 #pragma GCC unroll 8
-      for (int k = 0; k < kLine; k += L) part += vexp(load(z + i + k) - most);
-    }
-    total += part;
+    for (int k = 0; k < kLine; k += L) sum += vexp(load(z + i + k) - most);
   }
-  for (; i < n; i += L) total += vexp(load_some(z + i, n - i, -std::numeric_limits<A>::infinity()) - most);
-  return horizontal_sum(total);
+  for (; i < n; i += L) sum += vexp(load_some(z + i, n - i, -std::numeric_limits<A>::infinity()) - most);
+  return horizontal_sum(sum);
 }
 
-// dz[i] = gradient(i, n), the n <= L values from class i on, with `at_label` in the label's place (-1: none). dz may be what gradient
-// reads at the same place. Where `past_cache`, whole lines go past the caches.
+// A row comes in chunks that the first level of a cache holds between the search for the maximum and the sum.
+constexpr int64_t kChunkBytes = 64 * kLineBytes, kAheadBytes = 2 * kChunkBytes;
+
+template <class A>
+struct Softmax {
+  A most, sum;  // the maximum, and the sum of exp(z[i] - most)
+};
+
+// Of a row of n classes, before the row that begins at `next` is read.
+template <class T, class A>
+Softmax<A> softmax_of(const T* z, int64_t n, const T* next) {
+  constexpr int64_t kChunk = kChunkBytes / sizeof(T);
+  const int64_t distance = std::min<int64_t>(n, kAheadBytes / sizeof(T));
+  A most = -std::numeric_limits<A>::infinity();
+  double sum = 0;  // in double, rounding errors do not grow with the number of chunks
+  for (int64_t i = 0; i < n; i += kChunk) {
+    const int64_t size = std::min(kChunk, n - i), ahead = i + distance;
+    const A here = maximum<T, A>(z + i, size);
+    if (here > most) {
+      if (i > 0) sum *= std::exp(static_cast<double>(most) - here);
+      most = here;
+    }
+    // So far only -infinity, and maybe NaN, which has to be found: -infinity less itself would be one too.
+    const A base = most == -std::numeric_limits<A>::infinity() ? A(0) : most;
+    sum += sum_of_exponentials(z + i, size, base, ahead < n ? z + ahead : next + (ahead - n));
+  }
+  return {most, static_cast<A>(sum)};
+}
+
+// dz[i] = gradient(i, n), the n <= L values from class i on, for classes [first, last); the label's is at_label.
 template <class A, class T, class Gradient>
-void write_gradient(T* dz, int64_t classes, int64_t label, A at_label, bool past_cache, const Gradient& gradient) {
+[[gnu::always_inline]] inline void store_gradient(T* dz, int64_t first, int64_t last, int64_t label, A at_label, const Gradient gradient) {
+  for_each_vector<A>(last - first, [=](int64_t i, int n) { store_some(dz + first + i, gradient(first + i, n), n); });
+  if (label >= first && label < last) dz[label] = from_acc<T>(at_label);
+}
+
+// The same for whole lines, which go past the caches.
+template <class A, class T, class Gradient>
+[[gnu::always_inline]] inline void stream_gradient(T* dz, int64_t first, int64_t last, const Gradient gradient) {
   constexpr int L = lanes<A>, kLine = kLineBytes / static_cast<int>(sizeof(T));
-  const auto single = [&](int64_t i, int64_t stop) {
-    for_each_vector<A>(stop - i, [&](int64_t j, int n) { store_some(dz + i + j, gradient(i + j, n), n); });
-    if (label >= i && label < stop) dz[label] = from_acc<T>(at_label);
-  };
-  if (!past_cache) return single(0, classes);
-  vec<A> v[kLine / L];
-  const auto take = [&](int64_t i) {
+  for (int64_t i = first; i < last; i += kLine) {
+    vec<A> v[kLine / L];
 #pragma GCC unroll 16
     for (int k = 0; k < kLine; k += L) v[k / L] = gradient(i + k, L);
-  };
-  const auto give = [&](int64_t i) {
 #pragma GCC unroll 16
     for (int k = 0; k < kLine; k += lanes<T>) stream(dz + i + k, rounded<T>(v + k / L));
-  };
-  const auto streams = [&](int64_t i, int64_t stop) {
-    for (; i < stop; i += kLine) {
-      take(i);
-      give(i);
-    }
-  };
+  }
+}
+
+// dz[i] = gradient(i, n) for all classes, with `at_label` in the label's place (-1: none). dz may be what gradient reads at the same
+// place. Where `past_cache`, whole lines go past the caches.
+template <class A, class T, class Gradient>
+[[gnu::always_inline]] inline void write_gradient(T* dz, int64_t classes, int64_t label, A at_label, bool past_cache, const Gradient& gradient) {
+  constexpr int kLine = kLineBytes / static_cast<int>(sizeof(T));
+  if (!past_cache) return store_gradient(dz, 0, classes, label, at_label, gradient);
   const auto past = static_cast<int64_t>(reinterpret_cast<std::size_t>(dz) % kLineBytes / sizeof(T));  // elements of the line before
   const int64_t head = std::min<int64_t>(classes, (kLine - past) % kLine), tail = head + (classes - head) / kLine * kLine;
   if (tail < classes) __builtin_prefetch(dz + tail, 1);  // the one line here that is read before it is written
-  single(0, head);
+  store_gradient(dz, 0, head, label, at_label, gradient);
   if (label >= head && label < tail) {  // a line that is both streamed and written would be read back: the label's is put together first
     const int64_t at = label - (label - head) % kLine;
-    streams(head, at);
-    take(at);
-    for (int k = 0; k < kLine; k += L) v[k / L] = with_lane<A>(v[k / L], label - at - k, at_label);
-    give(at);
-    streams(at + kLine, tail);
+    stream_gradient<A>(dz, head, at, gradient);
+    stream_gradient<A>(dz, at, at + kLine, [=](int64_t i, int64_t n) { return with_lane<A>(gradient(i, n), label - i, at_label); });
+    stream_gradient<A>(dz, at + kLine, tail, gradient);
   } else {
-    streams(head, tail);
+    stream_gradient<A>(dz, head, tail, gradient);
   }
-  single(tail, classes);
+  store_gradient(dz, tail, classes, label, at_label, gradient);
 }
 
 // sum over classes of (soft target) * (z - most), and of the soft target alone. Partial sums keep rounding errors from growing with the
@@ -103,7 +127,8 @@ void row_statistics(const LossArguments<T, A>& a, const A* c, const Statistics<A
       if (!target.ignored) {
         const T* z = a.row(s, p);
         const T* next = p + 1 < last ? a.row(s, p + 1) : a.row((s + 1) % a.S, s + 1 < a.S ? first : last);
-        const A most = maximum<T, A>(z, a.C), sum = sum_of_exponentials(z, a.C, most, next), log_sum = std::log(sum);
+        const auto [most, sum] = softmax_of<T, A>(z, a.C, next);
+        const A log_sum = std::log(sum);
         // u = sum_c q v log p, each term relative to the maximum first, which is exact where logits are large.
         if (target.label >= 0) u = target.hot * (to_acc(z[target.label]) - most - log_sum);
         if (has_soft_target(a)) {
@@ -119,15 +144,17 @@ void row_statistics(const LossArguments<T, A>& a, const A* c, const Statistics<A
     }
 }
 
+constexpr int64_t kReadAheadBytes = 1 << 20;
+
 // The exponentials are taken anew: that costs less than memory to keep them in, beside logits that are in cache and a gradient that
 // waits for its place in memory.
 template <class T, class A>
 void row_gradients(const LossArguments<T, A>& a, const A* c, A scale, const Statistics<A>& stats, int64_t first, int64_t last) {
   using V = vec<A>;
   const bool past_cache = streams_gradient(a);
-  // The next block's rows come from memory while these go there, if the second level holds both: 9% at 1000 classes.
+  // The next block's rows come from memory while these go there, if a second level of 2 MiB holds both.
   const int64_t block = last - first;
-  const bool read_ahead = block * a.S * a.C * static_cast<int64_t>(sizeof(T)) <= 4 * kBlockBytes;
+  const bool read_ahead = block * a.S * a.C * static_cast<int64_t>(sizeof(T)) <= kReadAheadBytes;
   for (int64_t s = 0; s < a.S; ++s)
     for (int64_t p = first; p < last; ++p) {
       T* dz = a.drow(s, p);

@@ -47,7 +47,6 @@ inline double horizontal_max(vdouble v) {
   return most;
 }
 
-// v where the mask's lanes are -1, else w.
 // a - b * c, rounded once where the instruction set can: the same everywhere, which a compiler's own choice of products is not.
 #if IWSGD_AVX512
 inline vfloat minus_product(vfloat a, vfloat b, vfloat c) { return (vfloat)_mm512_fnmadd_ps((__m512)b, (__m512)c, (__m512)a); }
@@ -62,32 +61,34 @@ inline V minus_product(V a, V b, V c) {
 }
 #endif
 
+// v where the mask's lanes are -1, else w.
 inline vfloat select(vint mask, vfloat v, vfloat w) { return (vfloat)(((vint)v & mask) | ((vint)w & ~mask)); }
 inline vdouble select(vlong mask, vdouble v, vdouble w) { return (vdouble)(((vlong)v & mask) | ((vlong)w & ~mask)); }
 
-// exp(x) for x <= 0, within (1 + |x|) * 8e-8 of its value, most of it the rounding of x; exactly 0 for -infinity, NaN for NaN. Below
+// exp(x) for x <= 0, within (1 + |x|) * 8.3e-8 of its value, most of it the rounding of x; exactly 0 for -infinity, NaN for NaN. Below
 // -86.6, where the normal range of float comes to its end, AVX-512 gives subnormals and the others give 0.
 inline vfloat vexp(vfloat x) {
-  // exp(x) = 2^t = 2^n 2^f, n an integer and |f| <= 1/2. Polynomial: least relative error of 2^f over [-1/2, 1/2], 1 at 0.
+  // exp(x) = 2^t = 2^n 2^f with n an integer. Polynomials: least relative error of 2^f over the interval of f, 1 at 0.
   const vfloat t = x * 1.44269504088896341f;
 #if IWSGD_AVX512
-  const vfloat f = (vfloat)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);  // 0 for -infinity
-  const vfloat n = t - f;  // of t as it was rounded for f; t has two uses, so that no compiler makes one rounding of the product and this
+  const vfloat f = (vfloat)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // in [0, 1); 0 for -infinity
+  vfloat p = f * 2.1612914956e-4f + 1.2467846446e-3f;
+  p = p * f + 9.6754515670e-3f;
+  p = p * f + 5.5485280619e-2f;
+  p = p * f + 2.4022930555e-1f;
+  p = p * f + 6.9314704444e-1f;
+  p = p * f + 1.0f;
+  return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)t);  // takes the integer below t itself
 #else
   const vfloat magic = splat<vfloat>(12583039.0f);  // 1.5 * 2^23 + 127: adding it rounds, and leaves the exponent of 2^n in the low bits
   const vfloat shifted = t + magic;
-  const vfloat n = shifted - magic;
-  const vfloat f = t - n;
-#endif
+  const vfloat f = t - (shifted - magic);  // in [-1/2, 1/2]
   vfloat p = f * 1.4902517689e-4f + 1.3389582111e-3f;
   p = p * f + 9.6200179572e-3f;
   p = p * f + 5.5503651828e-2f;
   p = p * f + 2.4022636856e-1f;
   p = p * f + 6.9314718334e-1f;
   p = p * f + 1.0f;
-#if IWSGD_AVX512
-  return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)n);
-#else
   const vint in_range = ~(vint)(t < splat<vfloat>(-125.0f));  // NaN is in range
   // A product, not a sum of exponents: to a NaN's bits those of its payload would be added, which may make a number of it.
   return (vfloat)((vint)(p * (vfloat)((vint)shifted << 23)) & in_range);

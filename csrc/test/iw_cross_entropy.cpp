@@ -41,7 +41,7 @@ struct Example {
 
 void nan_payloads(const char* isa, Solve solve) {
   for (const uint32_t bits : {0x7FC00000u, 0xFFC00000u, 0x7FC00001u, 0x7FC000FFu, 0x7FC00100u, 0x7FFFFFFFu, 0xFFFFFFFFu})
-    for (const int64_t classes : {7, 100})
+    for (const int64_t classes : {7, 100, 3000})  // the last: several chunks
       for (const int64_t step : {1, 2})
         for (const int64_t at : {int64_t(0), int64_t(1), classes - 1}) {
           std::vector<float> z(classes);
@@ -55,23 +55,58 @@ void nan_payloads(const char* isa, Solve solve) {
 void many_classes(const char* isa, Solve solve) {
   constexpr int64_t kClasses = 32001;
   test::Random random;
-  for (const bool alike : {false, true}) {  // equal terms are all rounded to the same side
+  for (const char* kind : {"any", "equal", "rising"}) {  // equal terms are all rounded to the same side; a rising row has a new maximum at every step
     std::vector<float> z(kClasses);
-    for (float& x : z) x = alike ? -3.3f : static_cast<float>(random.word() * 0x1p-29 - 4);
-    z[0] = 4;
+    const bool equal = kind[0] == 'e';
+    for (float& x : z) x = equal ? -3.3f : static_cast<float>(random.word() * 0x1p-29 - 4);
+    if (kind[0] == 'r')
+      std::sort(z.begin(), z.end());
+    else
+      z[0] = 4;
     long double sum = 0, mean = 0;
     for (const float x : z) sum += std::exp(static_cast<long double>(x)), mean += x / static_cast<long double>(kClasses);
     for (const float smoothing : {0.0f, 0.1f, 1.0f})
       for (const int64_t step : {1, 2}) {
         const long double expected = (1 - smoothing) * z[1] + smoothing * mean - std::log(sum);
         const Example got(solve, z, step, smoothing);
-        CHECK(std::abs(got.log_p / expected - 1) < 6e-7L, isa, ": equal ", alike, ", classes ", step, " apart, smoothing ", smoothing, ": ",
+        CHECK(std::abs(got.log_p / expected - 1) < 6e-7L, isa, ": ", kind, ", classes ", step, " apart, smoothing ", smoothing, ": ",
               got.log_p, ", not ", expected);
       }
   }
 }
 
+// Infinities and NaN in one chunk of a row, ordinary logits in another.
+void infinities(const char* isa, Solve solve) {
+  constexpr int64_t kClasses = 3000, kFirst = 2500;
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  for (const int64_t step : {1, 2})
+    for (const bool at_end : {true, false}) {  // where the ordinary logits are
+      const auto begins = at_end ? kFirst : 0, ends = at_end ? kClasses : kClasses - kFirst;
+      std::vector<float> z(kClasses, -kInfinity);
+      double sum = 0;
+      for (int64_t i = begins; i < ends; ++i) sum += std::exp(static_cast<double>(z[i] = static_cast<float>(i % 7)));
+      const Example masked(solve, z, step, 0);
+      const double log_p = z[1] - std::log(sum);
+      CHECK(at_end ? masked.log_p == -kInfinity : std::abs(masked.log_p - log_p) < 1e-5, isa, ": masked: ", masked.log_p, ", not ", log_p);
+      for (int64_t i = 2; i < kClasses; ++i) {
+        const double expected = std::exp(static_cast<double>(z[i])) / sum;
+        CHECK(std::abs(masked.dz[i * step] - expected) <= 1e-6 * expected, isa, ": masked: gradient ", masked.dz[i * step], " at ", i);
+      }
+      for (const float special : {std::numeric_limits<float>::quiet_NaN(), kInfinity})
+        for (const int64_t at : {int64_t(0), int64_t(1500), kClasses - 1}) {
+          const float before = z[at];
+          z[at] = special;
+          const Example got(solve, z, step, 0);
+          CHECK(std::isnan(got.log_p) && std::isnan(got.dz[0]), isa, ": ", special, " at ", at, ": ", got.log_p, ", gradient ", got.dz[0]);
+          z[at] = before;
+        }
+    }
+  const Example impossible(solve, std::vector<float>(kClasses, -kInfinity), 1, 0);
+  CHECK(std::isnan(impossible.log_p) && std::isnan(impossible.dz[0]), isa, ": -infinity alone: ", impossible.log_p);
+}
+
 void on(const char* isa, Solve solve) {
+  infinities(isa, solve);
   nan_payloads(isa, solve);
   many_classes(isa, solve);
 }
