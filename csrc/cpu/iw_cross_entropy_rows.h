@@ -59,45 +59,52 @@ Softmax<A> softmax_of(const T* z, int64_t n, const T* next) {
   return {most, static_cast<A>(sum)};
 }
 
-// dz[i] = gradient(i, n), the n <= L values from class i on, for classes [first, last); the label's is at_label.
-template <class A, class T, class Gradient>
-[[gnu::always_inline]] inline void store_gradient(T* dz, int64_t first, int64_t last, int64_t label, A at_label, const Gradient gradient) {
-  for_each_vector<A>(last - first, [=](int64_t i, int n) { store_some(dz + first + i, gradient(first + i, n), n); });
-  if (label >= first && label < last) dz[label] = from_acc<T>(at_label);
-}
-
-// The same for whole lines, which go past the caches.
-template <class A, class T, class Gradient>
-[[gnu::always_inline]] inline void stream_gradient(T* dz, int64_t first, int64_t last, const Gradient gradient) {
+// dz[i] = gradient(i, n), the n <= L values from class i on, for classes [first, last). `kPastCache`: whole lines, past the caches.
+template <bool kPastCache, class A, class T, class Gradient>
+[[gnu::always_inline]] inline void gradient_lines(T* dz, int64_t first, int64_t last, const Gradient gradient) {
   constexpr int L = lanes<A>, kLine = kLineBytes / static_cast<int>(sizeof(T));
-  for (int64_t i = first; i < last; i += kLine) {
+  int64_t i = first;
+  for (; i + kLine <= last; i += kLine) {
     vec<A> v[kLine / L];
 #pragma GCC unroll 16
     for (int k = 0; k < kLine; k += L) v[k / L] = gradient(i + k, L);
 #pragma GCC unroll 16
-    for (int k = 0; k < kLine; k += lanes<T>) stream(dz + i + k, rounded<T>(v + k / L));
+    for (int k = 0; k < kLine; k += lanes<T>) {
+      if constexpr (kPastCache)
+        stream(dz + i + k, rounded<T>(v + k / L));
+      else
+        put(dz + i + k, rounded<T>(v + k / L));
+    }
   }
+  if constexpr (!kPastCache)
+    for (; i < last; i += L) {
+      const int64_t n = std::min<int64_t>(L, last - i);
+      store_some(dz + i, gradient(i, n), n);
+    }
 }
 
-// dz[i] = gradient(i, n) for all classes, with `at_label` in the label's place (-1: none). dz may be what gradient reads at the same
-// place. Where `past_cache`, whole lines go past the caches.
+// The same for all classes, with `at_label` in the label's place (-1: none). dz may be what gradient reads at the same place.
 template <class A, class T, class Gradient>
-[[gnu::always_inline]] inline void write_gradient(T* dz, int64_t classes, int64_t label, A at_label, bool past_cache, const Gradient& gradient) {
+[[gnu::always_inline]] inline void write_gradient(T* dz, int64_t classes, int64_t label, A at_label, bool past_cache,
+                                                  const Gradient& gradient) {
   constexpr int kLine = kLineBytes / static_cast<int>(sizeof(T));
-  if (!past_cache) return store_gradient(dz, 0, classes, label, at_label, gradient);
-  const auto past = static_cast<int64_t>(reinterpret_cast<std::size_t>(dz) % kLineBytes / sizeof(T));  // elements of the line before
-  const int64_t head = std::min<int64_t>(classes, (kLine - past) % kLine), tail = head + (classes - head) / kLine * kLine;
-  if (tail < classes) __builtin_prefetch(dz + tail, 1);  // the one line here that is read before it is written
-  store_gradient(dz, 0, head, label, at_label, gradient);
+  int64_t head = classes, tail = classes;  // whole lines from head to tail go past the caches
+  if (past_cache) {
+    const auto past = static_cast<int64_t>(reinterpret_cast<std::size_t>(dz) % kLineBytes / sizeof(T));  // elements of the line before
+    head = std::min<int64_t>(classes, (kLine - past) % kLine), tail = head + (classes - head) / kLine * kLine;
+    if (tail < classes) __builtin_prefetch(dz + tail, 1);  // the one line here that is read before it is written
+  }
+  gradient_lines<false, A>(dz, 0, head, gradient);
   if (label >= head && label < tail) {  // a line that is both streamed and written would be read back: the label's is put together first
     const int64_t at = label - (label - head) % kLine;
-    stream_gradient<A>(dz, head, at, gradient);
-    stream_gradient<A>(dz, at, at + kLine, [=](int64_t i, int64_t n) { return with_lane<A>(gradient(i, n), label - i, at_label); });
-    stream_gradient<A>(dz, at + kLine, tail, gradient);
+    gradient_lines<true, A>(dz, head, at, gradient);
+    gradient_lines<true, A>(dz, at, at + kLine, [=](int64_t i, int64_t n) { return with_lane<A>(gradient(i, n), label - i, at_label); });
+    gradient_lines<true, A>(dz, at + kLine, tail, gradient);
   } else {
-    stream_gradient<A>(dz, head, tail, gradient);
+    gradient_lines<true, A>(dz, head, tail, gradient);
   }
-  store_gradient(dz, tail, classes, label, at_label, gradient);
+  gradient_lines<false, A>(dz, tail, classes, gradient);
+  if (label >= tail || (label >= 0 && label < head)) dz[label] = from_acc<T>(at_label);
 }
 
 // sum over classes of (soft target) * (z - most), and of the soft target alone. Partial sums keep rounding errors from growing with the
