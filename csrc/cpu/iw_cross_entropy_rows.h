@@ -151,7 +151,7 @@ void row_statistics(const LossArguments<T, A>& a, const A* c, const Statistics<A
     }
 }
 
-constexpr int64_t kReadAheadBytes = 1 << 20;
+constexpr int64_t kReadAheadBytes = 1 << 20;  // of logits in a block
 
 // The exponentials are taken anew: that costs less than memory to keep them in, beside logits that are in cache and a gradient that
 // waits for its place in memory.

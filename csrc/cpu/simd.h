@@ -74,7 +74,9 @@ inline __m512i narrow(vfloat a, vfloat b, bf16) {  // the upper halves side by s
 }
 inline vfloat widen(halves u, fp16) { return (vfloat)_mm512_cvtph_ps(u); }
 inline halves narrow(vfloat v, fp16) { return _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
-inline __m512i narrow(vfloat a, vfloat b, fp16) { return _mm512_inserti64x4(_mm512_castsi256_si512(narrow(a, fp16{})), narrow(b, fp16{}), 1); }
+inline __m512i narrow(vfloat a, vfloat b, fp16) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(narrow(a, fp16{})), narrow(b, fp16{}), 1);
+}
 // v where the lane's bit is set, else +0 (also for NaN and infinities).
 inline vfloat keep_lanes(vfloat v, uint32_t bits) { return (vfloat)_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), (__m512)v); }
 inline vdouble keep_lanes(vdouble v, uint32_t bits) { return (vdouble)_mm512_maskz_mov_pd(static_cast<__mmask8>(bits), (__m512d)v); }

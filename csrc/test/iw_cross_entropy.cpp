@@ -55,7 +55,8 @@ void nan_payloads(const char* isa, Solve solve) {
 void many_classes(const char* isa, Solve solve) {
   constexpr int64_t kClasses = 32001;
   test::Random random;
-  for (const char* kind : {"any", "equal", "rising"}) {  // equal terms are all rounded to the same side; a rising row has a new maximum at every step
+  // Equal terms are all rounded to the same side; a rising row has a new maximum in every chunk.
+  for (const char* kind : {"any", "equal", "rising"}) {
     std::vector<float> z(kClasses);
     const bool equal = kind[0] == 'e';
     for (float& x : z) x = equal ? -3.3f : static_cast<float>(random.word() * 0x1p-29 - 4);
