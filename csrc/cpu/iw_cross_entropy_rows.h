@@ -100,7 +100,9 @@ template <class A, class T, class Gradient, class Fetch>
   if (label >= head && label < tail) {  // a line that is both streamed and written would be read back: the label's is put together first
     const int64_t at = label - (label - head) % kLine;
     gradient_lines<true, A>(dz, head, at, gradient, fetch);
-    const auto with_label = [=](int64_t i, int64_t n) { return with_lane<A>(gradient(i, n), label - i, at_label); };
+    const auto with_label = [=](int64_t i, int64_t n) __attribute__((always_inline)) {
+      return with_lane<A>(gradient(i, n), label - i, at_label);
+    };
     gradient_lines<true, A>(dz, at, at + kLine, with_label, fetch);
     gradient_lines<true, A>(dz, at + kLine, tail, gradient, fetch);
   } else {
@@ -185,17 +187,24 @@ void row_gradients(const LossArguments<T, A>& a, const A* c, A scale, const Stat
         if (a.smoothing > 0) at_label -= k * soft_target(a, target, target.label);
       }
       const T* next = p + block < a.positions() ? a.row(s, p + block) : z;
-      // always_inline: g++ 12 takes a function that only prefetches for one without effect, and drops the calls.
+      // NOTE [always_inline]
+      // g++ 12 takes a function that only prefetches for one without effect, and drops the calls; and what it does not inline here
+      // comes to the loops through memory, in a row behind the stores.
+      const auto from_memory = [=](int64_t i) __attribute__((always_inline)) { __builtin_prefetch(next + i, 0, 2); };
+      const auto from_cache = [=](int64_t i) __attribute__((always_inline)) { __builtin_prefetch(z + i + kNearBytes / sizeof(T), 0, 3); };
       const auto write = [&](const auto& gradient) __attribute__((always_inline)) {
         if (read_ahead)
-          write_gradient(dz, a.C, target.label, at_label, past_cache, gradient, [=](int64_t i) __attribute__((always_inline)) { __builtin_prefetch(next + i, 0, 2); });
+          write_gradient(dz, a.C, target.label, at_label, past_cache, gradient, from_memory);
         else
-          write_gradient(dz, a.C, target.label, at_label, past_cache, gradient,
-                         [=](int64_t i) __attribute__((always_inline)) { __builtin_prefetch(z + i + kNearBytes / sizeof(T), 0, 3); });
+          write_gradient(dz, a.C, target.label, at_label, past_cache, gradient, from_cache);
       };
-      const auto likely = [=](int64_t i, int64_t n) { return vexp(load_some(z + i, n, most) - most) * factor; };
+      const auto likely = [=](int64_t i, int64_t n) __attribute__((always_inline)) {
+        return vexp(load_some(z + i, n, most) - most) * factor;
+      };
       if (has_soft_target(a))
-        write([&](int64_t i, int64_t n) { return minus_product(likely(i, n), soft_targets(a, target, i, n), splat<V>(k)); });
+        write([&](int64_t i, int64_t n) __attribute__((always_inline)) {
+          return minus_product(likely(i, n), soft_targets(a, target, i, n), splat<V>(k));
+        });
       else
         write(likely);
     }

@@ -66,7 +66,7 @@ inline __m512i round_to_bf16(vfloat v) {  // in the upper half of each lane
   return _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7FC00000));
 }
 inline halves narrow(vfloat v, bf16) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_to_bf16(v), 16)); }
-inline __m512i narrow(vfloat a, vfloat b, bf16) {  // the upper halves side by side, then a's before b's
+[[gnu::always_inline]] inline __m512i narrow(vfloat a, vfloat b, bf16) {  // the upper halves side by side, then a's before b's
   const __m512i both = _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(round_to_bf16(a), 16), round_to_bf16(b));
   alignas(64) static constexpr int16_t kOrder[32] = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
                                                      1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
@@ -74,7 +74,7 @@ inline __m512i narrow(vfloat a, vfloat b, bf16) {  // the upper halves side by s
 }
 inline vfloat widen(halves u, fp16) { return (vfloat)_mm512_cvtph_ps(u); }
 inline halves narrow(vfloat v, fp16) { return _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
-inline __m512i narrow(vfloat a, vfloat b, fp16) {
+[[gnu::always_inline]] inline __m512i narrow(vfloat a, vfloat b, fp16) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(narrow(a, fp16{})), narrow(b, fp16{}), 1);
 }
 // v where the lane's bit is set, else +0 (also for NaN and infinities).
@@ -262,7 +262,7 @@ inline void store_some(T* p, V v, int64_t n) {
 
 // The values of one or two vectors as memory holds them, rounded once.
 template <class T>
-inline stored<T> rounded(const vec<acc_t<T>>* v) {
+[[gnu::always_inline]] inline stored<T> rounded(const vec<acc_t<T>>* v) {
   if constexpr (sizeof(T) == 2) {
 #if IWSGD_AVX512
     return (vshort)narrow(v[0], v[1], T{});
