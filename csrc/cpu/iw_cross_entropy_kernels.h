@@ -101,7 +101,7 @@ inline bool in_panels(const LossArguments<T, A>& a) {
 
 template <class T, class A>
 void statistics(const LossArguments<T, A>& a, const A* c, const Statistics<A>& stats, int64_t first, int64_t last) {
-  if (!in_panels(a)) return row_statistics(a, c, stats, first, last);
+  if (!in_panels(a)) return row_pass(a, c, A(0), RowBlock<A>{first, last, stats}, RowBlock<A>{});
   std::vector<A> tile(static_cast<std::size_t>(a.C) * lanes<A>);
   for (int64_t p = first; p < last;) {
     const Panel<T, A> panel(a, c, p, last);
@@ -113,7 +113,7 @@ void statistics(const LossArguments<T, A>& a, const A* c, const Statistics<A>& s
 template <class T, class A>
 void gradients(const LossArguments<T, A>& a, const A* c, A scale, const Statistics<A>& stats, int64_t first, int64_t last) {
   constexpr int L = lanes<A>;
-  if (!in_panels(a)) return row_gradients(a, c, scale, stats, first, last);
+  if (!in_panels(a)) return row_pass(a, c, scale, RowBlock<A>{}, RowBlock<A>{first, last, stats});
   std::vector<A> tile(static_cast<std::size_t>(a.C) * L);
   for (int64_t p = first; p < last;) {
     const Panel<T, A> panel(a, c, p, last);
@@ -170,6 +170,21 @@ void weigh_unit(const LossArguments<T, A>& a, int64_t unit) {
   }
 }
 
+// load_some() and store_some(), 0 in the other lanes, of values that were just written one by one, and are read so: a vector loaded behind
+// a scalar's store waits until all stores before are done, a gradient's among them.
+template <class A>
+inline vec<A> load_lanes(const A* p, int64_t n) {
+  if (n >= lanes<A>) return load(p);
+  vec<A> v{};
+  for (int64_t j = 0; j < n; ++j) v = with_lane<A>(v, j, p[j]);
+  return v;
+}
+template <class A>
+inline void store_lanes(A* p, vec<A> v, int64_t n) {
+  if (n >= lanes<A>) return store(p, v);
+  for (int64_t j = 0; j < n; ++j) p[j] = v[j];
+}
+
 template <class T, class A>
 void weigh(const LossArguments<T, A>& a, int64_t first, int64_t last) {
   using V = vec<A>;
@@ -181,16 +196,12 @@ void weigh(const LossArguments<T, A>& a, int64_t first, int64_t last) {
   const A samples = static_cast<A>(a.S);
   for (int64_t unit = first; unit < last; unit += L) {
     const int64_t units = a.units(), n = std::min(L, last - unit);
-    const auto at = [=](int64_t s) { return s * units + unit; };
+    const auto likelihoods = [=](int64_t s) { return load_lanes(a.log_p + s * units + unit, n); };
     V most = splat<V>(-std::numeric_limits<A>::infinity()), sum = splat<V>(A(0));
-    for (int64_t s = 0; s < a.S; ++s) most = vmax(load_some(a.log_p + at(s), n, A(0)), most);
-    for (int64_t s = 0; s < a.S; ++s) {
-      const V e = vexp(load_some(a.log_p + at(s), n, A(0)) - most);
-      store_some(a.weights + at(s), e, n);
-      sum += e;
-    }
-    for (int64_t s = 0; s < a.S; ++s) store_some(a.weights + at(s), load_some(a.weights + at(s), n, A(0)) / sum, n);
-    store_some(a.bound + unit, most + vlog(sum / samples), n);
+    for (int64_t s = 0; s < a.S; ++s) most = vmax(likelihoods(s), most);
+    for (int64_t s = 0; s < a.S; ++s) sum += vexp(likelihoods(s) - most);
+    for (int64_t s = 0; s < a.S; ++s) store_lanes(a.weights + s * units + unit, vexp(likelihoods(s) - most) / sum, n);
+    store_lanes(a.bound + unit, most + vlog(sum / samples), n);
     for (int64_t j = 0; j < n; ++j)
       if (!(sum[j] >= A(1))) weigh_unit(a, unit + j);  // NaN: a sample is NaN, or every one is -infinity
   }
@@ -198,17 +209,38 @@ void weigh(const LossArguments<T, A>& a, int64_t first, int64_t last) {
 
 // ---- all steps on units [first, last), block by block ----
 
+// In rows: the gradients of a block are written while the next block is read.
+template <class T, class A>
+void solve_rows(const LossArguments<T, A>& a, const A* c, const A* outer, A scale, int64_t first, int64_t last) {
+  const bool joint = a.shares_weights(), gradient = a.dlogits != nullptr;
+  const int64_t each = joint ? a.positions_each : 1, unit_bytes = a.S * each * a.C * static_cast<int64_t>(2 * sizeof(T));
+  const int64_t size = std::max<int64_t>(1, kBlockBytes / std::max<int64_t>(unit_bytes, 1));  // in units
+  const int64_t rows = a.S * std::min(size, last - first) * each;
+  const std::unique_ptr<A[]> memory(new A[6 * rows]);  // of two blocks
+  RowBlock<A> now;
+  for (int64_t unit = first, turn = 0; unit < last || now.last > now.first; turn = 1 - turn) {
+    const int64_t stop = std::min(last, unit + size), p = unit * each, count = (stop - unit) * each;
+    A* max = memory.get() + turn * 3 * rows;
+    const Statistics<A> stats{max, max + rows, p, count, joint ? max + 2 * rows : a.log_p, joint ? p : 0, joint ? count : a.units()};
+    const RowBlock<A> next{p, p + count, stats};
+    row_pass(a, c, scale, next, gradient ? now : RowBlock<A>{});
+    if (joint) join_positions(a, outer, stats, unit, stop);
+    weigh(a, unit, stop);
+    now = next, unit = stop;
+  }
+}
+
 constexpr int64_t kTilesBytes = 512 * 1024;  // of a panel's logits under all noise samples: half of a 1 MiB second level cache
 
 template <class T, class A>
-void solve(const LossArguments<T, A>& a, const A* c, const A* outer, A scale, int64_t first, int64_t last) {
+void solve_panels(const LossArguments<T, A>& a, const A* c, const A* outer, A scale, int64_t first, int64_t last) {
   constexpr int64_t L = lanes<A>;
-  const bool joint = a.shares_weights(), panels = in_panels(a), gradient = a.dlogits != nullptr;
+  const bool joint = a.shares_weights(), gradient = a.dlogits != nullptr;
   const int64_t each = joint ? a.positions_each : 1, tile = a.C * L;
   const int64_t unit_bytes = a.S * each * a.C * static_cast<int64_t>(2 * sizeof(T));
   // A panel's tiles of all noise samples are kept from the first step to the last, if that is not too much.
-  const bool keep_tiles = panels && !joint && a.S * tile * static_cast<int64_t>(sizeof(A)) <= kTilesBytes;
-  const int64_t block = keep_tiles ? L : std::max<int64_t>(panels && !joint ? L : 1, kBlockBytes / std::max<int64_t>(unit_bytes, 1));
+  const bool keep_tiles = !joint && a.S * tile * static_cast<int64_t>(sizeof(A)) <= kTilesBytes;
+  const int64_t block = keep_tiles ? L : std::max<int64_t>(joint ? 1 : L, kBlockBytes / std::max<int64_t>(unit_bytes, 1));
   const int64_t rows = a.S * std::min(block, last - first) * each;
   const std::unique_ptr<A[]> memory(new A[3 * rows + (keep_tiles ? a.S * tile : 0)]);
   A *max = memory.get(), *sum = max + rows, *u = sum + rows, *kept = u + rows;
@@ -230,6 +262,14 @@ void solve(const LossArguments<T, A>& a, const A* c, const A* outer, A scale, in
     }
     unit = stop;
   }
+}
+
+template <class T, class A>
+void solve(const LossArguments<T, A>& a, const A* c, const A* outer, A scale, int64_t first, int64_t last) {
+  if (in_panels(a))
+    solve_panels(a, c, outer, scale, first, last);
+  else
+    solve_rows(a, c, outer, scale, first, last);
 }
 
 // ---- an upstream gradient ----

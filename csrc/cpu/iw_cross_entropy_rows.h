@@ -14,62 +14,103 @@ A maximum(const T* z, int64_t n) {
   return horizontal_max(vmax(vmax(m[0], m[1]), vmax(m[2], m[3])));
 }
 
-// The sum of exp(z[i] - most). Meanwhile as much of what is read next comes from `ahead` in memory, which waits for nothing here.
-template <class T, class A>
-A sum_of_exponentials(const T* z, int64_t n, A most, const T* ahead) {
-  using V = vec<A>;
-  constexpr int L = lanes<A>, kLine = kLineBytes / static_cast<int>(sizeof(T));
-  V sum = splat<V>(A(0));
-  int64_t i = 0;
-  for (; i + kLine <= n; i += kLine) {
-    __builtin_prefetch(ahead + i, 0, 2);  // to the second level: the first holds what is worked on
-#pragma GCC unroll 8
-    for (int k = 0; k < kLine; k += L) sum += vexp(load(z + i + k) - most);
-  }
-  for (; i < n; i += L) sum += vexp(load_some(z + i, n - i, -std::numeric_limits<A>::infinity()) - most);
-  return horizontal_sum(sum);
-}
-
 // A row comes in chunks that the first level of a cache holds between the search for the maximum and the sum.
-constexpr int64_t kChunkBytes = 64 * kLineBytes, kAheadBytes = 2 * kChunkBytes;
+constexpr int64_t kChunkBytes = 32 * kLineBytes, kAheadBytes = 3 * kChunkBytes;
+
+// A row whose softmax is wanted, and the row that is read after it.
+template <class T>
+struct Row {
+  const T* z = nullptr;
+  int64_t classes = 0;
+  const T* next = nullptr;
+};
 
 template <class A>
 struct Softmax {
   A most, sum;  // the maximum, and the sum of exp(z[i] - most)
 };
 
-// Of a row of n classes, before the row that begins at `next` is read.
+// The softmax of a row, in steps, so that other work goes on beside them: while !done(), open_chunk(), line() any number of times,
+// close_chunk().
 template <class T, class A>
-Softmax<A> softmax_of(const T* z, int64_t n, const T* next) {
-  constexpr int64_t kChunk = kChunkBytes / sizeof(T);
-  const int64_t distance = std::min<int64_t>(n, kAheadBytes / sizeof(T));
-  A most = -std::numeric_limits<A>::infinity();
-  double sum = 0;  // in double, rounding errors do not grow with the number of chunks
-  for (int64_t i = 0; i < n; i += kChunk) {
-    const int64_t size = std::min(kChunk, n - i), ahead = i + distance;
-    const A here = maximum<T, A>(z + i, size);
-    if (here > most) {
-      if (i > 0) sum *= std::exp(static_cast<double>(most) - here);
-      most = here;
+class SoftmaxSteps {
+  using V = vec<A>;
+  static constexpr int64_t kLine = kLineBytes / sizeof(T), kChunk = kChunkBytes / sizeof(T);
+  static constexpr A kLeast = -std::numeric_limits<A>::infinity();
+
+  const Row<T> row_;
+  const T* ahead_ = nullptr;
+  int64_t at_ = 0, stop_ = 0;
+  double total_ = 0;  // in double, rounding errors do not grow with the number of chunks
+  A most_ = kLeast;
+  V base_{}, sum_{};
+
+ public:
+  explicit SoftmaxSteps(const Row<T>& row) : row_(row) {}
+
+  bool done() const { return at_ == row_.classes; }
+  Softmax<A> result() const { return {most_, static_cast<A>(total_)}; }
+
+  [[gnu::always_inline]] inline void open_chunk() {
+    stop_ = std::min(row_.classes, at_ + kChunk);
+    const A here = maximum<T, A>(row_.z + at_, stop_ - at_);
+    if (here > most_) {
+      if (at_ > 0) total_ *= std::exp(static_cast<double>(most_) - here);
+      most_ = here;
     }
     // So far only -infinity, and maybe NaN, which has to be found: -infinity less itself would be one too.
-    const A base = most == -std::numeric_limits<A>::infinity() ? A(0) : most;
-    sum += sum_of_exponentials(z + i, size, base, ahead < n ? z + ahead : next + (ahead - n));
+    base_ = splat<V>(most_ == kLeast ? A(0) : most_);
+    sum_ = V{};
+    const int64_t ahead = at_ + std::min<int64_t>(row_.classes, kAheadBytes / sizeof(T));
+    ahead_ = ahead < row_.classes ? row_.z + ahead : row_.next + (ahead - row_.classes);
   }
-  return {most, static_cast<A>(sum)};
+
+  // The chunk's next whole line, if there is one. Meanwhile as much of what is read later comes from memory.
+  [[gnu::always_inline]] inline void line() {
+    if (at_ + kLine > stop_) return;
+    __builtin_prefetch(ahead_, 0, 2);  // to the second level: the first holds what is worked on
+#pragma GCC unroll 8
+    for (int k = 0; k < kLine; k += lanes<A>) sum_ += vexp(load(row_.z + at_ + k) - base_);
+    ahead_ += kLine, at_ += kLine;
+  }
+
+  [[gnu::always_inline]] inline void close_chunk() {
+    while (at_ + kLine <= stop_) line();
+    for (; at_ < stop_; at_ += lanes<A>) sum_ += vexp(load_some(row_.z + at_, stop_ - at_, kLeast) - base_);
+    at_ = stop_;
+    total_ += horizontal_sum(sum_);
+  }
+};
+
+// Elements from p to the next line of memory.
+template <class T>
+inline int64_t to_next_line(const T* p) {
+  return static_cast<int64_t>(-reinterpret_cast<std::size_t>(p) % kLineBytes / sizeof(T));
 }
 
-// dz[i] = gradient(i, n), the n <= L values from class i on, for classes [first, last). `kPastCache`: whole lines, past the caches.
-// fetch(i) comes before each line of them.
-template <bool kPastCache, class A, class T, class Gradient, class Fetch>
-[[gnu::always_inline]] inline void gradient_lines(T* dz, int64_t first, int64_t last, const Gradient gradient, const Fetch fetch) {
+// A value for one class.
+template <class A>
+struct At {
+  int64_t label;  // -1: none
+  A value;
+};
+
+// dz[i] = gradient(i, n), the n <= L values from class i on, for classes [first, last), but at the label. dz may be what gradient reads at
+// the same place. `kPastCache`: whole lines, past the caches. beside(i) comes before each line.
+template <bool kPastCache, class A, class T, class Gradient, class Beside>
+[[gnu::always_inline]] inline void gradient_lines(T* dz, int64_t first, int64_t last, At<A> at, const Gradient& gradient,
+                                                  const Beside& beside) {
   constexpr int L = lanes<A>, kLine = kLineBytes / static_cast<int>(sizeof(T));
+  // A line that is both streamed and written would be read back: the label's is put together in registers.
+  const int64_t with_label = at.label >= first ? at.label - (at.label - first) % kLine : -1;
   int64_t i = first;
   for (; i + kLine <= last; i += kLine) {
-    fetch(i);
+    beside(i);
     vec<A> v[kLine / L];
 #pragma GCC unroll 16
     for (int k = 0; k < kLine; k += L) v[k / L] = gradient(i + k, L);
+    if (i == with_label)
+      for (int k = 0; k < kLine; k += L) v[k / L] = with_lane<A>(v[k / L], at.label - i - k, at.value);
 #pragma GCC unroll 16
     for (int k = 0; k < kLine; k += lanes<T>) {
       if constexpr (kPastCache)
@@ -81,35 +122,23 @@ template <bool kPastCache, class A, class T, class Gradient, class Fetch>
   if constexpr (!kPastCache)
     for (; i < last; i += L) {
       const int64_t n = std::min<int64_t>(L, last - i);
-      store_some(dz + i, gradient(i, n), n);
+      store_some(dz + i, with_lane<A>(gradient(i, n), at.label - i, at.value), n);
     }
 }
 
-// The same for all classes, with `at_label` in the label's place (-1: none). dz may be what gradient reads at the same place.
-template <class A, class T, class Gradient, class Fetch>
-[[gnu::always_inline]] inline void write_gradient(T* dz, int64_t classes, int64_t label, A at_label, bool past_cache,
-                                                  const Gradient& gradient, const Fetch& fetch) {
+// The same, past the caches where that is wanted and lines are whole.
+template <class A, class T, class Gradient, class Beside>
+[[gnu::always_inline]] inline void write_gradient(T* dz, int64_t first, int64_t last, At<A> at, bool past_cache, const Gradient& gradient,
+                                                  const Beside& beside) {
   constexpr int kLine = kLineBytes / static_cast<int>(sizeof(T));
-  int64_t head = classes, tail = classes;  // whole lines from head to tail go past the caches
+  int64_t head = last, tail = last;  // whole lines from head to tail go past the caches
   if (past_cache) {
-    const auto past = static_cast<int64_t>(reinterpret_cast<std::size_t>(dz) % kLineBytes / sizeof(T));  // elements of the line before
-    head = std::min<int64_t>(classes, (kLine - past) % kLine), tail = head + (classes - head) / kLine * kLine;
-    if (tail < classes) __builtin_prefetch(dz + tail, 1);  // the one line here that is read before it is written
+    head = std::min(last, first + to_next_line(dz + first)), tail = head + (last - head) / kLine * kLine;
+    if (tail < last) __builtin_prefetch(dz + tail, 1);  // the one line here that is read before it is written
   }
-  gradient_lines<false, A>(dz, 0, head, gradient, fetch);
-  if (label >= head && label < tail) {  // a line that is both streamed and written would be read back: the label's is put together first
-    const int64_t at = label - (label - head) % kLine;
-    gradient_lines<true, A>(dz, head, at, gradient, fetch);
-    const auto with_label = [=](int64_t i, int64_t n) __attribute__((always_inline)) {
-      return with_lane<A>(gradient(i, n), label - i, at_label);
-    };
-    gradient_lines<true, A>(dz, at, at + kLine, with_label, fetch);
-    gradient_lines<true, A>(dz, at + kLine, tail, gradient, fetch);
-  } else {
-    gradient_lines<true, A>(dz, head, tail, gradient, fetch);
-  }
-  gradient_lines<false, A>(dz, tail, classes, gradient, fetch);
-  if (label >= tail || (label >= 0 && label < head)) dz[label] = from_acc<T>(at_label);
+  gradient_lines<false, A>(dz, first, head, at, gradient, beside);
+  gradient_lines<true, A>(dz, head, tail, at, gradient, beside);
+  gradient_lines<false, A>(dz, tail, last, at, gradient, beside);
 }
 
 // sum over classes of (soft target) * (z - most), and of the soft target alone. Partial sums keep rounding errors from growing with the
@@ -130,84 +159,108 @@ void soft_sums(const LossArguments<T, A>& a, const Target<A>& target, const T* z
   }
 }
 
+// Log-likelihood of a row under its target, once its softmax is known.
 template <class T, class A>
-void row_statistics(const LossArguments<T, A>& a, const A* c, const Statistics<A>& stats, int64_t first, int64_t last) {
-  for (int64_t s = 0; s < a.S; ++s)
-    for (int64_t p = first; p < last; ++p) {
-      const Target<A> target = target_of(a, c, p);
-      A u = A(0);
-      if (!target.ignored) {
-        const T* z = a.row(s, p);
-        const T* next = p + 1 < last ? a.row(s, p + 1) : a.row((s + 1) % a.S, s + 1 < a.S ? first : last);
-        const auto [most, sum] = softmax_of<T, A>(z, a.C, next);
-        const A log_sum = std::log(sum);
-        // u = sum_c q v log p, each term relative to the maximum first, which is exact where logits are large.
-        if (target.label >= 0) u = target.hot * (to_acc(z[target.label]) - most - log_sum);
-        if (has_soft_target(a)) {
-          double weighted, alone;
-          soft_sums(a, target, z, most, weighted, alone);
-          u += static_cast<A>(weighted - alone * log_sum);
-        }
-        u *= target.weight;
-        stats.max[stats.at(s, p)] = most;
-        stats.sum[stats.at(s, p)] = sum;
-      }
-      stats.likelihood(s, p) = a.shares_weights() ? u : unit_log_likelihood(u, target.c);
+void row_likelihood(const LossArguments<T, A>& a, const A* c, const Statistics<A>& stats, int64_t s, int64_t p, Softmax<A> softmax) {
+  const Target<A> target = target_of(a, c, p);
+  A u = A(0);
+  if (!target.ignored) {
+    const T* z = a.row(s, p);
+    const A log_sum = std::log(softmax.sum);
+    // u = sum_c q v log p, each term relative to the maximum first, which is exact where logits are large.
+    if (target.label >= 0) u = target.hot * (to_acc(z[target.label]) - softmax.most - log_sum);
+    if (has_soft_target(a)) {
+      double weighted, alone;
+      soft_sums(a, target, z, softmax.most, weighted, alone);
+      u += static_cast<A>(weighted - alone * log_sum);
     }
+    u *= target.weight;
+    stats.max[stats.at(s, p)] = softmax.most;
+    stats.sum[stats.at(s, p)] = softmax.sum;
+  }
+  stats.likelihood(s, p) = a.shares_weights() ? u : unit_log_likelihood(u, target.c);
 }
 
-constexpr int64_t kReadAheadBytes = 256 * 1024;  // of logits in a block
-constexpr int64_t kNearBytes = 16 * kLineBytes;          // from the second level to the first
+constexpr int64_t kNearBytes = 16 * kLineBytes;  // from the second level to the first
 
+// The softmax of a row.
+template <class T, class A>
+Softmax<A> row_softmax(const Row<T>& row) {
+  SoftmaxSteps<T, A> steps(row);
+  while (!steps.done()) steps.open_chunk(), steps.close_chunk();
+  return steps.result();
+}
+
+// The same while the gradient of position p's row under noise sample s is written: memory is read and written at once.
 // The exponentials are taken anew: that costs less than memory to keep them in, beside logits that are in cache and a gradient that
 // waits for its place in memory.
 template <class T, class A>
-void row_gradients(const LossArguments<T, A>& a, const A* c, A scale, const Statistics<A>& stats, int64_t first, int64_t last) {
+Softmax<A> row_gradient(const LossArguments<T, A>& a, const A* c, A scale, const Statistics<A>& stats, int64_t s, int64_t p,
+                        const Row<T>& other) {
   using V = vec<A>;
+  T* dz = a.drow(s, p);
+  const Target<A> target = target_of(a, c, p);
+  const A w = a.weight(s, p);
+  if (target.ignored || w == A(0)) {  // a row of no weight is finite: NaN would have made the weight NaN
+    std::fill(dz, dz + a.C, T{});
+    return row_softmax<T, A>(other);
+  }
+  const T* z = a.row(s, p);
+  const A most = stats.max[stats.at(s, p)], outside = w * scale * a.example_weight_of(p), k = outside * target.weight;
+  const A factor = outside * target.c / stats.sum[stats.at(s, p)];
+  A at_label = A(0);
+  if (target.label >= 0) {  // before dz, which may be the same memory, is written
+    at_label = vexp(splat<V>(to_acc(z[target.label]) - most))[0] * factor - k * target.hot;
+    if (a.smoothing > 0) at_label -= k * soft_target(a, target, target.label);
+  }
   const bool past_cache = streams_gradient(a);
-  // The next block's rows come from memory while these go there. Of a block that fills the second level, the next lines of the row itself
-  // come from there: stores past the caches keep what the first level would fetch them with (32000 classes, float32: 0.85 of the time
-  // where the logits were in the third level, 0.95 where they were in memory).
-  const int64_t block = last - first;
-  const bool read_ahead = block * a.S * a.C * static_cast<int64_t>(sizeof(T)) <= kReadAheadBytes;
-  for (int64_t s = 0; s < a.S; ++s)
-    for (int64_t p = first; p < last; ++p) {
-      T* dz = a.drow(s, p);
-      const Target<A> target = target_of(a, c, p);
-      const A w = a.weight(s, p);
-      if (target.ignored || w == A(0)) {  // a row of no weight is finite: NaN would have made the weight NaN
-        std::fill(dz, dz + a.C, T{});
-        continue;
-      }
-      const T* z = a.row(s, p);
-      const A most = stats.max[stats.at(s, p)], outside = w * scale * a.example_weight_of(p), k = outside * target.weight;
-      const A factor = outside * target.c / stats.sum[stats.at(s, p)];
-      A at_label = A(0);
-      if (target.label >= 0) {  // before dz, which may be the same memory, is written
-        at_label = vexp(splat<V>(to_acc(z[target.label]) - most))[0] * factor - k * target.hot;
-        if (a.smoothing > 0) at_label -= k * soft_target(a, target, target.label);
-      }
-      const T* next = p + block < a.positions() ? a.row(s, p + block) : z;
-      // NOTE [always_inline]
-      // g++ 12 takes a function that only prefetches for one without effect, and drops the calls; and what it does not inline here
-      // comes to the loops through memory, in a row behind the stores.
-      const auto from_memory = [=](int64_t i) __attribute__((always_inline)) { __builtin_prefetch(next + i, 0, 2); };
-      const auto from_cache = [=](int64_t i) __attribute__((always_inline)) { __builtin_prefetch(z + i + kNearBytes / sizeof(T), 0, 3); };
-      const auto write = [&](const auto& gradient) __attribute__((always_inline)) {
-        if (read_ahead)
-          write_gradient(dz, a.C, target.label, at_label, past_cache, gradient, from_memory);
-        else
-          write_gradient(dz, a.C, target.label, at_label, past_cache, gradient, from_cache);
-      };
-      const auto likely = [=](int64_t i, int64_t n) __attribute__((always_inline)) {
-        return vexp(load_some(z + i, n, most) - most) * factor;
-      };
-      if (has_soft_target(a))
-        write([&](int64_t i, int64_t n) __attribute__((always_inline)) {
-          return minus_product(likely(i, n), soft_targets(a, target, i, n), splat<V>(k));
-        });
-      else
-        write(likely);
+  // NOTE [always_inline]
+  // g++ 12 takes a function that only prefetches for one without effect, and drops the calls; and what it does not inline here
+  // comes to the loops through memory, in a row behind the stores.
+  const auto write = [&](const auto& gradient) __attribute__((always_inline)) {
+    SoftmaxSteps<T, A> steps(other);
+    const auto beside = [&](int64_t i) __attribute__((always_inline)) {
+      steps.line();
+      __builtin_prefetch(z + i + kNearBytes / sizeof(T), 0, 3);  // stores past the caches keep what this would be fetched with
+    };
+    for (int64_t first = 0, last = to_next_line(dz); first < a.C; first = last) {
+      last = std::min<int64_t>(a.C, last + kChunkBytes / sizeof(T));
+      const bool reads = !steps.done();
+      if (reads) steps.open_chunk();
+      write_gradient(dz, first, last, At<A>{target.label, at_label}, past_cache, gradient, beside);
+      if (reads) steps.close_chunk();
     }
-  end_of_streams();
+    return steps.result();
+  };
+  const auto likely = [=](int64_t i, int64_t n) __attribute__((always_inline)) {
+    return vexp(load_some(z + i, n, most) - most) * factor;
+  };
+  const auto less_target = [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+    return minus_product(likely(i, n), soft_targets(a, target, i, n), splat<V>(k));
+  };
+  return has_soft_target(a) ? write(less_target) : write(likely);
+}
+
+// Rows of positions [first, last) under all noise samples.
+template <class A>
+struct RowBlock {
+  int64_t first = 0, last = 0;
+  Statistics<A> stats{};
+};
+
+// Statistics of the rows in `reads`, beside gradients of the rows in `writes`.
+template <class T, class A>
+void row_pass(const LossArguments<T, A>& a, const A* c, A scale, const RowBlock<A>& reads, const RowBlock<A>& writes) {
+  const int64_t read = reads.last - reads.first, written = writes.last - writes.first;
+  for (int64_t s = 0; s < a.S; ++s)
+    for (int64_t j = 0; j < std::max(read, written); ++j) {
+      const int64_t p = reads.first + j;
+      Row<T> row;
+      if (j < read && !a.ignored(p))
+        row = {a.row(s, p), a.C, j + 1 < read ? a.row(s, p + 1) : a.row((s + 1) % a.S, s + 1 < a.S ? reads.first : reads.last)};
+      const Softmax<A> softmax =
+          j < written ? row_gradient(a, c, scale, writes.stats, s, writes.first + j, row) : row_softmax<T, A>(row);
+      if (j < read) row_likelihood(a, c, reads.stats, s, p, softmax);
+    }
+  if (written > 0) end_of_streams();
 }
