@@ -48,10 +48,12 @@ backend.define("iw_cross_entropy_scale_", "(Tensor(a!) dlogits, Tensor factor) -
 
 
 class _IWCrossEntropy(torch.autograd.Function):
-    """loss, log_p, weights, bound of logits [S*B, C, ...]; saves dlogits for an upstream gradient of one."""
+    """loss, log_p, weights, bound of logits [S*B, C, ...], and what a second derivative comes through; saves dlogits for an upstream
+    gradient of one.
+    """
 
     @staticmethod
-    def forward(ctx, logits: Tensor, anchor: Tensor | None, target: Tensor, samples: int, inplace: bool, process_group, *options):
+    def forward(ctx, logits: Tensor, target: Tensor, samples: int, inplace: bool, process_group, *options):
         need_gradient = ctx.needs_input_grad[0]
         rows = _with_positions(logits.detach())  # a view that autograd tracks could not be unpacked after a change in place
         alpha, reduction = options[-3], options[-1]
@@ -74,14 +76,17 @@ class _IWCrossEntropy(torch.autograd.Function):
                 dlogits = _scale(dlogits, share, samples, out=dlogits)
         ctx.mark_non_differentiable(log_p, weights, bound)
         ctx.set_materialize_grads(False)
+        # An output that nobody else sees, for the graph behind it: not the logits' values or memory, nor a loss that users scale in place.
+        anchor = None
         if need_gradient:
+            anchor = None if torch.compiler.is_compiling() else loss.new_empty(0)
             ctx.save_for_backward(dlogits, anchor)
             ctx.samples, ctx.per_unit, ctx.shape = samples, reduction == 0, logits.shape
-        return loss, log_p, weights, bound
+        return loss, log_p, weights, bound, anchor
 
     @staticmethod
     def backward(ctx, dloss: Tensor | None, *_):
-        none = (None,) * 14
+        none = (None,) * 13
         if dloss is None:
             return None, *none
         dlogits, anchor = ctx.saved_tensors
@@ -225,9 +230,7 @@ def iw_cross_entropy(
         level == "position",
         REDUCTIONS.index("sum" if late else reduction),
     )
-    # What a second derivative would come through: nothing of the logits' values or memory, but their graph.
-    anchor = logits[:0].clone() if logits.requires_grad and not torch.compiler.is_compiling() else None
-    loss, log_p, w, bound = _IWCrossEntropy.apply(logits, anchor, target.contiguous(), samples, inplace, process_group, *options)
+    loss, log_p, w, bound, _ = _IWCrossEntropy.apply(logits, target.contiguous(), samples, inplace, process_group, *options)
     if late:
         n = _denominator(*operands[:-1], ignore_index, loss.dtype) if normalizer is None else normalizer
         loss = loss * torch.where(n == 0, 0, 1 / n)

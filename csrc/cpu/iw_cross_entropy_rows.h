@@ -14,7 +14,8 @@ A maximum(const T* z, int64_t n) {
   return horizontal_max(vmax(vmax(m[0], m[1]), vmax(m[2], m[3])));
 }
 
-// A row comes in chunks that the first level of a cache holds between the search for the maximum and the sum.
+// A row comes in chunks that the first level of a cache holds between the search for the maximum and the sum, beside the gradient of
+// another row. Half as much, twice as much, or one chunk less ahead took 2 to 6% longer (1000 and 32000 classes, Xeon).
 constexpr int64_t kChunkBytes = 32 * kLineBytes, kAheadBytes = 3 * kChunkBytes;
 
 // A row whose softmax is wanted, and the row that is read after it.
@@ -31,7 +32,7 @@ struct Softmax {
 };
 
 // The softmax of a row, in steps, so that other work goes on beside them: while !done(), open_chunk(), line() any number of times,
-// close_chunk().
+// close_chunk(). finish() takes the steps that are left.
 template <class T, class A>
 class SoftmaxSteps {
   using V = vec<A>;
@@ -49,7 +50,6 @@ class SoftmaxSteps {
   explicit SoftmaxSteps(const Row<T>& row) : row_(row) {}
 
   bool done() const { return at_ == row_.classes; }
-  Softmax<A> result() const { return {most_, static_cast<A>(total_)}; }
 
   [[gnu::always_inline]] inline void open_chunk() {
     stop_ = std::min(row_.classes, at_ + kChunk);
@@ -79,6 +79,12 @@ class SoftmaxSteps {
     for (; at_ < stop_; at_ += lanes<A>) sum_ += vexp(load_some(row_.z + at_, stop_ - at_, kLeast) - base_);
     at_ = stop_;
     total_ += horizontal_sum(sum_);
+  }
+
+  // What is left, all at once.
+  [[gnu::always_inline]] inline Softmax<A> finish() {
+    while (!done()) open_chunk(), close_chunk();
+    return {most_, static_cast<A>(total_)};
   }
 };
 
@@ -126,7 +132,7 @@ template <bool kPastCache, class A, class T, class Gradient, class Beside>
     }
 }
 
-// The same, past the caches where that is wanted and lines are whole.
+// The same; past the caches where that is wanted and lines are whole.
 template <class A, class T, class Gradient, class Beside>
 [[gnu::always_inline]] inline void write_gradient(T* dz, int64_t first, int64_t last, At<A> at, bool past_cache, const Gradient& gradient,
                                                   const Beside& beside) {
@@ -183,15 +189,13 @@ void row_likelihood(const LossArguments<T, A>& a, const A* c, const Statistics<A
 
 constexpr int64_t kNearBytes = 16 * kLineBytes;  // from the second level to the first
 
-// The softmax of a row.
 template <class T, class A>
 Softmax<A> row_softmax(const Row<T>& row) {
-  SoftmaxSteps<T, A> steps(row);
-  while (!steps.done()) steps.open_chunk(), steps.close_chunk();
-  return steps.result();
+  return SoftmaxSteps<T, A>(row).finish();
 }
 
-// The same while the gradient of position p's row under noise sample s is written: memory is read and written at once.
+// The same while the gradient of position p's row under noise sample s is written: memory is read and written at once, which takes less
+// time than one after the other (32000 classes, float32: 0.82 to 0.88 of it).
 // The exponentials are taken anew: that costs less than memory to keep them in, beside logits that are in cache and a gradient that
 // waits for its place in memory.
 template <class T, class A>
@@ -230,7 +234,7 @@ Softmax<A> row_gradient(const LossArguments<T, A>& a, const A* c, A scale, const
       write_gradient(dz, first, last, At<A>{target.label, at_label}, past_cache, gradient, beside);
       if (reads) steps.close_chunk();
     }
-    return steps.result();
+    return steps.finish();  // the gradient may have had a chunk less, of which the first is longer
   };
   const auto likely = [=](int64_t i, int64_t n) __attribute__((always_inline)) {
     return vexp(load_some(z + i, n, most) - most) * factor;
