@@ -34,23 +34,12 @@ inline Pair<vfloat> normal_pairs(vint a, vint b) {
   const vint e = (bits - kSqrtHalf) >> 23;
   const vint near_one = (vint)(d > splat<vfloat>(-0.25f)) & upper;
   const vfloat f = select(near_one, d, (vfloat)(bits - (e << 23)) - 1.0f);
-  vfloat log = f * kLog7 + kLog6;
-  log = log * f + kLog5;
-  log = log * f + kLog4;
-  log = log * f + kLog3;
-  log = log * f + kLog2;
-  log = log * f + kLog1;
-  log = log * f + kLog0;
+  const vfloat log = polynomial(f, {kLog7, kLog6, kLog5, kLog4, kLog3, kLog2, kLog1, kLog0});
   const vfloat r = vsqrt(__builtin_convertvector(e, vfloat) * kLn2 + log * f);
 
   const vint turned = (vint)((vuint)b + 0x20000000u);
   const vfloat h = (vfloat)((turned >> 7 & 0x7FFFFF) | 0x3F800000) - 1.5f, h2 = h * h;
-  vfloat s = h2 * kSin7 + kSin5;
-  s = s * h2 + kSin3;
-  s = (s * h2 + kSin1) * h;
-  vfloat c = h2 * kCos6 + kCos4;
-  c = c * h2 + kCos2;
-  c = c * h2 + 1.0f;
+  const vfloat s = polynomial(h2, {kSin7, kSin5, kSin3, kSin1}) * h, c = polynomial(h2, {kCos6, kCos4, kCos2, 1.0f});
   const vint odd = turned << 1 >> 31, sign = splat<vint>(INT32_MIN);
   const vint cos_sign = (vint)((vuint)turned + 0x40000000u) & sign, sin_sign = turned & sign;
   return {r * (vfloat)((vint)select(odd, s, c) ^ cos_sign), r * (vfloat)((vint)select(odd, c, s) ^ sin_sign)};

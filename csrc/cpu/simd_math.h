@@ -65,6 +65,15 @@ inline V minus_product(V a, V b, V c) {
 inline vfloat select(vint mask, vfloat v, vfloat w) { return (vfloat)(((vint)v & mask) | ((vint)w & ~mask)); }
 inline vdouble select(vlong mask, vdouble v, vdouble w) { return (vdouble)(((vlong)v & mask) | ((vlong)w & ~mask)); }
 
+// ((c[0] x + c[1]) x + ...) x + c[N - 1]
+template <std::size_t N>
+[[gnu::always_inline]] inline vfloat polynomial(vfloat x, const float (&c)[N]) {
+  vfloat p = x * c[0] + c[1];
+#pragma GCC unroll 16
+  for (std::size_t i = 2; i < N; ++i) p = p * x + c[i];
+  return p;
+}
+
 // exp(x) for x <= 0, within (1 + |x|) * 8.3e-8 of its value, most of it the rounding of x; exactly 0 for -infinity, NaN for NaN. Below
 // -86.6, where the normal range of float comes to its end, AVX-512 gives subnormals and the others give 0.
 inline vfloat vexp(vfloat x) {
@@ -72,23 +81,15 @@ inline vfloat vexp(vfloat x) {
   const vfloat t = x * 1.44269504088896341f;
 #if IWSGD_AVX512
   const vfloat f = (vfloat)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // in [0, 1); 0 for -infinity
-  vfloat p = f * 2.1612914956e-4f + 1.2467846446e-3f;
-  p = p * f + 9.6754515670e-3f;
-  p = p * f + 5.5485280619e-2f;
-  p = p * f + 2.4022930555e-1f;
-  p = p * f + 6.9314704444e-1f;
-  p = p * f + 1.0f;
+  const vfloat p = polynomial(f, {2.1612914956e-4f, 1.2467846446e-3f, 9.6754515670e-3f, 5.5485280619e-2f, 2.4022930555e-1f,
+                                  6.9314704444e-1f, 1.0f});
   return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)t);  // takes the integer below t itself
 #else
   const vfloat magic = splat<vfloat>(12583039.0f);  // 1.5 * 2^23 + 127: adding it rounds, and leaves the exponent of 2^n in the low bits
   const vfloat shifted = t + magic;
   const vfloat f = t - (shifted - magic);  // in [-1/2, 1/2]
-  vfloat p = f * 1.4902517689e-4f + 1.3389582111e-3f;
-  p = p * f + 9.6200179572e-3f;
-  p = p * f + 5.5503651828e-2f;
-  p = p * f + 2.4022636856e-1f;
-  p = p * f + 6.9314718334e-1f;
-  p = p * f + 1.0f;
+  const vfloat p = polynomial(f, {1.4902517689e-4f, 1.3389582111e-3f, 9.6200179572e-3f, 5.5503651828e-2f, 2.4022636856e-1f,
+                                  6.9314718334e-1f, 1.0f});
   const vint in_range = ~(vint)(t < splat<vfloat>(-125.0f));  // NaN is in range
   // A product, not a sum of exponents: to a NaN's bits those of its payload would be added, which may make a number of it.
   return (vfloat)((vint)(p * (vfloat)((vint)shifted << 23)) & in_range);
@@ -107,14 +108,8 @@ inline vfloat vlog(vfloat x) {
   const vfloat m = (vfloat)(bits - (e << 23)) - 1.0f;
   const vfloat ef = __builtin_convertvector(e, vfloat);
   // Minimax polynomial of (log(1+m) - m + m^2/2) / m^3, of Moshier's Cephes library.
-  vfloat p = m * 7.0376836292e-2f + -1.1514610310e-1f;
-  p = p * m + 1.1676998740e-1f;
-  p = p * m + -1.2420140846e-1f;
-  p = p * m + 1.4249322787e-1f;
-  p = p * m + -1.6668057665e-1f;
-  p = p * m + 2.0000714765e-1f;
-  p = p * m + -2.4999993993e-1f;
-  p = p * m + 3.3333331174e-1f;
+  const vfloat p = polynomial(m, {7.0376836292e-2f, -1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f,
+                                  -1.6668057665e-1f, 2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f});
   const vfloat m2 = m * m;
   vfloat y = p * m * m2 + ef * -2.12194440e-4f - m2 * 0.5f;
   y = (m + y) + ef * 0.693359375f;
