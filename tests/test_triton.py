@@ -118,6 +118,8 @@ class TestMissing:
 @needs_triton
 @pytest.mark.skipif(_interpreter_fails(), reason="Triton 3.6 cannot interpret beside NumPy 2.5 or later")
 class TestInterpreter:
+    FILES = ("tests/test_triton_interpreter.py", "tests/test_triton_interpreter_loss.py")
+
     def test_environment(self):
         """IWSGD_BACKEND=triton on CPU tensors, in a process that interprets, with the noise of any other backend."""
         code = "import torch, iwsgd_ext as iw; print(iw.backend_info()['cpu']); "
@@ -137,11 +139,11 @@ class TestInterpreter:
     def test_generator_and_a_case_of_each_kernel(self):
         """The words and masks of csrc/philox.h; one call of noise and gradient; the loss in each of its three forms."""
         chosen = "known_answers or headers or test_noise[elements-expand-torch.float32] or gradient_sums and rows and float32 and not time"
-        self.run("tests/test_triton_interpreter.py", "-k", f"{chosen} or test_loss[digits-labels")
+        self.run(*self.FILES, "-k", f"{chosen} or test_loss[digits-labels")
 
     @pytest.mark.slow
     def test_kernels(self):
-        self.run("tests/test_triton_interpreter.py")
+        self.run(*self.FILES)
 
     @pytest.mark.slow
     def test_some_of_the_tests_of_every_backend(self):
