@@ -2,6 +2,11 @@
 
 Chosen once, by ``IWSGD_BACKEND`` or :func:`set_backend`; otherwise the best that there is for a tensor's device. The noise is the same
 on all of them. Every op goes through :func:`define`, which gives it its schema, and :func:`op`, which says what runs it.
+
+NOTE [Exported graphs]
+torch.export writes down the ops that an autograd Function calls, and forgets the Function: a module that is made of the graph would
+train without their gradients, in silence. So an exported graph gets ops of its own, ``torch.ops.iwsgd_graph``, which have a derivative
+and are run by the backend of the machine that they run on; :func:`apply` leaves the Function out. Elsewhere Functions cost less.
 """
 
 import importlib
@@ -9,13 +14,16 @@ import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import reference
 
 NAMES = ("reference", "cpu", "cuda", "triton")
 NAMESPACES = ("iwsgd_ext", "iwsgd_triton")  # of torch.ops: the compiled forms, by the tensor's device; Triton's, on any device
+GRAPHS = "iwsgd_graph"  # NOTE [Exported graphs]
 # A kernel takes memory order as given, so a compiler must not change it behind its back: exact strides.
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 LEAST_TRITON = (3, 6)
@@ -28,22 +36,75 @@ HOW_TO_GET = {
 
 _forced: str | None = None
 _ops: list[str] = []
+_differentiable: set[str] = set()  # those with a form for exported graphs
 _built: dict[str, bool] = {"reference": True, "cpu": False, "cuda": False, "triton": False}
 _missing: dict[str, str] = {}  # name -> why a backend that could be there is not
 _triton_version = ""
 _interpreting = False  # whether Triton interprets its kernels, on the CPU, in this process
 
 
-def define(name: str, schema: str, fake: Callable) -> None:
-    """An op of the library: its schema and what it returns for fake tensors, for every backend's form of it."""
+def define(name: str, schema: str, fake: Callable, derivative: Callable | None = None, keeps: int = 0) -> None:
+    """An op of the library: its schema and what it returns for fake tensors, for every backend's form of it.
+
+    Args:
+        derivative: gives the gradient of the op's first argument, of (gradients of the outputs, the other arguments, the last ``keeps``
+            outputs), three tuples. For exported graphs; ops that change their arguments have none.
+    """
     _ops.append(name)
     for namespace in NAMESPACES:
         torch.library.define(f"{namespace}::{name}", schema, tags=TAGS)
         torch.library.register_fake(f"{namespace}::{name}", fake)
+    if derivative is not None:
+        _differentiable.add(name)
+        _define_for_graphs(f"{GRAPHS}::{name}", schema, fake, derivative, keeps)
+        torch.library.impl(f"{GRAPHS}::{name}", "CompositeExplicitAutograd", lambda *a: _op_here(name, a[0].device)(*a))
+
+
+def _define_for_graphs(name: str, schema: str, fake: Callable, derivative: Callable, keeps: int) -> None:
+    torch.library.define(name, schema, tags=TAGS)
+    torch.library.register_fake(name, fake)
+
+    def setup(ctx, inputs, output):
+        outputs = output if isinstance(output, tuple) else (output,)
+        ctx.others = [None if isinstance(v, Tensor) else v for v in inputs[1:]]
+        ctx.save_for_backward(*(v if isinstance(v, Tensor) else None for v in inputs[1:]), *outputs[len(outputs) - keeps :])
+
+    def backward(ctx, *gradients):
+        n = len(ctx.others)
+        others = tuple(v if saved is None else saved for v, saved in zip(ctx.others, ctx.saved_tensors[:n], strict=True))
+        return derivative(gradients, others, ctx.saved_tensors[n:]), *[None] * n
+
+    torch.library.register_autograd(name, backward, setup_context=setup)
 
 
 def op(name: str, device: torch.device) -> Callable:
     """What runs an op on tensors of ``device``: a callable that takes the arguments of its schema."""
+    if torch.compiler.is_exporting() and name in _differentiable:
+        return getattr(torch.ops.iwsgd_graph, name).default
+    return _op_here(name, device)
+
+
+class _NoContext:
+    """What an autograd Function's forward finds where nothing goes backward through it."""
+
+    def __init__(self, arguments: tuple):
+        self.needs_input_grad = [isinstance(v, Tensor) and v.requires_grad for v in arguments]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
+
+    def set_materialize_grads(self, value: bool) -> None: ...
+
+
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """``function.apply(*arguments)``. NOTE [Exported graphs]"""
+    if torch.compiler.is_exporting():
+        return function.forward(_NoContext(arguments), *arguments)
+    return function.apply(*arguments)
+
+
+def _op_here(name: str, device: torch.device) -> Callable:
     chosen = backend_of(device)
     if chosen == "reference":
         return getattr(reference, name)

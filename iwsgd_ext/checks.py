@@ -167,7 +167,10 @@ def check_logits(logits: Tensor, target: Tensor, samples: int) -> None:
 
 def check_inplace(logits: Tensor) -> None:
     """Whether a gradient can be written over the logits."""
-    check(not (logits.is_leaf and logits.requires_grad), "inplace", "logits that a model computed", "a leaf that requires grad")
+    origin = logits if logits._base is None or torch.compiler.is_compiling() else logits._base
+    check(
+        not (origin.is_leaf and origin.requires_grad), "inplace", "logits that a model computed", "a leaf that requires grad, or its view"
+    )
     expanded = any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True))
     check(not expanded, "inplace", "logits with memory for each element", f"an expanded tensor, strides {logits.stride()}")
     mergeable = logits.dim() <= 3 or all(logits.stride(d) == logits.stride(d + 1) * logits.shape[d + 1] for d in range(2, logits.dim() - 1))

@@ -12,8 +12,23 @@ from .checks import check_layer_input, check_rate, check_std
 from .noise import ADDRESS, Rows, Unit, fake_rows, fake_sum
 from .sampling import ambient
 
-backend.define("gaussian", f"(Tensor x, {ADDRESS}, float std, bool multiply, bool expand) -> Tensor", fake_rows)
-backend.define("gaussian_sum", f"(Tensor dy, {ADDRESS}, float std) -> Tensor", fake_sum)
+
+def _derivative(gradients, others, _):
+    *address, std, multiply, expand = others
+    if not multiply:
+        dy, samples = *gradients, address[2]
+        return dy.unflatten(1, (samples, -1)).sum(1) if expand else dy
+    if expand:
+        return torch.ops.iwsgd_graph.gaussian_sum(*gradients, *address, std)
+    return torch.ops.iwsgd_graph.gaussian(*gradients, *address, std, True, False)
+
+
+def _derivative_of_sum(gradients, address_and_std, _):
+    return torch.ops.iwsgd_graph.gaussian(*gradients, *address_and_std, True, True)
+
+
+backend.define("gaussian", f"(Tensor x, {ADDRESS}, float std, bool multiply, bool expand) -> Tensor", fake_rows, _derivative)
+backend.define("gaussian_sum", f"(Tensor dy, {ADDRESS}, float std) -> Tensor", fake_sum, _derivative_of_sum)
 
 
 class Multiply(torch.autograd.Function):
@@ -90,7 +105,7 @@ def gaussian(
         return x
     rows = Rows.of(x, batch_dim)
     address = (samples, stream, first_example, *rows.positions(x.shape, unit))
-    return (Multiply if multiply else Add).apply(x, rows, expand, float(std), origin, sample_ids, *address)
+    return backend.apply(Multiply if multiply else Add, x, rows, expand, float(std), origin, sample_ids, *address)
 
 
 class IWGaussianDropout(nn.modules.dropout._DropoutNd):

@@ -42,7 +42,17 @@ def _fake(logits, *arguments):
     return *_fake_in_place(logits, *arguments), torch.empty_like(logits) if need_gradient else logits.new_empty(0)
 
 
-backend.define("iw_cross_entropy", f"(Tensor logits, {_ARGUMENTS}, bool need_gradient) -> ({_RESULTS}, Tensor dlogits)", _fake)
+def _derivative(gradients, others, kept):
+    """Of the loss alone: the statistics are detached."""
+    (dloss, *_), (_, samples, *_), (dlogits,) = gradients, others, kept
+    if not others[-1]:
+        raise RuntimeError("iw_cross_entropy: this graph was exported without gradients: logits did not require grad then")
+    result = _scale(dlogits.detach(), dloss, samples)
+    return _NoSecondDerivative.apply(result, dloss, dlogits) if torch.is_grad_enabled() else result
+
+
+_SCHEMA = f"(Tensor logits, {_ARGUMENTS}, bool need_gradient) -> ({_RESULTS}, Tensor dlogits)"
+backend.define("iw_cross_entropy", _SCHEMA, _fake, _derivative, keeps=1)
 backend.define("iw_cross_entropy_", f"(Tensor(a!) logits, {_ARGUMENTS}) -> ({_RESULTS})", _fake_in_place)
 backend.define("iw_cross_entropy_scale_", "(Tensor(a!) dlogits, Tensor factor) -> ()", lambda *_: None)
 
@@ -55,9 +65,11 @@ class _IWCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, target: Tensor, samples: int, inplace: bool, process_group, *options):
         need_gradient = ctx.needs_input_grad[0]
-        rows = _with_positions(logits.detach())  # a view that autograd tracks could not be unpacked after a change in place
+        # A view that autograd tracks could not be unpacked after a change in place. Compilers see to that themselves, and torch 2.13's
+        # inductor reads behind logits with gaps that are detached and changed (test_compile_loss.py).
+        rows = _with_positions(logits if torch.compiler.is_compiling() else logits.detach())
         alpha, reduction = options[-3], options[-1]
-        if inplace and need_gradient:
+        if inplace and need_gradient and not torch.compiler.is_exporting():
             results, dlogits = backend.op("iw_cross_entropy_", logits.device)(rows, target, samples, *options), rows
             torch.autograd.graph.increment_version(logits)
         else:
@@ -230,7 +242,8 @@ def iw_cross_entropy(
         level == "position",
         REDUCTIONS.index("sum" if late else reduction),
     )
-    loss, log_p, w, bound, _ = _IWCrossEntropy.apply(logits, target.contiguous(), samples, inplace, process_group, *options)
+    given = logits if torch.is_grad_enabled() else logits.detach()  # a Function does not know
+    loss, log_p, w, bound, _ = backend.apply(_IWCrossEntropy, given, target.contiguous(), samples, inplace, process_group, *options)
     if late:
         n = _denominator(*operands[:-1], ignore_index, loss.dtype) if normalizer is None else normalizer
         loss = loss * torch.where(n == 0, 0, 1 / n)

@@ -128,7 +128,7 @@ def multinomial_noise(
     else:
         moments = root_mean_squares(rows)
         bounds = bounds_of(moments[0] if expand else moments)
-    y = MultinomialNoise.apply(rows, bounds, draws, origin, sample_ids, samples, stream, first_example)
+    y = backend.apply(MultinomialNoise, rows, bounds, draws, origin, sample_ids, samples, stream, first_example)
     return y.view(-1, *moved.shape[1:]).movedim(0, batch_dim)
 
 

@@ -32,8 +32,19 @@ def fake_sum(dy, origin, sample_ids, samples, *_):
     return dy.new_empty(dy.shape[0], dy.shape[1] // samples, dy.shape[2])
 
 
-backend.define("noise", f"(Tensor x, {ADDRESS}, {_LAW}, float shift, float fill, bool expand) -> Tensor", fake_rows)
-backend.define("noise_sum", f"(Tensor dy, {ADDRESS}, {_LAW}) -> Tensor", fake_sum)
+def _derivative(gradients, others, _):
+    *address_and_law, _, _, expand = others
+    if expand:
+        return torch.ops.iwsgd_graph.noise_sum(*gradients, *address_and_law)
+    return torch.ops.iwsgd_graph.noise(*gradients, *address_and_law, 0.0, 0.0, False)
+
+
+def _derivative_of_sum(gradients, address_and_law, _):
+    return torch.ops.iwsgd_graph.noise(*gradients, *address_and_law, 0.0, 0.0, True)
+
+
+backend.define("noise", f"(Tensor x, {ADDRESS}, {_LAW}, float shift, float fill, bool expand) -> Tensor", fake_rows, _derivative)
+backend.define("noise_sum", f"(Tensor dy, {ADDRESS}, {_LAW}) -> Tensor", fake_sum, _derivative_of_sum)
 backend.define("noise_out", f"(Tensor x, {ADDRESS}, {_LAW}, float shift, float fill, bool expand, Tensor(a!) out) -> ()", lambda *_: None)
 
 
@@ -292,7 +303,7 @@ def noise(
     address = (samples, stream, first_example, *rows.positions(x.shape, unit))
     if out is None:
         threshold, thresholds, *affine = law
-        return Noise.apply(x, rows, expand, origin, sample_ids, thresholds, *address, threshold, *affine)
+        return backend.apply(Noise, x, rows, expand, origin, sample_ids, thresholds, *address, threshold, *affine)
     backend.op("noise_out", x.device)(rows.flatten(x), origin, sample_ids, *address, *law, expand, rows.flatten(out))
     torch.autograd.graph.increment_version(out)
     return out

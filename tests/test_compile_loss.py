@@ -124,6 +124,16 @@ def test_dynamic_batch(backend, device):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("view", [lambda x: x[:, 1:].transpose(1, 2), lambda x: x[:, 2], lambda x: x[:, 0, :10]], ids=["T", "row", "part"])
+def test_inductor_inplace_with_gaps(backend, device, view):
+    """Logits between which there is other memory that the compiler has computed too."""
+    x = torch.randn(21, 5, 13, device=device)
+    target = torch.randint(10, (7, *view(x).shape[2:]), device=device)
+    bias = torch.randn(13, device=device)
+    assert_compiled_is_eager(lambda x, y: iw.iw_cross_entropy(view(x + bias), y, 3, inplace=True), x, target, compiler="inductor")
+
+
+@pytest.mark.slow
 def test_inductor(backend, device):
     logits, target = data(device, 3, 7, 10, (5,))
     assert_compiled_is_eager(lambda x, y: iw.iw_cross_entropy(2 * x, y, 3) * 1.5, logits, target, compiler="inductor")
@@ -142,6 +152,38 @@ def test_export(backend, device):
     for size in (7, 63):
         logits, target = data(device, 3, size, 10)
         torch.testing.assert_close(exported.module()(logits, target), iw.iw_cross_entropy(logits, target, 3))
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
+@pytest.mark.parametrize("options", [{}, {"inplace": True}, {"reduction": "none"}, {"level": "position", "alpha": 0.5}], ids=str)
+def test_export_of_training(backend, device, options, strict):
+    """What is made of an exported graph trains, beside another loss too, with the eager gradients; it has no second derivative."""
+
+    class Step(nn.Module):
+        def forward(self, x, y):
+            penalty = x.square().mean()
+            return iw.iw_cross_entropy(x * 2, y, 3, **options) + penalty
+
+    logits, target = data(device, 3, 7, 10, (5,))
+    logits.requires_grad_()
+    exported = torch.export.export(Step(), (logits, target), strict=strict).module()
+    upstream = torch.randn_like(exported(logits, target))
+    eager, other = (torch.autograd.grad(step(logits, target), logits, upstream)[0] for step in (Step(), exported))
+    torch.testing.assert_close(other, eager)
+    (first,) = torch.autograd.grad(exported(logits, target), logits, upstream, create_graph=True)
+    with pytest.raises(RuntimeError, match="iw_cross_entropy has no second derivative"):
+        first.square().sum().backward()
+
+
+def test_exported_without_gradients(backend, device):
+    class Step(nn.Module):
+        def forward(self, x, y):
+            return iw.iw_cross_entropy(x, y, 3)
+
+    logits, target = data(device, 3, 7, 10)
+    exported = torch.export.export(Step(), (logits, target)).module()
+    with pytest.raises(RuntimeError, match="exported without gradients: logits did not require grad"):
+        exported(logits.requires_grad_(), target).backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

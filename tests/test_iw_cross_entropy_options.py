@@ -291,14 +291,23 @@ def test_inplace_marks_the_logits_as_changed(backend, device):
         square.sum().backward()
 
 
+def test_inplace_without_gradients_writes_nothing(backend, device):
+    logits = torch.randn(21, 10, device=device, requires_grad=True) * 1
+    before, target = logits.detach().clone(), torch.randint(10, (7,), device=device)
+    with torch.no_grad():
+        loss = iw.iw_cross_entropy(logits, target, 3, inplace=True)
+    assert torch.equal(logits, before) and torch.equal(loss, iw.iw_cross_entropy(before, target, 3))
+
+
 @pytest.mark.parametrize(
     ("logits", "message"),
     [
         (lambda x: x.requires_grad_(), "a leaf that requires grad"),
-        (lambda x: x.requires_grad_().movedim(2, 3), "adjacent in memory"),
-        (lambda x: x.requires_grad_()[:1].expand(21, 10, 4, 5), "expanded"),
+        (lambda x: x.requires_grad_()[:, :, 1:].flatten(2), "its view"),
+        (lambda x: (x.requires_grad_() * 1).movedim(2, 3), "adjacent in memory"),
+        (lambda x: (x.requires_grad_() * 1)[:1].expand(21, 10, 4, 5), "expanded"),
     ],
-    ids=["leaf", "positions-apart", "expanded"],
+    ids=["leaf", "view-of-leaf", "positions-apart", "expanded"],
 )
 def test_inplace_refused(backend, device, logits, message):
     logits = logits(torch.randn(21, 10, 4, 5, device=device))
