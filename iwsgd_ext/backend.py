@@ -43,6 +43,18 @@ _triton_version = ""
 _interpreting = False  # whether Triton interprets its kernels, on the CPU, in this process
 
 
+def constant_in_graphs(function: Callable) -> Callable:
+    """:func:`torch.compiler.assume_constant_result` without its import of the compiler, which takes longer than all of this package."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@constant_in_graphs
+def is_exporting() -> bool:
+    """:func:`torch.compiler.is_exporting`, which torch 2.11 takes for true in what torch.compile compiles."""
+    return torch.compiler.is_exporting()
+
+
 def define(name: str, schema: str, fake: Callable, derivative: Callable | None = None, keeps: int = 0) -> None:
     """An op of the library: its schema and what it returns for fake tensors, for every backend's form of it.
 
@@ -79,7 +91,7 @@ def _define_for_graphs(name: str, schema: str, fake: Callable, derivative: Calla
 
 def op(name: str, device: torch.device) -> Callable:
     """What runs an op on tensors of ``device``: a callable that takes the arguments of its schema."""
-    if torch.compiler.is_exporting() and name in _differentiable:
+    if is_exporting() and name in _differentiable:
         return getattr(torch.ops.iwsgd_graph, name).default
     return _op_here(name, device)
 
@@ -99,7 +111,7 @@ class _NoContext:
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """``function.apply(*arguments)``. NOTE [Exported graphs]"""
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return function.forward(_NoContext(arguments), *arguments)
     return function.apply(*arguments)
 

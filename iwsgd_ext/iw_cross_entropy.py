@@ -69,7 +69,7 @@ class _IWCrossEntropy(torch.autograd.Function):
         # inductor reads behind logits with gaps that are detached and changed (test_compile_loss.py).
         rows = _with_positions(logits if torch.compiler.is_compiling() else logits.detach())
         alpha, reduction = options[-3], options[-1]
-        if inplace and need_gradient and not torch.compiler.is_exporting():
+        if inplace and need_gradient and not backend.is_exporting():
             results, dlogits = backend.op("iw_cross_entropy_", logits.device)(rows, target, samples, *options), rows
             torch.autograd.graph.increment_version(logits)
         else:

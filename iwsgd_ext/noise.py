@@ -5,7 +5,7 @@ given tensor. Saved for backward: the address, nothing that grows with the tenso
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -77,13 +77,7 @@ def draw_origin(device: torch.device) -> Tensor:
 _calls = itertools.count()
 
 
-def constant_in_graphs(function: Callable) -> Callable:
-    """:func:`torch.compiler.assume_constant_result` without its import of the compiler, which takes longer than all of this package."""
-    function._dynamo_marked_constant = True
-    return function
-
-
-@constant_in_graphs
+@backend.constant_in_graphs
 def _number_of_call() -> int:
     return next(_calls)  # once for each call in a graph, when it is traced
 

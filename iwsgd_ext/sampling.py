@@ -9,8 +9,9 @@ from types import FrameType
 import torch
 from torch import Tensor, nn
 
+from .backend import constant_in_graphs
 from .checks import check_integer, check_sample_ids, check_samples
-from .noise import Law, Unit, constant_in_graphs, draw_origin, make_origin, noise
+from .noise import Law, Unit, draw_origin, make_origin, noise
 
 # The compiler takes integers that it reaches from globals for constants: it would compile a block anew for each stream. This names
 # the contexts' counters as dynamic, so that one graph serves all streams.
