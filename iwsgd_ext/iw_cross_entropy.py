@@ -58,9 +58,7 @@ backend.define("iw_cross_entropy_scale_", "(Tensor(a!) dlogits, Tensor factor) -
 
 
 class _IWCrossEntropy(torch.autograd.Function):
-    """loss, log_p, weights, bound of logits [S*B, C, ...], and what a second derivative comes through; saves dlogits for an upstream
-    gradient of one.
-    """
+    """loss, log_p, weights, bound of logits [S*B, C, ...], and an anchor; saves dlogits for an upstream gradient of one."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, target: Tensor, samples: int, inplace: bool, process_group, *options):
@@ -88,10 +86,9 @@ class _IWCrossEntropy(torch.autograd.Function):
                 dlogits = _scale(dlogits, share, samples, out=dlogits)
         ctx.mark_non_differentiable(log_p, weights, bound)
         ctx.set_materialize_grads(False)
-        # An output that nobody else sees, for the graph behind it: not the logits' values or memory, nor a loss that users scale in place.
-        anchor = None
+        # What a second derivative comes through: an output that nobody else sees, with the graph behind it.
+        anchor = loss.new_empty(0) if need_gradient and not torch.compiler.is_compiling() else None
         if need_gradient:
-            anchor = None if torch.compiler.is_compiling() else loss.new_empty(0)
             ctx.save_for_backward(dlogits, anchor)
             ctx.samples, ctx.per_unit, ctx.shape = samples, reduction == 0, logits.shape
         return loss, log_p, weights, bound, anchor

@@ -242,3 +242,12 @@ def test_exported_noise_trains(device, layer, strict):
         results.append((y, dx, *torch.autograd.grad(dx.square().sum(), x)))
     for eager, exported in zip(*results, strict=True):
         torch.testing.assert_close(exported, eager)
+
+
+def test_opcheck_of_exported_ops():
+    ops, x, dy = torch.ops.iwsgd_graph, torch.randn(1, 3, 5, requires_grad=True), torch.randn(1, 6, 5, requires_grad=True)
+    address = (torch.tensor([3, 0, 0]), None, 2, 1, 0, 5, 1)
+    torch.library.opcheck(ops.noise.default, (x, *address, 20000, None, 1.5, 0.5, -0.5, True))
+    torch.library.opcheck(ops.noise_sum.default, (dy, *address, 20000, None, 1.5))
+    torch.library.opcheck(ops.gaussian.default, (x, *address, 0.5, True, True))
+    torch.library.opcheck(ops.gaussian_sum.default, (dy, *address, 0.5))
