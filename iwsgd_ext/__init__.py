@@ -20,7 +20,8 @@ from .dropout import (
 )
 from .evaluation import BoundCurve, bound_curve, predict
 from .gaussian import IWGaussianDropout, IWGaussianNoise
-from .iw_cross_entropy import IWCrossEntropyLoss, iw_cross_entropy
+from .iw_cross_entropy import iw_cross_entropy
+from .iw_cross_entropy_loss import IWCrossEntropyLoss
 from .likelihood import IWLoss, iw_logmeanexp
 from .multinomial import IWMultinomialDropout
 from .recurrent import IWGRU, IWLSTM, IWRNN

@@ -32,7 +32,7 @@ def check_alpha(alpha: float) -> None:
 
 
 def check_probability(p: float, name: str = "p") -> None:
-    if isinstance(p, bool) or not isinstance(p, int | float):
+    if type(p) is not float and (isinstance(p, bool) or not isinstance(p, Real)):
         raise TypeError(f"{name}: expected a number in [0, 1], got {type(p).__name__}")
     check(0.0 <= p <= 1.0, name, "a probability in [0, 1]", p)
 
@@ -99,23 +99,28 @@ def check_sample_ids(sample_ids: Tensor | Sequence[int], samples: int) -> Tensor
     return sample_ids.contiguous()
 
 
-def check_rows(rows: int, samples: int, batch: int) -> None:
-    """The rows of the logits against the targets, with what probably went wrong."""
+def check_rows(name: str, rows: int, samples: int, batch: int) -> None:
+    """The rows of a model's outputs against the targets, with what probably went wrong."""
     if rows == samples * batch:
         return
     if rows == batch:
         diagnosis = (
-            "There is one row for each target: the model is in eval mode, has no noise layer, or ran outside iw.sampling; use samples=1 "
-            "there (IWCrossEntropyLoss.eval() does). Or it expanded another dimension than that of the rows (time-major models take "
-            "batch_dim=1). Or the targets were repeated over the samples, which they must not be."
+            "There is one row for each target. Either the model drew no noise: it is in eval mode (samples=1 there, as the loss' own "
+            ".eval() has it), ran outside of iw.sampling and was not converted (iw.convert), or expanded another dimension than that of "
+            "the rows (time-major models take batch_dim=1). Or the targets were repeated over the samples, which they must not be."
         )
+    elif rows and batch % rows == 0:
+        diagnosis = f"There are {batch // rows} targets for each row: were they repeated over the samples? They must not be."
     elif batch and samples > 1 and rows == samples * samples * batch:
-        diagnosis = "There are samples^2 rows for each target: a second layer expanded rows that were expanded already."
+        diagnosis = (
+            "There are samples^2 rows for each target: rows that were expanded already were expanded again. Of two parts of a model that "
+            "are converted apart each expands: convert one module that holds both, or the first part alone."
+        )
     elif batch and rows % batch == 0:
-        diagnosis = f"The model drew {rows // batch} samples, the loss was told {samples}."
+        diagnosis = f"There are {rows // batch} rows for each target: the model drew another number of samples, or targets are missing."
     else:
-        diagnosis = "The rows are no multiple of the targets: targets must not be repeated over samples, and batches must match."
-    raise ValueError(f"logits: expected {samples} samples * {batch} targets = {samples * batch} rows, got {rows}. {diagnosis}")
+        diagnosis = "The rows are no multiple of the targets: batches must match, and targets must not be repeated over samples."
+    raise ValueError(f"{name}: expected {samples} samples * {batch} targets = {samples * batch} rows, got {rows}. {diagnosis}")
 
 
 def check_loss_options(ignore_index: int, reduction: str, label_smoothing: float, alpha: float, level: str) -> None:
@@ -146,7 +151,8 @@ def check_logits(logits: Tensor, target: Tensor, samples: int) -> None:
     if not isinstance(target, Tensor):
         raise TypeError(f"target: expected a tensor, got {type(target).__name__}")
     if target.dtype != torch.int64 and not target.is_floating_point():
-        raise TypeError(f"target: expected class indices of int64 or floating-point class probabilities, got {target.dtype}")
+        hint = "" if target.dtype == torch.bool or target.dtype.is_complex else "; target.long() makes them"
+        raise TypeError(f"target: expected class indices of int64 or floating-point class probabilities, got {target.dtype}{hint}")
     check_samples(samples)
     check(logits.dim() >= 2, "logits", "[samples * batch, classes, ...]", f"shape {tuple(logits.shape)}")
     check(logits.device == target.device, "target", f"a tensor on the logits' device {logits.device}", target.device)
@@ -162,7 +168,7 @@ def check_logits(logits: Tensor, target: Tensor, samples: int) -> None:
             hint = f". A target of {target.dtype} holds class probabilities; class indices are int64"
         got = f"{tuple(target.shape)} for logits {tuple(logits.shape)}"
         raise ValueError(f"target: expected shape {shape}, got {got}{hint}")
-    check_rows(rows, samples, target.shape[0])
+    check_rows("logits", rows, samples, target.shape[0])
 
 
 def check_inplace(logits: Tensor) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .checks import check
-from .iw_cross_entropy import IWCrossEntropyLoss
+from .likelihood import _IWLoss
 from .stats import IWStats, IWSummary
 
 
@@ -28,7 +28,7 @@ class StatsLogger:
     Evaluation (``criterion.eval()``) is left out.
 
     Args:
-        criterion: the loss; whether it returns its stats or not does not matter, and what it returns does not change.
+        criterion: an IWCrossEntropyLoss or IWLoss; what it returns does not change.
         to: path of a CSV file, or anything with ``add_scalar(tag, value, step)``, as torch.utils.tensorboard.SummaryWriter has, or
             Lightning's ``logger.experiment`` of a TensorBoardLogger. A CSV file that is there is continued, with the steps it has; half a
             row at its end (from a process that was killed) is cut off.
@@ -40,7 +40,7 @@ class StatsLogger:
     torch.compile, where the logger breaks the graph.
 
     Raises:
-        TypeError: a criterion that is no IWCrossEntropyLoss, or nothing to write to.
+        TypeError: a criterion that is neither, or nothing to write to.
         ValueError: every < 1; a file with other columns.
 
     Example:
@@ -54,9 +54,9 @@ class StatsLogger:
         ['step', '2', '4']
     """
 
-    def __init__(self, criterion: IWCrossEntropyLoss, to: str | os.PathLike | Any, every: int = 50, *, prefix: str = "iw/"):
-        if not isinstance(criterion, IWCrossEntropyLoss):
-            raise TypeError(f"criterion: expected an IWCrossEntropyLoss, got {type(criterion).__name__}")
+    def __init__(self, criterion: _IWLoss, to: str | os.PathLike | Any, every: int = 50, *, prefix: str = "iw/"):
+        if not isinstance(criterion, _IWLoss):
+            raise TypeError(f"criterion: expected an IWCrossEntropyLoss or IWLoss, got {type(criterion).__name__}")
         if isinstance(every, bool) or not isinstance(every, int):
             raise TypeError(f"every: expected an int, got {type(every).__name__}")
         check(every >= 1, "every", "a number of steps >= 1", every)

@@ -26,6 +26,7 @@ class _Dropout(nn.modules.dropout._DropoutNd):
 
     def law(self) -> Law:
         """What the noise makes of an element."""
+        check_probability(self.p)  # which may have changed since
         return dropout_law(self.p)
 
     def _check(self, x: Tensor) -> None:
@@ -138,6 +139,7 @@ class IWAlphaDropout(_Dropout):
     """
 
     def law(self) -> Law:
+        check_probability(self.p)
         return alpha_law(self.p)
 
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from .batch_norm import _BatchNormMode
 from .checks import check, check_alpha, check_integer, check_samples
 from .convert import conversion_of
-from .iw_cross_entropy import IWCrossEntropyLoss
+from .iw_cross_entropy_loss import IWCrossEntropyLoss
 from .likelihood import as_arguments
 from .sampling import sampling
 from .subsets import subset_means

@@ -144,6 +144,7 @@ class IWGaussianDropout(nn.modules.dropout._DropoutNd):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
+        check_rate(self.p)  # which may have changed since
         check_layer_input(self, x)
         return gaussian(x, gaussian_std(self.p), True, **ambient(self).place(x, self.batch_dim))
 
@@ -188,6 +189,7 @@ class IWGaussianNoise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
+        check_std(self.std)
         check_layer_input(self, x)
         return gaussian(x, self.std, False, **ambient(self).place(x, self.batch_dim))
 

@@ -1,15 +1,13 @@
 """The loss op: softmax cross-entropy, log-mean-exp over noise samples, importance weights and gradient in one pass."""
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import backend, reference
-from .checks import REDUCTIONS, check, check_inplace, check_logits, check_loss_options, check_option, check_samples
-from .likelihood import as_arguments
+from .checks import REDUCTIONS, check, check_inplace, check_logits, check_loss_options, check_option
 from .stats import IWStats
 
 Reduction = Literal["none", "mean", "sum"]
@@ -58,7 +56,7 @@ backend.define("iw_cross_entropy_scale_", "(Tensor(a!) dlogits, Tensor factor) -
 
 
 class _IWCrossEntropy(torch.autograd.Function):
-    """loss, log_p, weights, bound of logits [S*B, C, ...], and an anchor; saves dlogits for an upstream gradient of one."""
+    """loss, log_p, weights, bound, outer weight of logits [S*B, C, ...], and an anchor; saves dlogits for an upstream gradient of one."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, target: Tensor, samples: int, inplace: bool, process_group, *options):
@@ -84,14 +82,14 @@ class _IWCrossEntropy(torch.autograd.Function):
             loss = -outer * bound if reduction == 0 else -(outer * bound).sum()
             if need_gradient:
                 dlogits = _scale(dlogits, share, samples, out=dlogits)
-        ctx.mark_non_differentiable(log_p, weights, bound)
+        ctx.mark_non_differentiable(log_p, weights, bound, outer)
         ctx.set_materialize_grads(False)
         # What a second derivative comes through: an output that nobody else sees, with the graph behind it.
         anchor = loss.new_empty(0) if need_gradient and not torch.compiler.is_compiling() else None
         if need_gradient:
             ctx.save_for_backward(dlogits, anchor)
             ctx.samples, ctx.per_unit, ctx.shape = samples, reduction == 0, logits.shape
-        return loss, log_p, weights, bound, anchor
+        return loss, log_p, weights, bound, outer, anchor
 
     @staticmethod
     def backward(ctx, dloss: Tensor | None, *_):
@@ -222,7 +220,7 @@ def iw_cross_entropy(
     """
     check_loss_options(ignore_index, reduction, label_smoothing, alpha, level)
     check(normalizer is None or reduction == "mean", "normalizer", "None unless reduction is 'mean'", f"one with {reduction!r}")
-    operands = _operands(logits, target, samples, weight, example_weight, normalizer)
+    operands = operands_of(logits, target, samples, weight, example_weight, normalizer)
     if inplace:
         check_inplace(logits)
     # NOTE [float16 gradients]
@@ -240,19 +238,19 @@ def iw_cross_entropy(
         REDUCTIONS.index("sum" if late else reduction),
     )
     given = logits if torch.is_grad_enabled() else logits.detach()  # a Function does not know
-    loss, log_p, w, bound, _ = backend.apply(_IWCrossEntropy, given, target.contiguous(), samples, inplace, process_group, *options)
+    loss, log_p, w, bound, outer, _ = backend.apply(_IWCrossEntropy, given, target.contiguous(), samples, inplace, process_group, *options)
     if late:
-        n = _denominator(*operands[:-1], ignore_index, loss.dtype) if normalizer is None else normalizer
+        n = denominator_of(*operands[:-1], ignore_index, loss.dtype) if normalizer is None else normalizer
         loss = loss * torch.where(n == 0, 0, 1 / n)
     shape = (target.shape[0], *logits.shape[2:]) if level == "position" else (target.shape[0],)
     if reduction == "none":
         loss = loss.view(shape)
     if not return_stats:
         return loss
-    return loss, IWStats(log_p.view(samples, *shape), w.view(samples, *shape), bound.view(shape))
+    return loss, IWStats(log_p.view(samples, *shape), w.view(samples, *shape), bound.view(shape), (outer != 0).view(shape))
 
 
-def _operands(logits, target, samples, weight, example_weight, normalizer) -> tuple[Tensor | None, ...]:
+def operands_of(logits, target, samples, weight, example_weight, normalizer) -> tuple[Tensor | None, ...]:
     """Target [B, T] or [B, C, T], weights [C], [B] and [B, T] and the normalizer [], checked and in the precision of the loss."""
     check_logits(logits, target, samples)
     acc = torch.promote_types(logits.dtype, torch.float32)
@@ -272,7 +270,7 @@ def _operands(logits, target, samples, weight, example_weight, normalizer) -> tu
     return target, weight, example_weight, position_weight, normalizer
 
 
-def _denominator(target, weight, example_weight, position_weight, ignore_index: int, acc: torch.dtype) -> Tensor:
+def denominator_of(target, weight, example_weight, position_weight, ignore_index: int, acc: torch.dtype) -> Tensor:
     """The sum of d, as the kernels have it: weights of the labels that are not ignored; 1 for probabilities."""
     if target.dtype == torch.int64:
         counted = target != ignore_index
@@ -281,124 +279,3 @@ def _denominator(target, weight, example_weight, position_weight, ignore_index: 
         d = torch.ones(target.shape[0], target.shape[2], dtype=acc, device=target.device)
     d = d if position_weight is None else d * position_weight
     return (d if example_weight is None else d * example_weight[:, None]).sum()
-
-
-def _outer_weight(target, weight, position_weight, ignore_index: int, smoothing: float, per_position: bool, acc: torch.dtype) -> Tensor:
-    """The outer weight of each unit, without the weight of its example: c [B*T], or its mean over what counts [B]."""
-    if target.dtype == torch.int64:
-        counted = target != ignore_index
-        c = counted.to(acc)
-        if weight is not None:
-            c = c * ((1 - smoothing) * weight[torch.where(counted, target, 0)] + smoothing * weight.mean())
-    else:
-        counted = torch.ones(target.shape[0], target.shape[2], dtype=torch.bool, device=target.device)
-        q = (1 - smoothing) * target + smoothing / target.shape[1]
-        c = q.sum(1) if weight is None else (q * weight[:, None]).sum(1)
-    c = c if position_weight is None else c * position_weight
-    return c.flatten() if per_position else c.sum(1) / counted.sum(1).clamp(min=1)
-
-
-class IWCrossEntropyLoss(nn.Module):
-    """Importance weighted cross-entropy as a module; see :func:`iw_cross_entropy` for the formula and the options.
-
-    In eval mode it takes one row for each target (``samples=1``), as a model in eval mode returns them.
-
-    Args:
-        samples: S, the number of noise samples of each example in training.
-        **options: as :func:`iw_cross_entropy`.
-
-    ``observers`` is a list of functions that are called with the :class:`IWStats` of each training forward (see :class:`StatsLogger`).
-
-    Example:
-        >>> import torch, iwsgd_ext as iw
-        >>> criterion = iw.IWCrossEntropyLoss(samples=4, label_smoothing=0.1)
-        >>> criterion(torch.randn(4 * 8, 10), torch.randint(10, (8,))).shape
-        torch.Size([])
-        >>> criterion.eval()(torch.randn(8, 10), torch.randint(10, (8,))).shape
-        torch.Size([])
-    """
-
-    def __init__(
-        self,
-        samples: int,
-        *,
-        weight: Tensor | None = None,
-        ignore_index: int = -100,
-        reduction: Reduction = "mean",
-        label_smoothing: float = 0.0,
-        alpha: float = 1.0,
-        level: Level = "example",
-        inplace: bool = False,
-        process_group=None,
-        return_stats: bool = False,
-    ):
-        super().__init__()
-        check_samples(samples)
-        check_loss_options(ignore_index, reduction, label_smoothing, alpha, level)
-        self.samples = samples
-        self.observers: list[Callable[[IWStats], None]] = []
-        self.register_buffer("weight", weight)
-        self.options = {
-            "ignore_index": ignore_index,
-            "reduction": reduction,
-            "label_smoothing": label_smoothing,
-            "alpha": alpha,
-            "level": level,
-            "inplace": inplace,
-            "process_group": process_group,
-            "return_stats": return_stats,
-        }
-
-    def forward(
-        self, logits: Tensor, target: Tensor, *, example_weight: Tensor | None = None, normalizer: float | Tensor | None = None
-    ) -> Tensor | tuple[Tensor, IWStats]:
-        samples, options = (self.samples, self.options) if self.training else (1, {**self.options, "process_group": None})
-        observers = self.observers if self.training else ()
-        options = {**options, "weight": self.weight, "example_weight": example_weight, "normalizer": normalizer}
-        if not observers:
-            return iw_cross_entropy(logits, target, samples, **options)
-        loss, stats = iw_cross_entropy(logits, target, samples, **{**options, "return_stats": True})
-        for observe in observers:
-            observe(stats)
-        return (loss, stats) if options["return_stats"] else loss
-
-    @property
-    def alpha(self) -> float:
-        return self.options["alpha"]
-
-    def log_likelihood(self, outputs: Tensor, targets: Any, samples: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What the loss is made of: loss = -sum(outer * L) / denominator with L the bound of log_p (see :func:`iw_logmeanexp`).
-
-        Args:
-            outputs: logits [K*B, C, ...]; log_p has one derivative with respect to them.
-            targets: the target, or a dict of what the loss takes after the logits: target, example_weight, normalizer.
-            samples: K, whatever ``self.samples`` is.
-
-        Returns:
-            log_p [K, units], outer weight [units] and denominator [] (1 but for reduction "mean"). A unit is an example, or at level
-            "position" a position.
-        """
-        args, named = as_arguments(targets)
-        return self._log_likelihood(outputs, samples, *args, **named)
-
-    def _log_likelihood(self, logits, samples, target, *, example_weight=None, normalizer=None):
-        per_position, reduction = self.options["level"] == "position", self.options["reduction"]
-        check(normalizer is None or reduction == "mean", "normalizer", "None unless reduction is 'mean'", f"one with {reduction!r}")
-        operands = _operands(logits, target, samples, self.weight, example_weight, normalizer)
-        _, weight, per_example, position_weight, normalizer = operands
-        of_positions = example_weight if position_weight is not None else None
-        rows, of_positions = (None if x is None else x.expand(samples, *x.shape).flatten(0, 1) for x in (target, of_positions))
-        options = {name: self.options[name] for name in ("ignore_index", "label_smoothing", "level")}
-        # Every row for itself, as an example with one sample: its cost is -outer * log p.
-        cost = iw_cross_entropy(logits, rows, 1, weight=weight, reduction="none", example_weight=of_positions, **options)
-        ignore_index, smoothing, acc = options["ignore_index"], options["label_smoothing"], cost.dtype
-        outer = _outer_weight(operands[0], weight, position_weight, ignore_index, smoothing, per_position, acc)
-        log_p = torch.where(outer > 0, -cost.view(samples, -1) / torch.where(outer > 0, outer, 1), 0)
-        if per_example is not None:
-            outer = outer * (per_example.repeat_interleave(operands[0].shape[-1]) if per_position else per_example)
-        if reduction != "mean":
-            return log_p, outer, outer.new_ones(())
-        return log_p, outer, _denominator(*operands[:-1], ignore_index, acc) if normalizer is None else normalizer
-
-    def extra_repr(self) -> str:
-        return f"samples={self.samples}, " + ", ".join(f"{name}={value!r}" for name, value in self.options.items())

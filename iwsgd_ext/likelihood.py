@@ -1,6 +1,6 @@
 """Any likelihood: the bound from log-likelihoods that somebody else computed, and from torch's per-element criteria."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from . import reference
-from .checks import check_alpha, check_samples
+from .checks import check_alpha, check_rows, check_samples
+from .stats import IWStats
 
 
 def as_arguments(value: Any) -> tuple[tuple, dict]:
@@ -49,14 +50,34 @@ def iw_logmeanexp(log_p: Tensor, samples: int, alpha: float = 1.0) -> Tensor:
     check_samples(samples)
     check_alpha(alpha)
     if log_p.dim() == 2 and log_p.shape[0] != samples:
-        raise ValueError(f"log_p: expected [{samples}, B] for samples={samples}, got {tuple(log_p.shape)}")
+        hint = "; one number for each example is wanted, summed over its parts: log_p.sum(1), or log_p.squeeze(1) of one part"
+        hint = hint if log_p.shape[0] % samples == 0 else ""
+        raise ValueError(f"log_p: expected [{samples}, B] or [{samples}*B] for samples={samples}, got {tuple(log_p.shape)}{hint}")
     if log_p.dim() not in (1, 2) or log_p.shape[0] % samples != 0:
         raise ValueError(f"log_p: expected [S*B] or [S, B] with S={samples}, got {tuple(log_p.shape)}")
     log_p = log_p.to(torch.promote_types(log_p.dtype, torch.float32))
     return reference.logmeanexp(log_p.reshape(samples, -1), alpha)
 
 
-class IWLoss(nn.Module):
+class _IWLoss(nn.Module):
+    """What the losses share: S in training and 1 in eval mode, alpha, and who is told of each training forward's statistics."""
+
+    def __init__(self, samples: int, alpha: float, return_stats: bool):
+        super().__init__()
+        check_samples(samples)
+        check_alpha(alpha)
+        self.samples = samples
+        self.alpha = alpha
+        self.return_stats = return_stats
+        self.observers: list[Callable[[IWStats], None]] = []
+
+    def _tell(self, loss: Tensor, stats: IWStats) -> Tensor | tuple[Tensor, IWStats]:
+        for observe in self.observers if self.training else ():
+            observe(stats)
+        return (loss, stats) if self.return_stats else loss
+
+
+class IWLoss(_IWLoss):
     """Importance weighting around any criterion of torch with ``reduction="none"``: minus the mean over the batch of the bound.
 
         log p(y_b | x_b, noise_s) = - sum over the elements of example b of criterion(output[s*B + b], target[b])
@@ -67,6 +88,9 @@ class IWLoss(nn.Module):
         criterion: a module or function with ``reduction="none"``: BCEWithLogitsLoss, GaussianNLLLoss, PoissonNLLLoss, CTCLoss, ...
         samples: S, noise samples of each example in training.
         alpha: 1 is IWSGD, 0 the mean over samples, inf the best sample.
+        return_stats: return (loss, :class:`IWStats`).
+
+    ``observers`` is a list of functions that are called with the :class:`IWStats` of each training forward (see :class:`StatsLogger`).
 
     Raises:
         ValueError: sizes that do not fit, or that broadcast rows against rows; a criterion that reduces.
@@ -79,10 +103,8 @@ class IWLoss(nn.Module):
         torch.Size([])
     """
 
-    def __init__(self, criterion, samples: int, alpha: float = 1.0):
-        super().__init__()
-        check_samples(samples)
-        check_alpha(alpha)
+    def __init__(self, criterion, samples: int, alpha: float = 1.0, *, return_stats: bool = False):
+        super().__init__(samples, alpha, return_stats)
         if isinstance(criterion, type):
             raise TypeError(f"criterion: expected a module or function, got the class; make one: {criterion.__name__}(reduction='none')")
         if not callable(criterion):
@@ -90,8 +112,6 @@ class IWLoss(nn.Module):
         if getattr(criterion, "reduction", "none") != "none":
             raise ValueError(f"criterion: expected reduction='none', got {criterion.reduction!r}: the likelihood of each example is needed")
         self.criterion = criterion
-        self.samples = samples
-        self.alpha = alpha
 
     def log_likelihood(self, outputs: Any, targets: Any, samples: int) -> tuple[Tensor, Tensor, Tensor]:
         """What the loss is made of: loss = -sum(outer * L) / denominator with L the bound of log_p (see :func:`iw_logmeanexp`).
@@ -118,28 +138,30 @@ class IWLoss(nn.Module):
         args, named = tuple(map(repeat, args)), {name: repeat(t) for name, t in named.items()}
         try:
             cost = self.criterion(outputs, *args, **named)
-        except (IndexError, RuntimeError, ValueError) as error:
+        except (IndexError, RuntimeError, ValueError):
             # torch's own message knows nothing of samples; outputs that have the rows somewhere went wrong for another reason
-            if not isinstance(outputs, Tensor) or rows in outputs.shape:
-                raise
-            raise ValueError(
-                f"outputs: expected {samples} samples * {batch} targets = {rows} rows, got shape {tuple(outputs.shape)}; is the model in "
-                "eval mode (IWLoss.eval() goes with it), or its number of samples another, or were targets repeated over the samples?"
-            ) from error
+            if isinstance(outputs, Tensor) and outputs.dim() > 0 and rows not in outputs.shape:
+                check_rows("outputs", outputs.shape[0], samples, batch)
+            raise
         _check_broadcast(outputs, [t for t in tree_leaves((args, named)) if isinstance(t, Tensor)], cost, rows)
-        if cost.dim() == 0 or cost.shape[0] != rows:
+        if cost.dim() == 0:
             raise ValueError(
-                f"criterion: expected a cost for each element of {samples} samples * {batch} examples = {rows} rows, got shape "
-                f"{tuple(cost.shape)}; is the model in eval mode, or its number of samples another?"
+                f"criterion: expected a cost for each element of {samples} samples * {batch} targets = {rows} rows, got one number: it "
+                "reduces; the likelihood of each example is needed (reduction='none')"
             )
+        check_rows("criterion's costs", cost.shape[0], samples, batch)
         cost = cost.to(torch.promote_types(cost.dtype, torch.float32))
         outer = cost.new_ones(batch)
         return -cost.reshape(samples, batch, -1).sum(-1), outer, cost.new_full((), batch)
 
-    def forward(self, output: Tensor, *targets: Tensor) -> Tensor:
+    def forward(self, output: Tensor, *targets: Tensor) -> Tensor | tuple[Tensor, IWStats]:
         samples = self.samples if self.training else 1
         log_p, _, _ = self.log_likelihood(output, targets, samples)
-        return -iw_logmeanexp(log_p, samples, self.alpha).mean()
+        bound = iw_logmeanexp(log_p, samples, self.alpha)
+        if not self.return_stats and not (self.observers and self.training):
+            return -bound.mean()
+        log_p, counted = log_p.detach(), torch.ones_like(bound, dtype=torch.bool)
+        return self._tell(-bound.mean(), IWStats(log_p, reference.importance_weights(log_p, self.alpha), bound.detach(), counted))
 
     def extra_repr(self) -> str:
         return f"samples={self.samples}, alpha={self.alpha}"

@@ -178,6 +178,7 @@ class IWMultinomialDropout(nn.modules.dropout._DropoutNd):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
+        check_rate(self.p)
         check_layer_input(self, x)
         address = ambient(self).place(x, self.batch_dim)
         probabilities = "evolutional" if self.evolutional else self.probabilities

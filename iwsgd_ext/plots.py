@@ -52,13 +52,15 @@ def weights(stats: IWStats | Tensor, ax=None):
     """Histogram of importance weights, as shares of the equal weight 1/S: 1 is what an unweighted mean gives, S all there is.
 
     Args:
-        stats: :class:`iwsgd_ext.IWStats`, or weights [S, ...].
+        stats: :class:`iwsgd_ext.IWStats`, of which those that count are drawn, or weights [S, ...].
         ax: matplotlib axes, or None for a new figure.
 
     Returns:
         The axes.
     """
     w = stats.weights if isinstance(stats, IWStats) else stats
+    if isinstance(stats, IWStats) and stats.counted is not None:
+        w = w[:, stats.counted]
     if not isinstance(w, Tensor) or w.dim() < 1 or not w.numel():
         got = f"a tensor of shape {tuple(w.shape)}" if isinstance(w, Tensor) else type(stats).__name__
         raise TypeError(f"stats: expected IWStats or a tensor of weights [S, ...], got {got}")

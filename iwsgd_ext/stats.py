@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class IWSummary(NamedTuple):
-    """A few numbers of one batch, tensors without dimensions on its device; means are over examples (or positions).
+    """A few numbers of one batch, tensors without dimensions on its device; means are over the examples (or positions) that count.
 
     Attributes:
         bound: mean bound L, in nats.
@@ -46,11 +46,14 @@ class IWStats(NamedTuple):
         log_p: [S, B] log-likelihoods l[s, b], or [S, B, d1, ...] at level "position".
         weights: like log_p, the importance weights, which sum to one over s.
         bound: [B] (or [B, d1, ...]), the bound L before the outer weight.
+        counted: like bound, bool: what counts in the loss. An example that is ignored as a whole, or a position at level "position", or
+            one of weight 0, does not: its log-likelihoods are 0 and its weights equal. None where all count.
     """
 
     log_p: Tensor
     weights: Tensor
     bound: Tensor
+    counted: Tensor | None = None
 
     @property
     def ess(self) -> Tensor:
@@ -63,10 +66,7 @@ class IWStats(NamedTuple):
         return self.log_p.mean(0)
 
     def summary(self) -> IWSummary:
-        """The batch in ten numbers, without waiting for the device. An empty batch gives NaN.
-
-        Ignored positions have equal weights; leave them out before where they are many:
-        ``IWStats(*(v[..., target != ignore_index] for v in stats)).summary()`` at level "position".
+        """What counts of the batch, in ten numbers, without waiting for the device. Where nothing does, means are NaN.
 
         Example:
             >>> import torch, iwsgd_ext as iw
@@ -75,28 +75,33 @@ class IWStats(NamedTuple):
             >>> float(summary.ess), float(summary.gap), int(summary.nonfinite)
             (4.0, 0.0, 0)
         """
-        ess, mean_log_p = self.ess.flatten(), self.mean_log_p.mean()
-        bound = self.bound.mean()
+        counted = torch.ones_like(self.bound, dtype=torch.bool) if self.counted is None else self.counted
+        n = counted.sum()
+
+        def mean(values: Tensor) -> Tensor:
+            return torch.where(counted, values, 0).sum() / n
+
+        ess, bound, mean_log_p = self.ess, mean(self.bound), mean(self.mean_log_p)
         return IWSummary(
             bound=bound,
             mean_log_p=mean_log_p,
             gap=bound - mean_log_p,
-            ess=ess.mean(),
-            **dict(zip(("ess_p05", "ess_p50", "ess_p95"), _quantiles(ess, (0.05, 0.5, 0.95)), strict=True)),
-            entropy=torch.special.entr(self.weights).sum(0).mean(),
-            largest_weight=self.weights.amax(0).mean(),
-            nonfinite=(~self.log_p.isfinite()).sum(),
+            ess=mean(ess),
+            **dict(zip(("ess_p05", "ess_p50", "ess_p95"), _quantiles(ess, counted, n, (0.05, 0.5, 0.95)), strict=True)),
+            entropy=mean(torch.special.entr(self.weights).sum(0)),
+            largest_weight=mean(self.weights.amax(0)),
+            nonfinite=(~self.log_p.isfinite() & counted).sum(),
         )
 
 
-def _quantiles(values: Tensor, levels: tuple[float, ...]) -> list[Tensor]:
-    """Quantiles of values [n] with linear interpolation, as torch.quantile has them, which takes no more than 2^24 values."""
-    n = values.numel()
-    if n == 0:
+def _quantiles(values: Tensor, counted: Tensor, n: Tensor, levels: tuple[float, ...]) -> list[Tensor]:
+    """Quantiles of the n values that count, with linear interpolation, as torch.quantile has them, which takes no more than 2^24."""
+    if values.numel() == 0:
         return [values.new_full((), float("nan"))] * len(levels)
-    ordered, result = values.sort().values, []
+    ordered, result = torch.where(counted, values, float("nan")).flatten().sort().values, []  # NaN comes last
     for level in levels:
-        at = level * (n - 1)
-        low = int(at)
-        result.append(torch.lerp(ordered[low], ordered[min(low + 1, n - 1)], at - low))
+        at = level * (n - 1).clamp(min=0).double()
+        low = at.floor()
+        first, second = ordered.take(low.long()), ordered.take(torch.minimum(low + 1, (n - 1).clamp(min=0)).long())
+        result.append(torch.lerp(first, second, (at - low).to(first.dtype)))
     return result

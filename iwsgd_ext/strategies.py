@@ -24,9 +24,10 @@ from . import reference
 from .batch_norm import _PerSample
 from .checks import check, check_number
 from .functional import dropout
-from .iw_cross_entropy import IWCrossEntropyLoss, IWStats
+from .iw_cross_entropy_loss import IWCrossEntropyLoss
 from .likelihood import as_arguments
 from .sampling import _rank, current, sampling
+from .stats import IWStats
 
 Strategy = Literal["batched", "streamed", "resampled", "loop"]
 STRATEGIES = ("batched", "streamed", "resampled", "loop")
@@ -140,8 +141,8 @@ def _check_loss(loss_fn: Any) -> None:
     if not hasattr(loss_fn, "log_likelihood"):
         raise TypeError(f"loss_fn: expected IWCrossEntropyLoss, IWLoss or an object with log_likelihood, got {type(loss_fn).__name__}")
     if isinstance(loss_fn, IWCrossEntropyLoss):
-        check(loss_fn.options["reduction"] != "none", "loss_fn", "reduction 'mean' or 'sum', one number to go backward from", "'none'")
-        group = loss_fn.options["process_group"]
+        check(loss_fn.reduction != "none", "loss_fn", "reduction 'mean' or 'sum', one number to go backward from", "'none'")
+        group = loss_fn.process_group
         check(group is None, "loss_fn", "process_group=None (samples over ranks: call the loss inside iw.sampling(sample_ids=...))", group)
 
 
@@ -229,7 +230,7 @@ class _Step:
         outer = self.outer * torch.where(self.denominator == 0, 0, 1 / self.denominator)
         loss = torch.where((outer == 0) & ~bound.isnan(), 0, -outer * bound).sum()
         shape = _unit_shape(self.loss_fn, *as_arguments(self.targets)) if type(self.loss_fn) is IWCrossEntropyLoss else bound.shape
-        return loss, -outer * weights, IWStats(*(v.unflatten(-1, shape) for v in (log_p, weights, bound)))
+        return loss, -outer * weights, IWStats(*(v.unflatten(-1, shape) for v in (log_p, weights, bound, self.outer != 0)))
 
     def scaled(self, gradient: Tensor) -> Tensor:
         scale = self.grad_scale
@@ -245,7 +246,7 @@ class _Step:
         """Batched with the op that computes loss and gradient at once."""
         args, named = as_arguments(self.targets)
         criterion = copy(self.loss_fn)
-        criterion.samples, criterion.training, criterion.options = self.samples, True, {**self.loss_fn.options, "return_stats": True}
+        criterion.samples, criterion.training, criterion.return_stats = self.samples, True, True
         loss, stats = criterion(self.outputs(self.samples), *args, **named)
         self.scaled(loss).backward()
         return loss.detach(), stats
@@ -327,7 +328,7 @@ class _Step:
 def _unit_shape(loss_fn: IWCrossEntropyLoss, args: tuple, named: dict) -> tuple[int, ...]:
     """The shape of the loss' units: [B], or [B, d1, ...] at level "position"."""
     target = named["target"] if named else args[0]
-    positions = target.shape[1 if target.dtype == torch.int64 else 2 :] if loss_fn.options["level"] == "position" else ()
+    positions = target.shape[1 if target.dtype == torch.int64 else 2 :] if loss_fn.level == "position" else ()
     return (target.shape[0], *positions)
 
 

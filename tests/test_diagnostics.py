@@ -11,6 +11,7 @@ import torch
 from naive_loss import naive_loss
 
 import iwsgd_ext as iw
+from iwsgd_ext.sampling import current
 
 S, B, C = 5, 12, 7
 NAMES = iw.IWSummary._fields
@@ -46,6 +47,18 @@ def naive_summary(logits, target, level="example", alpha=1.0) -> dict[str, float
     }
 
 
+class Given(torch.nn.Module):
+    """A model whose outputs [S*B, ...] are given: those of the samples that the context asks for."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.outputs = torch.nn.Parameter(outputs)
+
+    def forward(self):
+        ids = current().sample_ids
+        return self.outputs if ids is None else self.outputs.unflatten(0, (S, B))[ids].flatten(0, 1)
+
+
 class TestSummary:
     @pytest.mark.parametrize("alpha", [1.0, 0.0, 0.5, math.inf])
     @pytest.mark.parametrize(("positions", "level"), [((), "example"), ((3,), "example"), ((3,), "position")])
@@ -74,6 +87,33 @@ class TestSummary:
     def test_counts_what_is_not_finite(self):
         stats = iw.IWStats(torch.tensor([[math.nan, 0.0, -math.inf], [math.inf, 1.0, 2.0]]), torch.full((2, 3), 0.5), torch.zeros(3))
         assert stats.summary().nonfinite.item() == 3
+
+    @pytest.mark.parametrize("strategy", [None, "batched", "streamed", "loop"])
+    @pytest.mark.parametrize("level", ["example", "position"])
+    def test_what_does_not_count_is_left_out(self, device, backend, level, strategy):
+        """Two thirds of the positions are ignored, all of the last example's, and another example's weight is 0."""
+        logits, target = (v.to(device) for v in data(3))
+        target[:, 1:] = target[-1] = -100
+        example_weight = torch.ones(B, device=device)
+        example_weight[0] = 0
+        if strategy is None:
+            _, stats = iw.iw_cross_entropy(logits, target, S, level=level, example_weight=example_weight, return_stats=True)
+        else:
+            targets = {"target": target, "example_weight": example_weight}
+            criterion = iw.IWCrossEntropyLoss(S, level=level)
+            _, stats = iw.backward(Given(logits), criterion, (), targets, samples=S, strategy=strategy, return_stats=True)
+        counted = stats.counted if level == "example" else stats.counted[:, 0]
+        assert counted.tolist() == [False, *[True] * (B - 2), False]
+        assert level == "example" or not stats.counted[:, 1:].any()
+        kept = logits.detach()[..., :1].unflatten(0, (S, B))[:, 1:-1].flatten(0, 1).cpu()
+        want = naive_summary(kept, target[1:-1, :1].cpu())
+        for name, value in want.items():
+            assert getattr(stats.summary(), name).item() == pytest.approx(value, rel=1e-10, abs=1e-10), name
+
+    def test_nothing_counts(self):
+        _, stats = iw.iw_cross_entropy(*data()[:1], torch.full((B,), -100), S, return_stats=True)
+        assert not stats.counted.any()
+        assert all(math.isnan(v) for v in stats.summary()[:-1])
 
     def test_no_examples(self):
         summary = iw.IWStats(torch.ones(3, 0), torch.ones(3, 0), torch.ones(0)).summary()
@@ -151,6 +191,16 @@ class TestLogger:
         for stats in heard:
             torch.testing.assert_close(stats.weights, torch.softmax(stats.log_p.double(), 0).float())
             assert stats.weights.shape == (6, 5)
+
+    @pytest.mark.parametrize("return_stats", [False, True])
+    def test_any_likelihood(self, tmp_path, return_stats):
+        """IWLoss around cross-entropy tells what IWCrossEntropyLoss tells."""
+        criterion = iw.IWLoss(torch.nn.CrossEntropyLoss(reduction="none"), S, return_stats=return_stats)
+        with iw.StatsLogger(criterion, tmp_path / "a.csv", every=1) as logger:
+            want = train(criterion, 2)
+            criterion.eval()(torch.randn(B, C), torch.randint(C, (B,)))
+            assert logger.step == 2
+        assert_rows(rows_of(tmp_path / "a.csv"), [(1, list(want[0].values())), (2, list(want[1].values()))])
 
     @pytest.mark.parametrize("return_stats", [False, True])
     @pytest.mark.parametrize("every", [1, 3, 50])
@@ -323,7 +373,7 @@ class TestContinuedFiles:
 
 
 BAD = [
-    (TypeError, "criterion: expected an IWCrossEntropyLoss, got CrossEntropyLoss", {"criterion": torch.nn.CrossEntropyLoss()}),
+    (TypeError, "criterion: expected an IWCrossEntropyLoss or IWLoss, got CrossEntropyLoss", {"criterion": torch.nn.CrossEntropyLoss()}),
     (TypeError, "every: expected an int, got float", {"every": 2.0}),
     (TypeError, "every: expected an int, got bool", {"every": True}),
     (ValueError, "every: expected a number of steps >= 1, got 0", {"every": 0}),

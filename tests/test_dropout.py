@@ -175,3 +175,22 @@ def test_written_in_place_by_the_next_layer(device, backend, memory_format, samp
     assert results[1][0].is_contiguous(memory_format=memory_format)
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("layer", [iw.IWDropout, iw.IWAlphaDropout, iw.IWGaussianDropout, iw.IWMultinomialDropout, iw.IWDropPath])
+@pytest.mark.parametrize("wrong", [1.5, -0.1, float("nan"), "0.5"])
+def test_a_rate_that_is_changed_is_checked(layer, wrong):
+    """A schedule that runs too far is found by the next forward."""
+    layer = layer(0.5)
+    layer.p = 0.25
+    assert layer(torch.ones(2, 8)).shape == (2, 8)
+    layer.p = wrong
+    with pytest.raises((TypeError, ValueError), match="p: expected a"):
+        layer(torch.ones(2, 8))
+
+
+def test_a_deviation_that_is_changed_is_checked():
+    layer = iw.IWGaussianNoise(0.5)
+    layer.std = -1.0
+    with pytest.raises(ValueError, match="std: expected a finite number >= 0"):
+        layer(torch.ones(2, 8))

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from naive_loss import assert_equals_naive, result_of
+from torch.utils._pytree import tree_leaves
 
 import iwsgd_ext as iw
 
@@ -335,3 +336,31 @@ def test_module(backend, device):
     assert "samples=3" in repr(module) and "alpha=0.5" in repr(module)
     loss, stats = iw.IWCrossEntropyLoss(3, return_stats=True)(logits, target)
     assert torch.equal(loss, iw.iw_cross_entropy(logits, target, 3)) and stats.weights.shape == (3, 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wrong"),
+    [
+        ("samples", 1, 0),
+        ("ignore_index", 2, "2"),
+        ("reduction", "sum", "median"),
+        ("label_smoothing", 0.1, 1.5),
+        ("alpha", 0.5, -1.0),
+        ("level", "position", "pixel"),
+        ("return_stats", True, None),
+    ],
+)
+def test_options_of_a_module_may_be_changed(name, value, wrong):
+    """What is set counts from then on, is checked by the next call, and is what a module made with it has."""
+    logits, target = data("cpu", 1 if name == "samples" else 3, 7, 10, (5,))
+    module = iw.IWCrossEntropyLoss(3)
+    setattr(module, name, value)
+    same = iw.IWCrossEntropyLoss(**{"samples": 3, name: value})
+    assert getattr(same, name) == value and repr(same) == repr(module)
+    got, want, before = (tree_leaves(m(logits, target))[0] for m in (module, same, iw.IWCrossEntropyLoss(len(logits) // 7)))
+    assert torch.equal(got, want)
+    assert name in ("samples", "return_stats") or not torch.equal(got, before)
+    if wrong is not None:
+        setattr(module, name, wrong)
+        with pytest.raises((TypeError, ValueError), match=f"{name}: expected"):
+            module(logits, target)

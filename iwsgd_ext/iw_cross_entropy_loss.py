@@ -1,0 +1,121 @@
+"""The loss op as a module, and its parts for the strategies: log-likelihoods, outer weights and denominator."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import check, check_loss_options
+from .iw_cross_entropy import Level, Reduction, denominator_of, iw_cross_entropy, operands_of
+from .likelihood import _IWLoss, as_arguments
+from .stats import IWStats
+
+_OPTIONS = ("ignore_index", "reduction", "label_smoothing", "alpha", "level", "inplace", "process_group", "return_stats")
+
+
+class IWCrossEntropyLoss(_IWLoss):
+    """Importance weighted cross-entropy as a module; see :func:`iw_cross_entropy` for the formula and the options.
+
+    In eval mode it takes one row for each target (``samples=1``), as a model in eval mode returns them.
+
+    Args:
+        samples: S, the number of noise samples of each example in training.
+        **options: as :func:`iw_cross_entropy`. They are attributes and may be changed: each call reads and checks them.
+
+    ``observers`` is a list of functions that are called with the :class:`IWStats` of each training forward (see :class:`StatsLogger`).
+
+    Example:
+        >>> import torch, iwsgd_ext as iw
+        >>> criterion = iw.IWCrossEntropyLoss(samples=4, label_smoothing=0.1)
+        >>> criterion(torch.randn(4 * 8, 10), torch.randint(10, (8,))).shape
+        torch.Size([])
+        >>> criterion.eval()(torch.randn(8, 10), torch.randint(10, (8,))).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        samples: int,
+        *,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
+        label_smoothing: float = 0.0,
+        alpha: float = 1.0,
+        level: Level = "example",
+        inplace: bool = False,
+        process_group=None,
+        return_stats: bool = False,
+    ):
+        super().__init__(samples, alpha, return_stats)
+        check_loss_options(ignore_index, reduction, label_smoothing, alpha, level)
+        self.register_buffer("weight", weight)
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
+        self.level = level
+        self.inplace = inplace
+        self.process_group = process_group
+
+    def forward(
+        self, logits: Tensor, target: Tensor, *, example_weight: Tensor | None = None, normalizer: float | Tensor | None = None
+    ) -> Tensor | tuple[Tensor, IWStats]:
+        options = {name: getattr(self, name) for name in _OPTIONS}
+        options |= {"weight": self.weight, "example_weight": example_weight, "normalizer": normalizer}
+        if not self.training:
+            return iw_cross_entropy(logits, target, 1, **(options | {"process_group": None}))
+        if not self.observers:
+            return iw_cross_entropy(logits, target, self.samples, **options)
+        return self._tell(*iw_cross_entropy(logits, target, self.samples, **(options | {"return_stats": True})))
+
+    def log_likelihood(self, outputs: Tensor, targets: Any, samples: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What the loss is made of: loss = -sum(outer * L) / denominator with L the bound of log_p (see :func:`iw_logmeanexp`).
+
+        Args:
+            outputs: logits [K*B, C, ...]; log_p has one derivative with respect to them.
+            targets: the target, or a dict of what the loss takes after the logits: target, example_weight, normalizer.
+            samples: K, whatever ``self.samples`` is.
+
+        Returns:
+            log_p [K, units], outer weight [units] and denominator [] (1 but for reduction "mean"). A unit is an example, or at level
+            "position" a position.
+        """
+        args, named = as_arguments(targets)
+        return self._log_likelihood(outputs, samples, *args, **named)
+
+    def _log_likelihood(self, logits, samples, target, *, example_weight=None, normalizer=None):
+        per_position, reduction = self.level == "position", self.reduction
+        check(normalizer is None or reduction == "mean", "normalizer", "None unless reduction is 'mean'", f"one with {reduction!r}")
+        operands = operands_of(logits, target, samples, self.weight, example_weight, normalizer)
+        _, weight, per_example, position_weight, normalizer = operands
+        of_positions = example_weight if position_weight is not None else None
+        rows, of_positions = (None if x is None else x.expand(samples, *x.shape).flatten(0, 1) for x in (target, of_positions))
+        ignore_index, smoothing = self.ignore_index, self.label_smoothing
+        options = {"ignore_index": ignore_index, "label_smoothing": smoothing, "level": self.level}
+        # Every row for itself, as an example with one sample: its cost is -outer * log p.
+        cost = iw_cross_entropy(logits, rows, 1, weight=weight, reduction="none", example_weight=of_positions, **options)
+        outer = _outer_weight(operands[0], weight, position_weight, ignore_index, smoothing, per_position, cost.dtype)
+        log_p = torch.where(outer > 0, -cost.view(samples, -1) / torch.where(outer > 0, outer, 1), 0)
+        if per_example is not None:
+            outer = outer * (per_example.repeat_interleave(operands[0].shape[-1]) if per_position else per_example)
+        if reduction != "mean":
+            return log_p, outer, outer.new_ones(())
+        return log_p, outer, denominator_of(*operands[:-1], ignore_index, cost.dtype) if normalizer is None else normalizer
+
+    def extra_repr(self) -> str:
+        return f"samples={self.samples}, " + ", ".join(f"{name}={getattr(self, name)!r}" for name in _OPTIONS)
+
+
+def _outer_weight(target, weight, position_weight, ignore_index: int, smoothing: float, per_position: bool, acc: torch.dtype) -> Tensor:
+    """The outer weight of each unit, without the weight of its example: c [B*T], or its mean over what counts [B]."""
+    if target.dtype == torch.int64:
+        counted = target != ignore_index
+        c = counted.to(acc)
+        if weight is not None:
+            c = c * ((1 - smoothing) * weight[torch.where(counted, target, 0)] + smoothing * weight.mean())
+    else:
+        counted = torch.ones(target.shape[0], target.shape[2], dtype=torch.bool, device=target.device)
+        q = (1 - smoothing) * target + smoothing / target.shape[1]
+        c = q.sum(1) if weight is None else (q * weight[:, None]).sum(1)
+    c = c if position_weight is None else c * position_weight
+    return c.flatten() if per_position else c.sum(1) / counted.sum(1).clamp(min=1)
