@@ -45,9 +45,9 @@ def convert(
             "input": at the model's inputs, always right: every tensor argument with the first one's number of rows is expanded.
             a submodule's name: at that submodule's inputs. A noise layer called before it raises.
             "auto": dry runs on fake tensors of ``example_inputs`` take "first" where shapes fit, else the innermost module around the
-            first noise at whose inputs they fit, else "input"; without example inputs, "input". A dry run proves that shapes fit, not
-            that rows mean the same: a model that mixes examples (say, attention over the batch) fits and is still wrong under
-            any expansion.
+            first noise at whose inputs they fit, else "input"; without example inputs, "input". Shapes fit only where as many rows
+            expand as the inputs have; flattened tokens take "first" if asked. A dry run proves that shapes fit, not that rows mean the
+            same: a model that mixes examples (say, attention over the batch) fits and is still wrong under any expansion.
         example_inputs: a tensor, a sequence of positional arguments or a mapping of keyword arguments, for a dry run: it chooses
             "auto" and finds every functional dropout. Without them the first training forward outside of torch.compile looks.
         expand_args: with "input" or a name, which arguments to expand instead: positions and keyword names.
@@ -69,7 +69,8 @@ def convert(
 
     Warns:
         UserWarning: the model draws noise that is not reached (inside other libraries' kernels, by torch.rand, ...), here where it is
-            known, else in the first training forward. Or the model does not run on ``example_inputs``, so that "auto" is "input".
+            known, else in the first training forward. Or the model does not run on ``example_inputs``, with the place that was asked
+            for, or at all, so that "auto" is "input".
 
     Example:
         >>> import torch, iwsgd_ext as iw
@@ -101,6 +102,8 @@ def convert(
         warnings.warn(NOT_REACHED + "; ".join(unreached), stacklevel=2)
     if conversion.refused:
         text = f"example_inputs: the model stops on them before any noise ({conversion.refused}); expand='input' is taken"
+        if expand != "auto":
+            text = f"example_inputs: with expand={expand!r} the model stops on them ({conversion.refused}); 'auto' finds a place that fits"
         warnings.warn(text, stacklevel=2)
     return model
 
@@ -151,8 +154,9 @@ def install(model, samples, expand, example_inputs, expand_args, batch_norm, bat
     if example_inputs is not None:
         args, kwargs = as_arguments(example_inputs)
         run = _choose_expansion(model, conversion, args, kwargs) if expand == "auto" else _try(model, conversion, expand, args, kwargs)
-        if expand != "auto" and (run.misfit or run.error):
-            conversion.reason = f"asked for, but in a dry run {run.misfit or run.error}"
+        if expand != "auto" and run.wrong:
+            conversion.reason = f"asked for, but {run.wrong}"
+            conversion.refused = None if run.asks_values or run.error is None else run.wrong
         conversion.learn(run.calls, run.error)
     elif expand == "auto":
         conversion.expand, conversion.reason = "input", "no example_inputs to try 'first' with"
@@ -166,7 +170,7 @@ def _choose_expansion(model: nn.Module, conversion: "Conversion", args: tuple, k
     if run.fits:
         conversion.reason = "shapes fit"
         return run
-    reason = f"'first' does not fit: {run.misfit or run.error}"
+    reason = f"'first' does not fit: {run.wrong or run.other_rows}"
     if run.first_noise is None:
         reason = f"no noise was drawn{f' before {run.error}' if run.error else ''}"
         conversion.refused = None if run.asks_values else run.error
@@ -180,7 +184,7 @@ def _choose_expansion(model: nn.Module, conversion: "Conversion", args: tuple, k
             conversion.reason = f"{reason}; from the inputs of {name!r} on shapes fit"
             return run
     run = _try(model, conversion, "input", args, kwargs)
-    conversion.reason = reason if run.fits or run.first_noise is None else f"{reason}; with 'input' {run.misfit or run.error}"
+    conversion.reason = reason if run.fits or run.first_noise is None else f"{reason}; with 'input', {run.wrong}"
     return run
 
 
@@ -223,7 +227,7 @@ class Conversion:
         self.calls: list[Call] = []  # by a run
         self.unverified = True  # no run has gone through
         self.stopped: str | None = None  # why the dry run did not go through
-        self.refused: str | None = None  # the error of a model that does not run on its example inputs at all
+        self.refused: str | None = None  # what stopped a model on its example inputs, where it should run on them
 
     def learn(self, calls: list[Call], error: str | None) -> None:
         """Takes what a run has shown."""
@@ -273,6 +277,8 @@ class Conversion:
             if not torch.compiler.is_compiling():
                 FunctionalDropout.end_interrupted()  # an exception has ended the context already
             return
+        if output is None and not torch.compiler.is_compiling():
+            context.explain(sys.exc_info()[1])
         _, context.expand, context.batch, context.batch_dim, mode = context.converted.pop()
         if mode is not None:
             mode.__exit__(None, None, None)

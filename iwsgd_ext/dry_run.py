@@ -22,28 +22,39 @@ from .sampling import sampling
 class DryRun:
     """What a dry run has shown."""
 
+    samples: int  # S of the run, whatever the model's own is
     calls: list[Call]
     error: str | None = None  # where the run stopped
     asks_values: bool = False  # it stopped as the forward asks for values, which fake tensors have not
     misfit: str | None = None  # what is wrong with the output's rows
     first_noise: str | None = None  # the module that drew the first noise
+    other_rows: str | None = None  # shapes fit, but what expands are not the rows of the inputs
+
+    @property
+    def wrong(self) -> str | None:
+        """Why the run does not show that the model works."""
+        wrong = self.misfit or self.error
+        return f"in a dry run of {self.samples} samples, {wrong}" if wrong else None
 
     @property
     def fits(self) -> bool:
-        return self.first_noise is not None and self.error is None and self.misfit is None
+        return self.first_noise is not None and self.wrong is None and self.other_rows is None
 
 
 class _Recorded(sampling):
-    """A context that remembers who drew first."""
+    """A context that remembers who drew first, and how many rows one sample had there."""
 
     def __init__(self, samples: int, watch: Watch):
         super().__init__(samples)
-        self.watch, self.first_noise = watch, None
+        self.watch, self.first_noise, self.expanded = watch, None, None
 
     def _expansion(self, rows: int) -> tuple[bool, int]:
-        if self.first_noise is None:
-            self.first_noise = self.watch.innermost()
-        return super()._expansion(rows)
+        if self.first_noise is not None:
+            return super()._expansion(rows)
+        self.first_noise = self.watch.innermost()
+        result = super()._expansion(rows)
+        self.expanded = self.batch
+        return result
 
 
 class _Below(TorchDispatchMode):
@@ -78,10 +89,10 @@ def dry_run(model: nn.Module, batch_dim: int | None, args: tuple, kwargs: dict) 
     """Runs a converted model in training mode, with at least two rows, and as many samples as no size of the inputs is a multiple of:
     rows that are not expanded must not pass for such that are. The model is as before afterwards."""
     watch = Watch.of(model)
-    run = DryRun([])
     dim = batch_dim or 0
     sizes = [n for v in tree_flatten((args, kwargs))[0] if isinstance(v, Tensor) for n in v.shape]
     samples = next(prime for prime in (7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47) if all(n % prime for n in sizes) or prime == 47)
+    run = DryRun(samples, [])
     with _untouched(model), FakeTensorMode(allow_non_fake_inputs=True) as fake:
         model.train()
         context = _Recorded(samples, watch)
@@ -108,10 +119,15 @@ def dry_run(model: nn.Module, batch_dim: int | None, args: tuple, kwargs: dict) 
                 run.misfit = "the output holds no tensor that is seen"
             else:
                 run.misfit = below.misfit
+            if context.expanded not in (None, batch):
+                run.other_rows = (
+                    f"{context.expanded} rows would expand where the inputs have {batch}; expand='first' is right if each input's rows "
+                    "follow one another there (as flattened tokens do), and wrong if inputs do (two views in one batch)"
+                )
         except Exception as error:  # whatever a model raises where shapes do not fit, or where it asks for values
             text = str(error).splitlines()[0] if str(error) else ""
             run.asks_values = isinstance(error, DataDependentOutputException | DynamicOutputShapeException)
-            run.error = f"{type(error).__name__}: {shorten(text, 100, placeholder=' ...')}"
+            run.error = f"{type(error).__name__}: {shorten(text, 200, placeholder=' ...')}"
     run.calls, run.first_noise = list(watch.calls), context.first_noise
     return run
 

@@ -1,5 +1,6 @@
 """Dropout that is a function call: caught during the training forward of a converted model, and drawn as a layer would draw it."""
 
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,11 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, resolve_name
-from torch.utils.checkpoint import CheckpointFunction
+from torch.utils.checkpoint import CheckpointFunction, noop_context_fn
+from torch.utils.checkpoint import checkpoint as plain_checkpoint
 
 from .attention import scaled_dot_product_attention
 from .dropout import IWAlphaDropout, IWDropout, IWDropout1d, IWDropout2d, IWDropout3d, IWFeatureAlphaDropout
-from .sampling import _stack, current, sampling
+from .sampling import _stack, current, packing, sampling
+
+_CHECKPOINT = inspect.unwrap(plain_checkpoint).__code__
 
 
 @dataclass(frozen=True)
@@ -176,7 +180,7 @@ class FunctionalDropout(TorchFunctionMode):
         context = self._context()
         if context is None or not (training or context.evaluating):
             return func(*args, **kwargs)
-        _check_not_reentrant(func)
+        _check_not_checkpointed(func, context)
         if self.watch is not None:
             self.watch.add(resolve_name(func), p, "replaced")
         y = layer(p)(x)
@@ -186,9 +190,10 @@ class FunctionalDropout(TorchFunctionMode):
 
     def _attend(self, args: tuple, kwargs: dict) -> Tensor:
         p = _argument(args, kwargs, 4, "dropout_p", 0.0)
-        if self._context() is None or p == 0:
+        context = self._context()
+        if context is None or p == 0:
             return ATTENTION(*args, **kwargs)
-        _check_not_reentrant(ATTENTION)
+        _check_not_checkpointed(ATTENTION, context)
         if self.watch is not None:
             self.watch.add(resolve_name(ATTENTION), p, "replaced")
         return scaled_dot_product_attention(*args, **kwargs)
@@ -206,19 +211,22 @@ class FunctionalDropout(TorchFunctionMode):
             self.watch.seen = False
 
 
-def _check_not_reentrant(func: Callable) -> None:
-    """Raises inside torch's reentrant checkpoint: nobody would notice that its recompute, outside of the model, drew torch's noise.
-
-    (Of the other form torch itself notices, by what is saved for backward.)
-    """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return  # the reentrant form computes its forward without a graph
+def _check_not_checkpointed(func: Callable, context: sampling) -> None:
+    """Raises inside a checkpoint of torch's: its recompute, outside of the model, would draw torch's noise. The reentrant form would not
+    notice; the other would, by what is saved for backward, in words that help nobody."""
+    if torch.compiler.is_compiling():
+        return
+    reentrant, pack = not torch.is_grad_enabled(), packing()  # that form computes its forward without a graph
+    if not (context.recording if reentrant else pack not in (None, context.packing)):
+        return  # none, or one that is around the context too
     frame = sys._getframe(2)
-    while frame is not None and frame.f_globals.get("__name__") != f"{__package__}.checkpoint":
-        if frame.f_code is CheckpointFunction.forward.__code__:
+    while frame is not None and frame is not context.frame and frame.f_globals.get("__name__") != f"{__package__}.checkpoint":
+        plain = frame.f_code is _CHECKPOINT and frame.f_locals.get("context_fn") is noop_context_fn
+        if frame.f_code is CheckpointFunction.forward.__code__ if reentrant else plain:
             raise RuntimeError(
-                f"{resolve_name(func)} is noise of a converted model here, which torch.utils.checkpoint.checkpoint(use_reentrant=True) "
-                "would draw otherwise when it is computed again during backward. Use iw.checkpoint(function, *args)."
+                f"{resolve_name(func)} is noise of a converted model here; torch.utils.checkpoint.checkpoint(use_reentrant={reentrant}) "
+                "would draw another when it computes it again during backward. Use iw.checkpoint(function, *args), or give that "
+                "use_reentrant=False, context_fn=iw.checkpoint_contexts."
             )
         frame = frame.f_back
 

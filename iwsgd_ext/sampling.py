@@ -1,6 +1,8 @@
 """The sampling context: which noise the layers inside it draw, and where in the network one example becomes S rows."""
 
 import copy
+import re
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -99,17 +101,34 @@ class sampling:
         self.evaluating = False  # noise is on although models are in eval mode
         # An int becomes a tensor here, before any compiled region: as an int in a graph it would recompile for each new seed.
         self._seed = make_origin(seed, 0, 0, torch.device("cpu")) if seed is not None else None
+        # Where it was entered: whether a graph was recorded, and what packed the tensors saved for it. Both tell of a checkpoint around it.
+        self.recording, self.packing = False, None
         self._origin: Tensor | None = None
         self._replayed_origin: Tensor | None = None
 
     def __enter__(self) -> "sampling":
         current()  # ends what an interrupt has left, which would be out of reach below this one
         self.task = graph_task()
+        self.recording, self.packing = torch.is_grad_enabled(), packing()
         _stack.contexts.append(self)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, _, error: BaseException | None, *__) -> None:
         _stack.contexts.remove(self)
+        if error is not None:
+            self.explain(error)
+
+    def explain(self, error: BaseException | None) -> None:
+        """Adds a note to torch's own error where it speaks of B and S*B rows. (A note is printed with it; from Python 3.11 on.)"""
+        if self.batch is None or self.samples == 1 or not isinstance(error, RuntimeError) or not hasattr(error, "add_note"):
+            return
+        rows = self.samples * self.batch
+        if self.expand == "first" and {str(self.batch), str(rows)} <= set(re.findall(r"\d+", str(error))):
+            error.add_note(
+                f"iw.sampling: here the first noise on each path made {rows} rows ({self.samples} samples) of {self.batch}. A path around "
+                "all noise, as in x + drop(f(x)), still has the latter. Let rows expand before such paths part: iw.convert(model, samples, "
+                "example_inputs=...) finds the place, and expand='input' is always right."
+            )
 
     def moment(self) -> tuple:
         """What changes in the course of a context, for :meth:`again`; last, whether the seed is there."""
@@ -225,7 +244,7 @@ def current() -> sampling | None:
     contexts = _stack.contexts
     if not torch.compiler.is_compiling():
         while contexts and contexts[-1].frame is not None and _has_ended(contexts[-1].frame):
-            contexts.pop()
+            contexts.pop().explain(sys.exc_info()[1])
     return contexts[-1] if contexts else None
 
 
@@ -264,6 +283,12 @@ def check_not_recomputed(context: sampling | None, layer: nn.Module | Callable |
 def graph_task() -> int:
     """The number of the backward pass that runs in this thread, or NO_TASK."""
     return _traced_graph_task() if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
+def packing() -> Callable | None:
+    """What packs the tensors that are saved for backward here and now: a checkpoint has a function of its own."""
+    hooks = None if torch.compiler.is_compiling() else torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks[0] if hooks else None
 
 
 @constant_in_graphs

@@ -1,5 +1,6 @@
 """Activation checkpointing: a recompute draws the noise of its forward, in both of torch's forms, or raises."""
 
+import contextlib
 import functools
 import threading
 
@@ -303,13 +304,27 @@ class TestFunctionalDropout:
         for other in results[1:]:
             assert_equal(other, results[0])
 
-    @pytest.mark.parametrize(
-        ("form", "error"), [("non-reentrant", "different metadata"), ("reentrant", "F?.*dropout is noise of a converted")]
-    )
+    @pytest.mark.parametrize("form", PLAIN)
     @pytest.mark.parametrize("expand", ["first", "input"])
-    def test_refused(self, expand, form, error):
+    def test_refused(self, expand, form):
         x = data()
         model = iw.convert(self.Model().double(), S, expand=expand, example_inputs=x.detach())
         model.ck = PLAIN[form]
-        with pytest.raises(RuntimeError, match=error):
-            backward(model(x), x, model)
+        with pytest.raises(RuntimeError, match=r"dropout is noise of a converted model here.*Use iw.checkpoint\("):
+            model(x)
+
+    @pytest.mark.parametrize("inside", ["own-context", "context"])
+    @pytest.mark.parametrize("form", PLAIN)
+    def test_a_whole_model_is_right(self, form, inside):
+        """Its recompute opens its context again, and draws the same seed from the generator that the checkpoint restores."""
+        x = data()
+        model, results = iw.convert(self.Model().double(), S, expand="first", example_inputs=x.detach()), []
+
+        def function(x):
+            with iw.sampling(S) if inside == "context" else contextlib.nullcontext():
+                return model(x)
+
+        for ck in (direct, PLAIN[form]):
+            torch.manual_seed(6)
+            results.append(backward(ck(function, x), x, model))
+        assert_equal(*results)

@@ -1,6 +1,8 @@
 """convert and revert: what is swapped, where rows expand, and that a converted model is still a model."""
 
 import logging
+import sys
+from contextlib import nullcontext
 
 import naive
 import pytest
@@ -122,11 +124,56 @@ class TestExpansion:
         assert iw.convert(Asks(), S, example_inputs=torch.ones(B, 6))(torch.ones(B, 6)).shape == (S * B, 6)
         assert not [w for w in recwarn if "example_inputs" in str(w.message)]
 
-    def test_first_raises_where_a_skip_path_does_not_fit(self):
-        model = iw.convert(Skip(), S, expand="first")
-        with pytest.raises(RuntimeError, match="size of tensor"):
+    @pytest.mark.parametrize("context", [False, True], ids=["own-context", "context"])
+    @pytest.mark.parametrize("converted", [False, True])
+    def test_first_raises_where_a_skip_path_does_not_fit(self, converted, context):
+        """torch's own error, with a note that speaks of samples."""
+        model = iw.convert(Skip(), S, expand="first") if converted else Skip()
+        if not converted:
+            model.drop.__class__ = iw.IWDropout
+            model.drop.batch_dim = None
+        with pytest.raises(RuntimeError, match="size of tensor") as raised, iw.sampling(S) if context or not converted else nullcontext():
             model(torch.ones(B, 6))
+        notes = getattr(raised.value, "__notes__", [])  # of Python 3.11 and later
+        assert len(notes) == (sys.version_info >= (3, 11)) and all(f"made {S * B} rows ({S} samples) of {B}" in note for note in notes)
         assert current() is None
+
+    def test_an_error_of_something_else_has_no_note(self):
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as raised, iw.sampling(S):
+            iw.IWDropout(0.5)(torch.ones(B, 6)) @ torch.ones(11, 13)
+        assert not hasattr(raised.value, "__notes__")
+
+    def test_first_warns_where_it_does_not_fit_the_example_inputs(self):
+        with pytest.warns(UserWarning, match=r"with expand='first' the model stops on them \(in a dry run of \d+ samples, RuntimeError"):
+            iw.convert(Skip(), S, expand="first", example_inputs=torch.ones(B, 6))
+
+    @pytest.mark.parametrize("mixed", [False, True], ids=["tokens", "views"])
+    def test_auto_is_input_where_other_rows_expand_than_come_in(self, mixed):
+        """Shapes fit both where tokens are flattened into the rows, which "first" may expand, and where two views are concatenated,
+        whose rows it would pair with those of other samples."""
+
+        class Rows(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.drop = nn.Dropout(0.5)
+
+            def forward(self, a, b):
+                if mixed:
+                    a, b = self.drop(torch.cat([a, b])).chunk(2)
+                    return torch.stack([a, b], 1)
+                return self.drop(torch.stack([a, b], 1).flatten(0, 1)).unflatten(0, (-1, 2))
+
+        a, b = torch.rand(B, 6) + 1, -torch.rand(B, 6) - 1
+        model = iw.convert(Rows(), S, example_inputs=(a, b))
+        assert model._iw_conversion.expand == "input"
+        assert f"{2 * B} rows would expand where the inputs have {B}" in str(iw.audit(model))
+        for expand in ("auto", "first") if not mixed else ("auto",):
+            model = iw.convert(Rows(), S, expand=expand, example_inputs=(a, b))
+            y = model(a, b)  # each value is 0, or twice its input
+            assert y.shape == (S * B, 2, 6)
+            for view, x in enumerate((a, b)):
+                kept = y[:, view] != 0
+                assert torch.equal(y[:, view][kept], 2 * torch.cat([x] * S)[kept]) and 0.2 < kept.double().mean() < 0.8
 
     def test_auto_changes_nothing_but_the_layers(self):
         """The dry run: mode, parameters, buffers and random numbers are as before."""

@@ -338,11 +338,11 @@ def test_evaluation_with_noise():
 def test_recompute_that_nobody_catches():
     x = torch.randn(B, 6, requires_grad=True)
     block = nn.Sequential(nn.Linear(6, 8), Functional(), nn.Linear(8, 8))
-    for options, error in (({"use_reentrant": True}, "Use iw.checkpoint"), ({"use_reentrant": False}, "different")):
+    for options in {"use_reentrant": True}, {"use_reentrant": False}:
         model = Checkpointed(functools.partial(plain_checkpoint, **options))
         model.block = block
-        with pytest.raises(RuntimeError, match=error):
-            iw.convert(model, S)(x).sum().backward()
+        with pytest.raises(RuntimeError, match=r"Use iw.checkpoint\("):
+            iw.convert(model, S)(x)
 
 
 class Functional(nn.Module):
