@@ -158,7 +158,11 @@ class sampling:
             if ids.device != x.device:
                 ids = self.sample_ids = ids.to(x.device)
             if ids.dim() == 2 and ids.shape[1] != examples:
-                raise ValueError(f"sample_ids: expected [{self.samples}, {examples}] for {examples} examples, got {tuple(ids.shape)}")
+                rows, rest = divmod(examples, max(ids.shape[1], 1))
+                hint = f"; where noise meets {rows} rows of each example (flattened tokens, two inputs in one batch), nobody knows whose: "
+                hint += "take ids [samples], or in iw.backward a strategy other than 'resampled'"
+                got = f"{tuple(ids.shape)}{hint if rows > 1 and not rest else ''}"
+                raise ValueError(f"sample_ids: expected [{self.samples}, {examples}] for {examples} examples, got {got}")
         first = self.first_example
         return {
             "samples": self.samples,

@@ -9,6 +9,7 @@ All four are log-likelihoods [S, units] and a backward through them from d loss 
 function of its address, so a second pass draws what the first one drew.
 """
 
+import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
@@ -81,6 +82,9 @@ def backward(
             than in "batched"; in a strategy of several passes, a model that changes its inputs in place; with "resampled", noise that is
             not this package's, or a loss whose units are not the examples.
 
+    Warns:
+        UserWarning: ``seed`` is given, and a strategy of several passes saw the model draw noise that is not this package's.
+
     Example:
         >>> import torch, iwsgd_ext as iw
         >>> from torch import nn
@@ -121,6 +125,12 @@ def backward(
         loss, stats = step.streamed(chunk or 1)
     else:
         loss, stats = step.resampled(chunk or samples, keep)
+    if seed is not None and step.states and not step.states[0].is_current():
+        warnings.warn(
+            "seed: the model drew random numbers of torch's as well, which a seed given here does not repeat (torch.manual_seed does); "
+            "iw.audit(model) lists such noise, and iw.convert swaps most of it",
+            stacklevel=2,
+        )
     if not fused:  # whose loss, called as it is, has told them itself
         for observe in getattr(loss_fn, "observers", ()):
             observe(stats)

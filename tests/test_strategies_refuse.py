@@ -83,6 +83,18 @@ def test_refuses_a_loss_of_positions_where_examples_are_drawn():
         iw.backward(model, iw.IWCrossEntropyLoss(4, level="position"), torch.ones(B, 3, 6), target, samples=4, strategy="resampled")
 
 
+def test_refuses_to_draw_samples_of_rows_that_are_no_examples():
+    """Two tokens of each example in the rows: the noise has ids for examples, and rows are twice as many."""
+
+    class Tokens(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.unflatten(1, (2, 3)).flatten(0, 1)).unflatten(0, (-1, 2)).sum(1)
+
+    model = iw.convert(Tokens(nn.Dropout(0.5), nn.Linear(3, 3)), 2)
+    with pytest.raises(ValueError, match=r"sample_ids: .* 2 rows of each example .* nobody knows whose: .* other than 'resampled'"):
+        iw.backward(model, iw.IWCrossEntropyLoss(4), X, Y, samples=4, strategy="resampled")
+
+
 @pytest.mark.parametrize("strategy", ["loop", "streamed", "resampled"])
 def test_refuses_inputs_changed_in_place(strategy):
     class InPlace(nn.Sequential):

@@ -258,8 +258,17 @@ def test_random_numbers_of_torch_are_replayed():
     results = []
     for strategy in ("loop", "streamed"):
         torch.manual_seed(3)
-        results.append((run(model, x, target, strategy=strategy), torch.rand(3)))
+        with pytest.warns(UserWarning, match="seed: the model drew random numbers of torch's as well"):
+            results.append((run(model, x, target, strategy=strategy), torch.rand(3)))
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("strategy", ["loop", "streamed", "resampled"])
+@pytest.mark.filterwarnings("error")
+def test_no_warning_of_a_seed_that_repeats_all_noise(strategy):
+    model, (x, target) = iw.convert(nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.5)).double(), 2, expand="first"), data()
+    results = [run(model, x, target, strategy=strategy) for _ in range(2)]
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 def test_resampled_refuses_random_numbers_of_torch():
