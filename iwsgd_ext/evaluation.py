@@ -41,7 +41,8 @@ def predict(
     statistics, and dropout that is not of this package stays off. No gradient; the model's modes are as before when it is done.
 
     Args:
-        model: a converted model, or any with noise layers of this package, whose output is logits.
+        model: a converted model, or any with noise layers of this package, whose output is logits of classes that exclude each other
+            (independent labels, as of BCEWithLogitsLoss, have no softmax).
         x: what the model is called with: a tensor, a tuple or list of arguments, or a dict of them by name. A model that was converted
             with ``batch_dim=1`` has its examples there; its output has them first.
         samples: S.
@@ -146,7 +147,8 @@ def bound_curve(
             are numbered through, each with noise of its own.
         samples: S.
         loss_fn: an object with ``log_likelihood(outputs, targets, samples) -> (log_p [K, units], outer weight [units], denominator)``, as
-            IWCrossEntropyLoss and IWLoss are; its ``alpha``, if it has one, is the bound's. None is IWCrossEntropyLoss.
+            IWCrossEntropyLoss and IWLoss are; its ``alpha``, if it has one, is the bound's. None is IWCrossEntropyLoss, whatever the
+            model was trained with.
         chunk: samples of one pass, for memory.
         seed: an int or an int64 tensor of one element; None draws one.
         progress: show a bar over the batches; needs the package rich.
