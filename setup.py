@@ -9,7 +9,8 @@ Two shared libraries, found by folder so that no list of sources has to be kept 
 Environment:
 
     IWSGD_CUDA=1|0        compile the CUDA kernels, or do not; by default they are where torch itself has CUDA
-    TORCH_CUDA_ARCH_LIST  their architectures (default "8.0;9.0;10.0"), as in torch: "9.0", "8.0;9.0+PTX", ...
+    TORCH_CUDA_ARCH_LIST  their architectures, as in torch: "9.0", "8.0;9.0+PTX", ... (default "8.0;9.0;10.0+PTX;12.0", as far as this nvcc
+                          has them, and those of the machine's GPUs)
     CUDA_HOME             the CUDA toolkit (else /usr/local/cuda, else where nvcc is on the PATH)
     IWSGD_NATIVE=0        compile nothing: a pure Python install that runs on the reference backend
     MAX_JOBS              compile jobs at a time
@@ -18,6 +19,7 @@ Environment:
 import os
 import re
 import shutil
+import subprocess
 import sys
 from glob import glob
 from pathlib import Path
@@ -26,6 +28,7 @@ from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent.resolve()
 STABLE_ABI = "0x020a000000000000ULL"  # torch 2.10
+CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
 WINDOWS = sys.platform == "win32"
 # g++ 12 takes the undefined registers of AVX-512 intrinsics for uninitialized variables
 CXX_FLAGS = ["-O3", "-std=c++17", "-g0", "-fvisibility=hidden", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
@@ -75,6 +78,25 @@ def want_cuda(torch) -> bool:
     return asked == "1" or torch.version.cuda is not None
 
 
+def cuda_architectures(torch, home: str) -> str:
+    """TORCH_CUDA_ARCH_LIST, or what runs on GPUs of today and this machine. (CMakeLists.txt asks for it, too.)
+
+    Machine code for one architecture runs on later ones of the same first number. Others that are later take the PTX of 10.0.
+    """
+    given = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+    if given:
+        return re.sub(r"[\s;]+", ";", given)
+    known = subprocess.run([f"{home}/bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    chosen = [v for v in CUDA_ARCHITECTURES if f"compute_{v.replace('.', '')}" in known]
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        major, minor = torch.cuda.get_device_capability(i)
+        runs = any(v.split(".")[0] == str(major) and int(v.split(".")[1]) <= minor for v in chosen)
+        if not runs and f"compute_{major}{minor}" in known:
+            chosen.append(f"{major}.{minor}")
+    forward = "10.0" if "10.0" in chosen else chosen[-1]
+    return ";".join(f"{v}+PTX" if v == forward else v for v in chosen)
+
+
 def ops_library(torch, cpp_extension) -> Extension:
     sources = sorted(glob("csrc/cpu/*.cpp"))
     compile_args = {"cxx": [*CXX_FLAGS, f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]}
@@ -83,7 +105,7 @@ def ops_library(torch, cpp_extension) -> Extension:
     if want_cuda(torch):
         home = cuda_home()
         cpp_extension.CUDA_HOME = home  # cpp_extension knows it only where torch itself has CUDA
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0")
+        os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_architectures(torch, home)
         sources += sorted(glob("csrc/cuda/*.cu"))
         compile_args["cxx"].append("-DIWSGD_WITH_CUDA")
         compile_args["nvcc"] = ["-O3", "-std=c++17", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "--expt-relaxed-constexpr"]
@@ -113,7 +135,7 @@ def info_module(torch, cpp_extension) -> Extension:
     except ImportError:
         include = cpp_extension.include_paths()[0]  # torch carries a copy
     cuda = want_cuda(torch)
-    arch = re.sub(r"\s+", ";", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()) if cuda else ""
+    arch = cuda_architectures(torch, cuda_home()) if cuda else ""
     return Extension(
         "iwsgd_ext._info",
         sorted(glob("csrc/python/*.cpp")),
@@ -158,4 +180,5 @@ def build() -> dict:
     return {"ext_modules": [ops_library(torch, cpp_extension), info_module(torch, cpp_extension)], "cmdclass": {"build_ext": Build}}
 
 
-setup(**build())
+if __name__ == "__main__":
+    setup(**build())

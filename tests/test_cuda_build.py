@@ -18,6 +18,7 @@ import gpu_exercise  # noqa: E402
 import ptxas_report  # noqa: E402
 
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+OLDEST = "75"  # Turing: of few registers for each thread, so that some spill
 OPS = {
     "gaussian.cu": ("gaussian", "gaussian_sum"),
     "iw_cross_entropy.cu": ("iw_cross_entropy", "iw_cross_entropy_", "iw_cross_entropy_scale_"),
@@ -37,7 +38,7 @@ pytestmark = [
 def started() -> dict:
     """Every compilation, side by side on the machine's cores."""
     pool = ThreadPoolExecutor(os.cpu_count())
-    return {(s, a): pool.submit(ptxas_report.compile_kernels, s, a) for s in SOURCES for a in ptxas_report.ARCHITECTURES}
+    return {(s, a): pool.submit(ptxas_report.compile_kernels, s, a) for s in SOURCES for a in (*ptxas_report.ARCHITECTURES, OLDEST)}
 
 
 def compile_kernels(source: Path, arch: str) -> list[ptxas_report.Kernel]:
@@ -52,6 +53,13 @@ def test_kernels_compile_without_warnings_and_spill_nothing(source, arch):
     assert any("_fwd_kernel" in k.name for k in kernels), [k.name for k in kernels]
     assert {k.name: (k.spill_bytes, k.stack_bytes) for k in kernels if k.spill_bytes or k.stack_bytes} == {}
     assert all(k.shared_bytes <= 48 * 1024 for k in kernels)
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_kernels_compile_for_the_oldest_architecture(source):
+    kernels = compile_kernels(source, OLDEST)
+    assert {k.name for k in kernels} == {k.name for k in compile_kernels(source, "80")}
+    assert all(k.spill_bytes <= 128 for k in kernels)
 
 
 def test_driver_of_the_checks_names_what_is_compiled():
@@ -149,6 +157,12 @@ int main() {
     return 2;
   } catch (const std::runtime_error& error) {
     if (strcmp(error.what(), "as torch says") != 0) return 3;
+  }
+  try {
+    iwsgd::check(cudaErrorNoKernelImageForDevice);
+    return 5;
+  } catch (const std::runtime_error& error) {
+    if (strstr(error.what(), "TORCH_CUDA_ARCH_LIST") == nullptr) return 6;
   }
   return cudaGetLastError() == cudaSuccess ? 0 : 4;
 }

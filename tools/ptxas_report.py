@@ -1,6 +1,6 @@
 """Registers, spills, stack and shared memory of every CUDA kernel, without a GPU.
 
-    python tools/ptxas_report.py [--arch 80 90 100] [csrc/cuda/noise.cu ...]
+    python tools/ptxas_report.py [--arch 80 90 100 120] [csrc/cuda/noise.cu ...]
 
 Compiles each file with all warnings as errors and reads what ptxas says (-Xptxas -v). tests/test_cuda_build.py uses it.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-ARCHITECTURES = ("80", "90", "100")
+ARCHITECTURES = ("80", "90", "100", "120")
 FLAGS = ["-O3", "-std=c++17", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL", "--expt-relaxed-constexpr"]
 STRICT = ["-Werror", "all-warnings", "-Xcompiler", "-fPIC,-Wall,-Wextra", "-Xptxas", "-v"]
 

@@ -81,16 +81,16 @@ IWSGD_HD T narrow(acc_t<T> x) {
 #endif
 }
 
-// Two neighbours in one word, rounded by one instruction.
+// Two neighbours in one word, rounded by one instruction where there is such a one.
 template <class T>
 IWSGD_HD uint32_t narrow_two(float first, float second) {
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   uint32_t word;
   if constexpr (std::is_same_v<T, bf16>) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
   else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
   return word;
 #else
-  return from_acc<T>(first).bits | static_cast<uint32_t>(from_acc<T>(second).bits) << 16;
+  return narrow<T>(first).bits | static_cast<uint32_t>(narrow<T>(second).bits) << 16;
 #endif
 }
 

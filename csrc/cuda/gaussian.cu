@@ -45,7 +45,7 @@ void gaussian_fwd_cuda(const Gaussian& call, const T* x, T* y, cudaStream_t stre
       gaussian_fwd_kernel<T, P, true><<<blocks, kBlock, 0, stream>>>(work, x, y, static_cast<int>(grid.part));
     else
       gaussian_fwd_kernel<T, P, false><<<blocks, kBlock, 0, stream>>>(work, x, y, static_cast<int>(grid.part));
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    check_launch();
   });
 }
 
@@ -56,7 +56,7 @@ void gaussian_bwd_cuda(const Gaussian& call, const T* dy, T* dx, cudaStream_t st
     const GaussianWork work(call, P);
     if (work.total == 0) return;
     gaussian_bwd_kernel<T, P><<<static_cast<unsigned>(noise_grid(work, false).blocks), kBlock, 0, stream>>>(work, dy, dx);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    check_launch();
   });
 }
 

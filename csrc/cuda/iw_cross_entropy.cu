@@ -148,7 +148,7 @@ struct Launches {
 
   void denominator(const Arguments<T>& a, const Work<T>& work) const {
     iw_cross_entropy_denominator_kernel<T><<<grid(work.denominator_blocks), kPlainThreads, kScratchBytes, stream>>>(a, work);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    check_launch();
   }
   // How many blocks the device holds at once, or 0 where it cannot start them together.
   template <bool kSoft, class>
@@ -193,26 +193,26 @@ struct Launches {
   void statistics(const Arguments<T>& a, const Work<T>& work, const SlicePlan& plan) const {
     const auto kernel = iw_cross_entropy_statistics_kernel<T, kSoft>;
     kernel<<<grid(plan.row_blocks), kPlainThreads, kScratchBytes, stream>>>(a, work, plan.lanes);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    check_launch();
   }
   void weights(const Arguments<T>& a, const Work<T>& work, const SlicePlan& plan) const {
     const auto kernel = iw_cross_entropy_weights_kernel<T>;
     kernel<<<grid(plan.unit_blocks), kPlainThreads, kScratchBytes, stream>>>(a, work, plan.weigh_lanes);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    check_launch();
   }
   void join(const Arguments<T>& a, const Work<T>& work, const SlicePlan& plan) const {
     iw_cross_entropy_join_kernel<T><<<grid(plan.unit_blocks), kJoinThreads, kScratchBytes, stream>>>(a, work);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    check_launch();
   }
   template <bool kSoft>
   void gradient(const Arguments<T>& a, const Work<T>& work, const SlicePlan& plan) const {
     const auto kernel = iw_cross_entropy_gradient_kernel<T, kSoft>;
     kernel<<<grid(plan.row_blocks), kPlainThreads, kScratchBytes, stream>>>(a, work, plan.lanes);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    check_launch();
   }
   void total(const Arguments<T>& a, const Work<T>& work) const {
     iw_cross_entropy_total_kernel<T><<<1, kJoinThreads, kScratchBytes, stream>>>(a, work);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    check_launch();
   }
   static unsigned grid(int64_t blocks) { return static_cast<unsigned>(blocks); }
   // Always as much as there is: the limit is the function's, so that less, for a smaller call of another thread or of the same graph,
@@ -242,7 +242,7 @@ struct Cuda {
     const int64_t needed = divide_up(divide_up(n, kVector<T>) + 1, kScaleThreads);
     const int64_t blocks = std::min(needed, kScaleBlocks * this_device(tensor.get_device_index()).limits.multiprocessors);
     iw_cross_entropy_scale_kernel<T><<<static_cast<unsigned>(blocks), kScaleThreads, 0, device.stream()>>>(x, n, factor);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    check_launch();
   }
 };
 

@@ -24,11 +24,16 @@ struct DeviceBlock {
   }
 
   // 16 bytes into shared memory, there for this thread after finish_copies.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  __device__ void copy16(void* to, const void* from) const { *static_cast<uint4*>(to) = __ldcg(static_cast<const uint4*>(from)); }
+  __device__ void finish_copies() const {}
+#else
   __device__ void copy16(void* to, const void* from) const {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from)
                  : "memory");
   }
   __device__ void finish_copies() const { asm volatile("cp.async.wait_all;" ::: "memory"); }
+#endif
 
   // ---- between the blocks of a grid that was launched together ----
 

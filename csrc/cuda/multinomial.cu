@@ -23,7 +23,7 @@ struct Cuda {
       multinomial_fwd_kernel<true><<<rows, kCountThreads, call.features * sizeof(int32_t), device.stream()>>>(call, counts);
     else
       multinomial_fwd_kernel<false><<<rows, kCountThreads, 0, device.stream()>>>(call, counts);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    check_launch();
   }
 };
 

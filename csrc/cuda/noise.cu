@@ -80,7 +80,7 @@ void noise_fwd_cuda(const Draw& draw, const T* x, T* y, cudaStream_t stream) {
       else
         noise_rule_fwd_kernel<T, V, false><<<dimensions(grid), kBlock, 0, stream>>>(work, x, y, part);
     });
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    check_launch();
     return;
   }
   if (draw.rule.threshold >= kFieldRange) {  // p = 1 gives zeros, exactly
@@ -96,7 +96,7 @@ void noise_fwd_cuda(const Draw& draw, const T* x, T* y, cudaStream_t stream) {
     else
       noise_fwd_kernel<T, V, kGroups, false><<<dimensions(grid), kBlock, 0, stream>>>(work, x, y, scale, part);
   });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  check_launch();
 }
 
 template <class T>
@@ -108,7 +108,7 @@ void noise_bwd_cuda(const Draw& draw, const T* dy, T* dx, cudaStream_t stream) {
     with_access<T>(work, {dy, dx}, [&](auto vector) {
       noise_rule_bwd_kernel<T, decltype(vector)::value><<<dimensions(grid), kBlock, 0, stream>>>(work, dy, dx);
     });
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    check_launch();
     return;
   }
   if (draw.rule.threshold >= kFieldRange) {
@@ -119,7 +119,7 @@ void noise_bwd_cuda(const Draw& draw, const T* dy, T* dx, cudaStream_t stream) {
   with_layout<T>(work, {dy, dx}, [&](auto vector, auto groups) {
     noise_bwd_kernel<T, decltype(vector)::value, decltype(groups)::value><<<dimensions(grid), kBlock, 0, stream>>>(work, dy, dx, scale);
   });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  check_launch();
 }
 
 struct Cuda {
