@@ -129,6 +129,33 @@ def test_channels_last(device, backend):
     assert_as_naive(got, naive_step(model, x, target, 3, 1.0, channels_last=True))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
+@pytest.mark.parametrize("network", [Mlp, ConvNet])
+def test_exported(device, backend, network, strict):
+    """A whole training step that torch.export has made a graph of, for a batch of another size: loss and gradients of the loop."""
+
+    class Training(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = iw.convert(network().double().to(device), 3, expand="first")
+
+        def forward(self, x, target):
+            with iw.sampling(3, seed=SEED):
+                logits = self.model(x)
+            return iw.iw_cross_entropy(logits, target, 3)
+
+    training = Training()
+    x, target = batch(training.model, device)
+    rows = {0: torch.export.Dim("rows", max=1000)}
+    exported = torch.export.export(training, (x, target), dynamic_shapes=(rows, rows), strict=strict).module()
+    x, target = (v[:3] for v in (x, target))
+    loss, parameters = exported(x, target), dict(exported.named_parameters())
+    gradients = torch.autograd.grad(loss, list(parameters.values()))
+    got = loss.detach(), {name.removeprefix("model."): g for name, g in zip(parameters, gradients, strict=True)}
+    assert_as_naive(got, naive_step(training.model, x, target, 3, 1.0))
+
+
 @pytest.mark.parametrize("network", [Mlp, ConvNet])
 def test_float32(device, backend, network):
     """Not further from the truth than twice what the naive loop in float32 is, each gradient in its norm."""
