@@ -1,7 +1,7 @@
 """What noise samples are worth when a model is evaluated: predictions averaged over them, and the bound against their number."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -28,6 +28,7 @@ def predict(
     reduce: Reduce = "arithmetic",
     *,
     class_dim: int = 1,
+    log_prob: Callable[[Any], Tensor] | None = None,
     chunk: int | None = None,
     seed: int | Tensor | None = None,
     first_example: int | Tensor | None = None,
@@ -41,13 +42,15 @@ def predict(
     statistics, and dropout that is not of this package stays off. No gradient; the model's modes are as before when it is done.
 
     Args:
-        model: a converted model, or any with noise layers of this package, whose output is logits of classes that exclude each other
-            (independent labels, as of BCEWithLogitsLoss, have no softmax).
+        model: a converted model, or any with noise layers of this package. Its output is logits of classes that exclude each other, or
+            what ``log_prob`` takes.
         x: what the model is called with: a tensor, a tuple or list of arguments, or a dict of them by name. A model that was converted
             with ``batch_dim=1`` has its examples there; its output has them first.
         samples: S.
         reduce: "arithmetic" (a mixture, which a likelihood belongs to) or "geometric" (what scaling by 1 - p approximates).
         class_dim: dimension of the classes in the logits; -1 for most language models.
+        log_prob: what makes log-probabilities [K*B, ...] of the model's output, instead of log_softmax over ``class_dim``:
+            torch.nn.functional.logsigmoid for independent labels, ``lambda output: output["logits"].log_softmax(1)``. With "arithmetic".
         chunk: samples of one pass, for memory; the result does not depend on it but for rounding. None takes all at once.
         seed: an int or an int64 tensor of one element repeats its noise; None draws one from torch's default generator of x's device.
         first_example: id of the first example, as in :class:`iwsgd_ext.sampling`.
@@ -68,27 +71,40 @@ def predict(
     """
     if reduce not in ("arithmetic", "geometric"):
         raise ValueError(f"reduce: expected 'arithmetic' or 'geometric', got {reduce!r}")
+    check(log_prob is None or reduce == "arithmetic", "reduce", "'arithmetic' with log_prob", repr(reduce))
     total, summed = None, torch.logaddexp if reduce == "arithmetic" else torch.add
     with _noisy_evaluation(model):
-        for k, logits in _passes(model, x, samples, chunk, seed, first_example):
-            if not isinstance(logits, Tensor) or not logits.is_floating_point():
-                got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-                raise TypeError(f"model: expected one whose output is a floating-point tensor of logits, got {got}; wrap it in a module")
-            dims = logits.dim()
-            expected = f"a dimension of logits {tuple(logits.shape)} that is not the first"
-            check(-dims < class_dim < dims and class_dim != 0, "class_dim", expected, class_dim)
-            if logits.shape[class_dim] == 1:  # its softmax is 1 whatever the output: a regression's, or the logit of a binary label
-                raise ValueError(
-                    f"model: expected logits of two classes or more in dimension {class_dim}, got shape {tuple(logits.shape)}; predict "
-                    "averages a softmax over classes, which one output has not"
-                )
-            log_p = torch.log_softmax(logits, class_dim, dtype=torch.promote_types(logits.dtype, torch.float32))
-            log_p = log_p.unflatten(0, (k, len(logits) // k))
+        for k, output in _passes(model, x, samples, chunk, seed, first_example):
+            log_p = _log_softmax(output, class_dim) if log_prob is None else log_prob(output)
+            if not isinstance(log_p, Tensor) or not log_p.is_floating_point() or log_p.dim() == 0 or len(log_p) % k:
+                got = f"{log_p.dtype} {tuple(log_p.shape)}" if isinstance(log_p, Tensor) else type(log_p).__name__
+                raise TypeError(f"log_prob: expected a function that returns floating-point log-probabilities [{k} * B, ...], got {got}")
+            log_p = log_p.to(torch.promote_types(log_p.dtype, torch.float32))
+            log_p = log_p.unflatten(0, (k, len(log_p) // k))
             part = log_p.logsumexp(0) if reduce == "arithmetic" else log_p.sum(0)
             total = part if total is None else summed(total, part)
     if reduce == "arithmetic":
         return total - math.log(samples)
     return torch.log_softmax(total / samples, class_dim)
+
+
+def _log_softmax(logits: Any, class_dim: int) -> Tensor:
+    """What predict makes of a model's output by itself."""
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+        raise TypeError(
+            f"model: expected one whose output is a floating-point tensor of logits, got {got}; log_prob takes any output: "
+            "iw.predict(..., log_prob=lambda output: output['logits'].log_softmax(1))"
+        )
+    dims = logits.dim()
+    expected = f"a dimension of logits {tuple(logits.shape)} that is not the first"
+    check(-dims < class_dim < dims and class_dim != 0, "class_dim", expected, class_dim)
+    if logits.shape[class_dim] == 1:  # its softmax is 1 whatever the output: a regression's, or the logit of a binary label
+        raise ValueError(
+            f"model: expected logits of two classes or more in dimension {class_dim}, got shape {tuple(logits.shape)}; a softmax over "
+            "one output is 1 (binary labels: log_prob=torch.nn.functional.logsigmoid)"
+        )
+    return torch.log_softmax(logits, class_dim, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 class BoundCurve(NamedTuple):

@@ -168,6 +168,20 @@ class TestPredict:
         want = torch.softmax(2 * torch.cat([x] * 6) * naive.naive_keep(x, 0.5, samples=6, seed=1) * 2, 2).view(6, 2, 3, C).mean(0)
         torch.testing.assert_close(got.exp(), want)
 
+    @pytest.mark.parametrize("chunk", [None, 3])
+    def test_other_log_probabilities(self, chunk):
+        """Independent labels in a dict: the mean of their sigmoids."""
+
+        class Wrapped(Net):
+            def forward(self, x):
+                return {"logits": super().forward(x)}
+
+        net, x = Wrapped(), data()
+        got = iw.predict(net, x, 7, log_prob=lambda out: torch.nn.functional.logsigmoid(out["logits"]), chunk=chunk, seed=SEED)
+        torch.testing.assert_close(got.exp(), torch.sigmoid(naive_logits(net, x, 7)).mean(0))
+        low = iw.predict(net, x, 7, log_prob=lambda out: out["logits"].bfloat16().log_softmax(1), seed=SEED)
+        assert low.dtype == torch.float32
+
     def test_impossible_classes(self):
         """A class of probability 0 under every sample stays at 0, without NaN."""
 
@@ -217,6 +231,9 @@ BAD = [
     (ValueError, r"class_dim: expected .* \(10, 4\) that is not the first, got 2", lambda x: iw.predict(Net(), x, 2, class_dim=2)),
     (ValueError, "class_dim: expected .*, got 0", lambda x: iw.predict(Net(), x, 2, class_dim=0)),
     (ValueError, "class_dim: expected .*, got -2", lambda x: iw.predict(Net(), x, 2, class_dim=-2)),
+    (ValueError, "reduce: expected 'arithmetic' with log_prob", lambda x: iw.predict(Net(), x, 2, "geometric", log_prob=torch.sigmoid)),
+    (TypeError, "log_prob: expected .*, got torch.int64", lambda x: iw.predict(Net(), x, 2, log_prob=lambda z: z.argmax(1))),
+    (TypeError, r"log_prob: .* \[2 \* B, ...\], got torch.float64 \(\)", lambda x: iw.predict(Net(), x, 2, log_prob=torch.sum)),
     (ValueError, "x: expected at least one tensor", lambda x: iw.predict(Net(), {}, 2)),
     (
         ValueError,
