@@ -103,20 +103,26 @@ def check_rows(name: str, rows: int, samples: int, batch: int) -> None:
     """The rows of a model's outputs against the targets, with what probably went wrong."""
     if rows == samples * batch:
         return
-    if rows == batch:
+    if not rows or not batch:
+        diagnosis = "Batches must match."
+    elif rows == batch:
         diagnosis = (
-            "There is one row for each target. Either the model drew no noise: it is in eval mode (samples=1 there, as the loss' own "
-            ".eval() has it), ran outside of iw.sampling and was not converted (iw.convert), or expanded another dimension than that of "
-            "the rows (time-major models take batch_dim=1). Or the targets were repeated over the samples, which they must not be."
+            "There is one row for each target. Either the model drew no noise or one sample: it is in eval mode (samples=1 there, as the "
+            "loss' own .eval() has it), ran outside of iw.sampling and was not converted (iw.convert), was converted with samples=1, or "
+            "expanded another dimension than that of the rows (time-major models take batch_dim=1). Or the targets were repeated over the "
+            "samples, which they must not be."
         )
-    elif rows and batch % rows == 0:
+    elif batch % rows == 0:
         diagnosis = f"There are {batch // rows} targets for each row: were they repeated over the samples? They must not be."
-    elif batch and samples > 1 and rows == samples * samples * batch:
+    elif samples == 1 and rows % batch == 0:
+        diagnosis = f"There are {rows // batch} rows for each target: is the model in training, and the loss in eval mode?"
+    elif rows == samples * samples * batch:
         diagnosis = (
-            "There are samples^2 rows for each target: rows that were expanded already were expanded again. Of two parts of a model that "
-            "are converted apart each expands: convert one module that holds both, or the first part alone."
+            f"There are samples^2 = {samples * samples} rows for each target. Either the model drew so many samples, or rows that were "
+            "expanded already were expanded again: of two parts of a model that are converted apart each expands; convert one module that "
+            "holds both, or the first part alone."
         )
-    elif batch and rows % batch == 0:
+    elif rows % batch == 0:
         diagnosis = f"There are {rows // batch} rows for each target: the model drew another number of samples, or targets are missing."
     else:
         diagnosis = "The rows are no multiple of the targets: batches must match, and targets must not be repeated over samples."

@@ -1,6 +1,7 @@
 """A logger of what noise samples do during training: TensorBoard or CSV, attached to the loss in one line."""
 
 import csv
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,8 @@ class StatsLogger:
     """Writes :class:`IWSummary` of a loss during training, without waiting for the device in between.
 
     Each training forward of the criterion is one step; in gradient accumulation, each micro-batch. Every ``every`` steps one row is
-    written: means over these steps (the count of non-finite log-likelihoods is a sum). Between, they are added up on the device.
+    written: means over these steps, but for such in which nothing counts (the number of non-finite log-likelihoods is a sum). Between,
+    they are added up on the device.
     Evaluation (``criterion.eval()``) is left out.
 
     Args:
@@ -68,15 +70,17 @@ class StatsLogger:
         else:
             raise TypeError(f"to: expected the path of a CSV file or an object with add_scalar, got {type(to).__name__}")
         self.every = every
-        self.total: Tensor | None = None  # sums of the summaries since the last row, on the device
-        self.count = 0
+        self.total: Tensor | None = None  # sums of the summaries since the last row, on the device, and how many had something to count
+        self.count = 0  # steps since then
         self.observers = criterion.observers
         self.observers.append(self.add)
 
     @not_compiled
     def add(self, stats: IWStats) -> None:
         """One step. The criterion calls it, and ``iw.backward`` in the strategies that do not call the criterion."""
-        values = torch.stack([v.double() for v in stats.summary()])
+        *means, nonfinite = (v.double() for v in stats.summary())
+        some = torch.ones_like(nonfinite) if stats.counted is None else stats.counted.any().double()  # else there are no means
+        values = torch.stack([*(torch.where(some > 0, v, 0) for v in means), nonfinite, some])
         self.total = values if self.total is None else self.total + values
         self.count += 1
         self.step += 1
@@ -87,8 +91,9 @@ class StatsLogger:
         """Writes what has been added up since the last row, if anything."""
         if self.total is None:
             return
-        values = dict(zip(IWSummary._fields, self.total.tolist(), strict=True))  # waits for the device
-        row = {name: int(v) if name == "nonfinite" else v / self.count for name, v in values.items()}
+        *means, nonfinite, steps = self.total.tolist()  # waits for the device
+        means = (v / steps if steps else math.nan for v in means)
+        row = dict(zip(IWSummary._fields, (*means, int(nonfinite)), strict=True))
         self.total, self.count = None, 0
         self.write(self.step, row)
 

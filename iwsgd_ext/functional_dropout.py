@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,9 +16,9 @@ from torch.utils.checkpoint import checkpoint as plain_checkpoint
 
 from .attention import scaled_dot_product_attention
 from .dropout import IWAlphaDropout, IWDropout, IWDropout1d, IWDropout2d, IWDropout3d, IWFeatureAlphaDropout
-from .sampling import _stack, current, packing, sampling
+from .sampling import NO_TASK, _stack, current, graph_task, sampling
 
-_CHECKPOINT = inspect.unwrap(plain_checkpoint).__code__
+_CHECKPOINT, _REENTRANT = inspect.unwrap(plain_checkpoint).__code__, CheckpointFunction.forward.__code__
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,8 @@ class FunctionalDropout(TorchFunctionMode):
         context = self._context()
         if context is None or not (training or context.evaluating):
             return func(*args, **kwargs)
-        _check_not_checkpointed(func, context)
+        if p != 0:
+            _check_not_checkpointed(func, context)
         if self.watch is not None:
             self.watch.add(resolve_name(func), p, "replaced")
         y = layer(p)(x)
@@ -191,8 +193,10 @@ class FunctionalDropout(TorchFunctionMode):
     def _attend(self, args: tuple, kwargs: dict) -> Tensor:
         p = _argument(args, kwargs, 4, "dropout_p", 0.0)
         context = self._context()
-        if context is None or p == 0:
+        if context is None:
             return ATTENTION(*args, **kwargs)
+        if p == 0:  # rows of B and of S*B may meet all the same
+            return scaled_dot_product_attention(*args, **kwargs)
         _check_not_checkpointed(ATTENTION, context)
         if self.watch is not None:
             self.watch.add(resolve_name(ATTENTION), p, "replaced")
@@ -212,22 +216,33 @@ class FunctionalDropout(TorchFunctionMode):
 
 
 def _check_not_checkpointed(func: Callable, context: sampling) -> None:
-    """Raises inside a checkpoint of torch's: its recompute, outside of the model, would draw torch's noise. The reentrant form would not
-    notice; the other would, by what is saved for backward, in words that help nobody."""
-    if torch.compiler.is_compiling():
-        return
-    reentrant, pack = not torch.is_grad_enabled(), packing()  # that form computes its forward without a graph
-    if not (context.recording if reentrant else pack not in (None, context.packing)):
-        return  # none, or one that is around the context too
-    frame = sys._getframe(2)
-    while frame is not None and frame is not context.frame and frame.f_globals.get("__name__") != f"{__package__}.checkpoint":
-        plain = frame.f_code is _CHECKPOINT and frame.f_locals.get("context_fn") is noop_context_fn
-        if frame.f_code is CheckpointFunction.forward.__code__ if reentrant else plain:
-            raise RuntimeError(
-                f"{resolve_name(func)} is noise of a converted model here; torch.utils.checkpoint.checkpoint(use_reentrant={reentrant}) "
-                "would draw another when it computes it again during backward. Use iw.checkpoint(function, *args), or give that "
-                "use_reentrant=False, context_fn=iw.checkpoint_contexts."
-            )
+    """Looks for a checkpoint of torch's around the call and inside of the context: its recompute, outside of the model, would draw torch's
+    noise. Nobody would notice in the reentrant form, so that raises. Of the other form torch notices by what is saved for backward, in
+    words that help nobody: that warns. (Raised here, an error would leave the hooks of torch 2.11's checkpoint behind.)"""
+    if torch.compiler.is_compiling() or graph_task() != NO_TASK:
+        return  # a recompute, of iw.checkpoint's
+    frame, recorded = sys._getframe(2), torch.is_grad_enabled()
+    while frame is not None and frame is not context.frame and frame is not context.opened:
+        if frame.f_code is _REENTRANT or frame.f_code is _CHECKPOINT:
+            names, reentrant = frame.f_locals, frame.f_code is _REENTRANT
+            function = names["run_function" if reentrant else "function"]
+            recorded = recorded or reentrant  # which computes its forward without a graph
+            if type(function).__module__ == f"{__package__}.checkpoint":
+                recomputed = False
+            elif reentrant:
+                recomputed = any(names["ctx"].needs_input_grad)
+            else:
+                recomputed = names["use_reentrant"] is False and names["context_fn"] is noop_context_fn and recorded
+            if recomputed:
+                text = (
+                    f"{resolve_name(func)} is noise of a converted model here, and torch.utils.checkpoint.checkpoint would draw another "
+                    "when it computes it again during backward. Use iw.checkpoint(function, *args), or give that use_reentrant=False, "
+                    "context_fn=iw.checkpoint_contexts."
+                )
+                if reentrant:
+                    raise RuntimeError(text)
+                warnings.warn(text, stacklevel=6)
+                return
         frame = frame.f_back
 
 

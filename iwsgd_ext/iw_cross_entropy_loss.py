@@ -48,7 +48,6 @@ class IWCrossEntropyLoss(_IWLoss):
         return_stats: bool = False,
     ):
         super().__init__(samples, alpha, return_stats)
-        check_loss_options(ignore_index, reduction, label_smoothing, alpha, level)
         self.register_buffer("weight", weight)
         self.ignore_index = ignore_index
         self.reduction = reduction
@@ -56,6 +55,11 @@ class IWCrossEntropyLoss(_IWLoss):
         self.level = level
         self.inplace = inplace
         self.process_group = process_group
+        self.check_options()
+
+    def check_options(self) -> None:
+        super().check_options()
+        check_loss_options(self.ignore_index, self.reduction, self.label_smoothing, self.alpha, self.level)
 
     def forward(
         self, logits: Tensor, target: Tensor, *, example_weight: Tensor | None = None, normalizer: float | Tensor | None = None
@@ -80,6 +84,7 @@ class IWCrossEntropyLoss(_IWLoss):
             log_p [K, units], outer weight [units] and denominator [] (1 but for reduction "mean"). A unit is an example, or at level
             "position" a position.
         """
+        self.check_options()
         args, named = as_arguments(targets)
         return self._log_likelihood(outputs, samples, *args, **named)
 
@@ -95,7 +100,7 @@ class IWCrossEntropyLoss(_IWLoss):
         # Every row for itself, as an example with one sample: its cost is -outer * log p.
         cost = iw_cross_entropy(logits, rows, 1, weight=weight, reduction="none", example_weight=of_positions, **options)
         outer = _outer_weight(operands[0], weight, position_weight, ignore_index, smoothing, per_position, cost.dtype)
-        log_p = torch.where(outer > 0, -cost.view(samples, -1) / torch.where(outer > 0, outer, 1), 0)
+        log_p = (0 - cost.view(samples, -1)) / torch.where(outer > 0, outer, 1)  # NaN stays, of logits that weigh nothing, too
         if per_example is not None:
             outer = outer * (per_example.repeat_interleave(operands[0].shape[-1]) if per_position else per_example)
         if reduction != "mean":

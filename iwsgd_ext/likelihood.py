@@ -64,12 +64,15 @@ class _IWLoss(nn.Module):
 
     def __init__(self, samples: int, alpha: float, return_stats: bool):
         super().__init__()
-        check_samples(samples)
-        check_alpha(alpha)
         self.samples = samples
         self.alpha = alpha
         self.return_stats = return_stats
         self.observers: list[Callable[[IWStats], None]] = []
+
+    def check_options(self) -> None:
+        """Raises where an option, which may have changed since, is not as it should be."""
+        check_samples(self.samples)
+        check_alpha(self.alpha)
 
     def _tell(self, loss: Tensor, stats: IWStats) -> Tensor | tuple[Tensor, IWStats]:
         for observe in self.observers if self.training else ():
@@ -105,6 +108,7 @@ class IWLoss(_IWLoss):
 
     def __init__(self, criterion, samples: int, alpha: float = 1.0, *, return_stats: bool = False):
         super().__init__(samples, alpha, return_stats)
+        self.check_options()
         if isinstance(criterion, type):
             raise TypeError(f"criterion: expected a module or function, got the class; make one: {criterion.__name__}(reduction='none')")
         if not callable(criterion):
@@ -125,6 +129,7 @@ class IWLoss(_IWLoss):
         Returns:
             log_p [K, B], outer weight [B] (ones) and denominator [] (B).
         """
+        self.check_options()
         args, named = as_arguments(targets)
         tensors = [t for t in tree_leaves((args, named)) if isinstance(t, Tensor) and t.dim() > 0]
         if not tensors:
@@ -140,8 +145,9 @@ class IWLoss(_IWLoss):
             cost = self.criterion(outputs, *args, **named)
         except (IndexError, RuntimeError, ValueError):
             # torch's own message knows nothing of samples; outputs that have the rows somewhere went wrong for another reason
-            if isinstance(outputs, Tensor) and outputs.dim() > 0 and rows not in outputs.shape:
-                check_rows("outputs", outputs.shape[0], samples, batch)
+            dim = 1 if isinstance(self.criterion, nn.CTCLoss) else 0
+            if isinstance(outputs, Tensor) and outputs.dim() > dim and rows not in outputs.shape:
+                check_rows("outputs", outputs.shape[dim], samples, batch)
             raise
         _check_broadcast(outputs, [t for t in tree_leaves((args, named)) if isinstance(t, Tensor)], cost, rows)
         if cost.dim() == 0:

@@ -61,6 +61,8 @@ def weights(stats: IWStats | Tensor, ax=None):
     w = stats.weights if isinstance(stats, IWStats) else stats
     if isinstance(stats, IWStats) and stats.counted is not None:
         w = w[:, stats.counted]
+        if not w.numel():
+            raise ValueError("stats: expected an example that counts, got none")
     if not isinstance(w, Tensor) or w.dim() < 1 or not w.numel():
         got = f"a tensor of shape {tuple(w.shape)}" if isinstance(w, Tensor) else type(stats).__name__
         raise TypeError(f"stats: expected IWStats or a tensor of weights [S, ...], got {got}")

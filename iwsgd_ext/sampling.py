@@ -22,6 +22,8 @@ if _DYNAMIC not in torch.compiler.config.dynamic_sources:
     torch.compiler.config.dynamic_sources = ",".join(filter(None, (torch.compiler.config.dynamic_sources, _DYNAMIC)))
 
 
+# What torch says of sums and of concatenations that do not fit.
+_TWO_SIZES = re.compile(r"size of tensor a \((\d+)\) must match the size of tensor b \((\d+)\)|Expected size (\d+) but got size (\d+)")
 NO_TASK = -1  # where no backward pass is running
 
 
@@ -94,6 +96,7 @@ class sampling:
         self.own = False  # opened by a converted model for itself
         # The call that opened it, where that is a model's: an interrupt (Ctrl-C) runs no hooks, so the context must end with the call.
         self.frame: FrameType | None = None
+        self.opened: FrameType | None = None  # the frame of its block: what calls that is around the context
         self.converted: list[tuple] = []  # the converted models inside, and what each found, to be put back
         self.watch = None  # in a dry run: what notes the calls that draw noise
         self.batch: int | None = None  # B, once the first noise call has fixed it
@@ -101,20 +104,20 @@ class sampling:
         self.evaluating = False  # noise is on although models are in eval mode
         # An int becomes a tensor here, before any compiled region: as an int in a graph it would recompile for each new seed.
         self._seed = make_origin(seed, 0, 0, torch.device("cpu")) if seed is not None else None
-        # Where it was entered: whether a graph was recorded, and what packed the tensors saved for it. Both tell of a checkpoint around it.
-        self.recording, self.packing = False, None
         self._origin: Tensor | None = None
         self._replayed_origin: Tensor | None = None
 
     def __enter__(self) -> "sampling":
         current()  # ends what an interrupt has left, which would be out of reach below this one
         self.task = graph_task()
-        self.recording, self.packing = torch.is_grad_enabled(), packing()
+        if not torch.compiler.is_compiling():
+            self.opened = sys._getframe(1)
         _stack.contexts.append(self)
         return self
 
     def __exit__(self, _, error: BaseException | None, *__) -> None:
         _stack.contexts.remove(self)
+        self.opened = None
         if error is not None:
             self.explain(error)
 
@@ -122,12 +125,13 @@ class sampling:
         """Adds a note to torch's own error where it speaks of B and S*B rows. (A note is printed with it; from Python 3.11 on.)"""
         if self.batch is None or self.samples == 1 or not isinstance(error, RuntimeError) or not hasattr(error, "add_note"):
             return
-        rows = self.samples * self.batch
-        if self.expand == "first" and {str(self.batch), str(rows)} <= set(re.findall(r"\d+", str(error))):
+        rows, sizes = self.samples * self.batch, _TWO_SIZES.search(str(error))
+        noted = any(note.startswith("iw.sampling: ") for note in getattr(error, "__notes__", ()))
+        if self.expand == "first" and sizes and {self.batch, rows} == {int(n) for n in sizes.groups() if n} and not noted:
             error.add_note(
                 f"iw.sampling: here the first noise on each path made {rows} rows ({self.samples} samples) of {self.batch}. A path around "
                 "all noise, as in x + drop(f(x)), still has the latter. Let rows expand before such paths part: iw.convert(model, samples, "
-                "example_inputs=...) finds the place, and expand='input' is always right."
+                "example_inputs=...) looks for the place, and expand='input' is before all."
             )
 
     def moment(self) -> tuple:
@@ -138,7 +142,7 @@ class sampling:
         """A copy that draws this context's noise as from an earlier moment."""
         context = copy.copy(self)
         context.stream, context.expand, context.batch, context.batch_dim = stream, expand, batch, batch_dim
-        context.own, context.frame, context.converted = False, None, []
+        context.own, context.frame, context.opened, context.converted = False, None, None, []
         if not drawn:
             context._origin, context._replayed_origin = None, self._origin
         return context
@@ -287,12 +291,6 @@ def check_not_recomputed(context: sampling | None, layer: nn.Module | Callable |
 def graph_task() -> int:
     """The number of the backward pass that runs in this thread, or NO_TASK."""
     return _traced_graph_task() if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
-
-
-def packing() -> Callable | None:
-    """What packs the tensors that are saved for backward here and now: a checkpoint has a function of its own."""
-    hooks = None if torch.compiler.is_compiling() else torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks[0] if hooks else None
 
 
 @constant_in_graphs

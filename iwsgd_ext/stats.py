@@ -17,7 +17,7 @@ class IWSummary(NamedTuple):
         ess_p05, ess_p50, ess_p95: its quantiles over examples.
         entropy: mean entropy of the weights, in nats, between 0 and log S.
         largest_weight: mean over examples of the largest weight, between 1/S and 1.
-        nonfinite: number of log-likelihoods that are infinite or NaN, int64. Where it is not 0, other fields may be NaN.
+        nonfinite: number of log-likelihoods that are infinite or NaN, of all examples, int64. Where it is not 0, other fields may be NaN.
 
     Example:
         >>> import torch, iwsgd_ext as iw
@@ -46,8 +46,8 @@ class IWStats(NamedTuple):
         log_p: [S, B] log-likelihoods l[s, b], or [S, B, d1, ...] at level "position".
         weights: like log_p, the importance weights, which sum to one over s.
         bound: [B] (or [B, d1, ...]), the bound L before the outer weight.
-        counted: like bound, bool: what counts in the loss. An example that is ignored as a whole, or a position at level "position", or
-            one of weight 0, does not: its log-likelihoods are 0 and its weights equal. None where all count.
+        counted: like bound, bool: what counts in the loss. An example (at level "position", a position) that is ignored or has weight 0
+            does not. None where all count.
     """
 
     log_p: Tensor
@@ -90,7 +90,7 @@ class IWStats(NamedTuple):
             **dict(zip(("ess_p05", "ess_p50", "ess_p95"), _quantiles(ess, counted, n, (0.05, 0.5, 0.95)), strict=True)),
             entropy=mean(torch.special.entr(self.weights).sum(0)),
             largest_weight=mean(self.weights.amax(0)),
-            nonfinite=(~self.log_p.isfinite() & counted).sum(),
+            nonfinite=(~self.log_p.isfinite()).sum(),
         )
 
 
@@ -102,6 +102,7 @@ def _quantiles(values: Tensor, counted: Tensor, n: Tensor, levels: tuple[float, 
     for level in levels:
         at = level * (n - 1).clamp(min=0).double()
         low = at.floor()
-        first, second = ordered.take(low.long()), ordered.take(torch.minimum(low + 1, (n - 1).clamp(min=0)).long())
+        places = torch.stack([low, torch.minimum(low + 1, (n - 1).clamp(min=0))]).long()
+        first, second = ordered.gather(0, places).unbind()
         result.append(torch.lerp(first, second, (at - low).to(first.dtype)))
     return result

@@ -26,7 +26,7 @@ from .batch_norm import _PerSample
 from .checks import check, check_number
 from .functional import dropout
 from .iw_cross_entropy_loss import IWCrossEntropyLoss
-from .likelihood import as_arguments
+from .likelihood import _IWLoss, as_arguments
 from .sampling import _rank, current, sampling
 from .stats import IWStats
 
@@ -150,6 +150,8 @@ def _check_counts(strategy: str, samples: int, chunk: int | None, keep: int) -> 
 def _check_loss(loss_fn: Any) -> None:
     if not hasattr(loss_fn, "log_likelihood"):
         raise TypeError(f"loss_fn: expected IWCrossEntropyLoss, IWLoss or an object with log_likelihood, got {type(loss_fn).__name__}")
+    if isinstance(loss_fn, _IWLoss):
+        loss_fn.check_options()
     if isinstance(loss_fn, IWCrossEntropyLoss):
         check(loss_fn.reduction != "none", "loss_fn", "reduction 'mean' or 'sum', one number to go backward from", "'none'")
         group = loss_fn.process_group
@@ -240,7 +242,7 @@ class _Step:
         outer = self.outer * torch.where(self.denominator == 0, 0, 1 / self.denominator)
         loss = torch.where((outer == 0) & ~bound.isnan(), 0, -outer * bound).sum()
         shape = _unit_shape(self.loss_fn, *as_arguments(self.targets)) if type(self.loss_fn) is IWCrossEntropyLoss else bound.shape
-        return loss, -outer * weights, IWStats(*(v.unflatten(-1, shape) for v in (log_p, weights, bound, self.outer != 0)))
+        return loss, -outer * weights, IWStats(*(v.unflatten(-1, shape) for v in (log_p, weights, bound, outer != 0)))
 
     def scaled(self, gradient: Tensor) -> Tensor:
         scale = self.grad_scale

@@ -275,10 +275,10 @@ class TestFunctionalDropout:
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
-            self.linear = nn.Linear(F, F)
+            self.linear, self.p = nn.Linear(F, F), 0.5
 
         def forward(self, x):
-            return torch.tanh(nn.functional.dropout(torch.tanh(self.linear(x)), 0.5, self.training))
+            return torch.tanh(nn.functional.dropout(torch.tanh(self.linear(x)), self.p, self.training))
 
     class Model(nn.Module):
         def __init__(self):
@@ -310,8 +310,58 @@ class TestFunctionalDropout:
         x = data()
         model = iw.convert(self.Model().double(), S, expand=expand, example_inputs=x.detach())
         model.ck = PLAIN[form]
-        with pytest.raises(RuntimeError, match=r"dropout is noise of a converted model here.*Use iw.checkpoint\("):
+        message = r"dropout is noise of a converted model here.*Use iw.checkpoint\("
+        if form == "reentrant":
+            with pytest.raises(RuntimeError, match=message):
+                model(x)
+            return
+        with pytest.warns(UserWarning, match=message):
+            y = model(x)
+        with pytest.raises(RuntimeError, match="different metadata"):
+            y.sum().backward()
+
+    @pytest.mark.parametrize("inner", OURS)
+    @pytest.mark.parametrize("outer", PLAIN)
+    def test_refused_around_one_that_is_right(self, outer, inner):
+        """The recompute of the outer part begins outside of the model, whatever is inside."""
+        model, x = iw.convert(self.Model().double(), S, expand="input"), data()
+        model.ck = lambda block, x: PLAIN[outer](lambda x: OURS[inner](block, x).tanh(), x)
+        message = "is noise of a converted model here"
+        with pytest.raises(RuntimeError, match=message) if outer == "reentrant" else pytest.warns(UserWarning, match=message):
             model(x)
+
+    @pytest.mark.parametrize("form", PLAIN)
+    @pytest.mark.filterwarnings("error:.*is noise of a converted model")
+    def test_not_refused_where_nothing_is_drawn(self, form):
+        """p=0, or a part that is not recorded: neither is another when it is computed again."""
+        model, x = iw.convert(self.Model().double(), S, expand="input"), data()
+        for block in model.blocks:
+            block.p = 0.0
+        model.ck = PLAIN[form]
+        model(x).sum().backward()
+        for block in model.blocks:
+            block.p = 0.5
+        model.blocks.requires_grad_(False)
+        model.ck = lambda block, x: PLAIN[form](block, x.detach())
+        with torch.no_grad() if form == "non-reentrant" else contextlib.nullcontext():
+            model(x)
+
+    @pytest.mark.parametrize("hooks", [False, True], ids=["plain", "save_on_cpu"])
+    @pytest.mark.parametrize("inner", OURS)
+    @pytest.mark.parametrize("form", PLAIN)
+    @pytest.mark.filterwarnings("error:.*is noise of a converted model")
+    def test_a_context_inside_of_the_outer_checkpoint(self, form, inner, hooks):
+        x = data()
+        model, results = iw.convert(self.Model().double(), S, expand="first", example_inputs=x.detach()), []
+        model.ck = OURS[inner]
+
+        def function(x):
+            with torch.autograd.graph.save_on_cpu() if hooks else contextlib.nullcontext(), iw.sampling(S, seed=3):
+                return model(x)
+
+        for ck in (direct, PLAIN[form]):
+            results.append(backward(ck(function, x), x, model))
+        assert_equal(*results)
 
     @pytest.mark.parametrize("inside", ["own-context", "context"])
     @pytest.mark.parametrize("form", PLAIN)

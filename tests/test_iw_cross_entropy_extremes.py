@@ -219,7 +219,7 @@ BAD = {
     ),
     "eval": (ValueError, {"rows": 3}, "logits: expected 2 samples [*] 3 targets = 6 rows, got 3.*eval mode.*batch_dim=1"),
     "repeated-targets": (ValueError, {"target": (6,)}, "expected 2 samples [*] 6 targets = 12 rows, got 6.*targets were repeated"),
-    "second-expansion": (ValueError, {"rows": 12}, "got 12.*samples.2 rows for each target.*convert one module that holds both"),
+    "second-expansion": (ValueError, {"rows": 12}, "got 12.*samples.2 = 4 rows for each target.*convert one module that holds both"),
     "other-samples": (ValueError, {"rows": 15}, "got 15.*5 rows for each target: the model drew another number of samples"),
     "no-multiple": (ValueError, {"rows": 7}, "got 7.*no multiple"),
     "samples-0": (ValueError, {"samples": 0}, "samples: .*>= 1, got 0"),
