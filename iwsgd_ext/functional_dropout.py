@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint as plain_checkpoint
 
 from .attention import scaled_dot_product_attention
 from .dropout import IWAlphaDropout, IWDropout, IWDropout1d, IWDropout2d, IWDropout3d, IWFeatureAlphaDropout
-from .sampling import NO_TASK, _stack, current, graph_task, sampling
+from .sampling import _stack, current, sampling
 
 _CHECKPOINT, _REENTRANT = inspect.unwrap(plain_checkpoint).__code__, CheckpointFunction.forward.__code__
 
@@ -219,8 +219,8 @@ def _check_not_checkpointed(func: Callable, context: sampling) -> None:
     """Looks for a checkpoint of torch's around the call and inside of the context: its recompute, outside of the model, would draw torch's
     noise. Nobody would notice in the reentrant form, so that raises. Of the other form torch notices by what is saved for backward, in
     words that help nobody: that warns. (Raised here, an error would leave the hooks of torch 2.11's checkpoint behind.)"""
-    if torch.compiler.is_compiling() or graph_task() != NO_TASK:
-        return  # a recompute, of iw.checkpoint's
+    if torch.compiler.is_compiling():
+        return
     frame, recorded = sys._getframe(2), torch.is_grad_enabled()
     while frame is not None and frame is not context.frame and frame is not context.opened:
         if frame.f_code is _REENTRANT or frame.f_code is _CHECKPOINT:

@@ -330,6 +330,14 @@ class TestFunctionalDropout:
         with pytest.raises(RuntimeError, match=message) if outer == "reentrant" else pytest.warns(UserWarning, match=message):
             model(x)
 
+    @pytest.mark.parametrize("outer", ["reentrant", "non-reentrant", "checkpoint", "checkpoint-reentrant"])
+    def test_refused_in_a_recompute(self, outer):
+        """A reentrant part within another checkpoint: where that computes without a graph, it is recorded in backward only."""
+        model, x = iw.convert(self.Model().double(), S, expand="input"), data()
+        model.ck = PLAIN["reentrant"]
+        with pytest.raises(RuntimeError, match="is noise of a converted model here"):
+            {**PLAIN, **OURS}[outer](model, x).sum().backward()
+
     @pytest.mark.parametrize("form", PLAIN)
     @pytest.mark.filterwarnings("error:.*is noise of a converted model")
     def test_not_refused_where_nothing_is_drawn(self, form):
