@@ -30,6 +30,7 @@ class Audit:
         layers: the modules that are swapped.
         replaced: functional calls that draw noise of the context, and were seen in a run.
         unreached: noise that stays torch's: modules with dropout inside, functions, other random numbers.
+        mixing: where a dry run saw rows of the batch meet, which no expansion keeps in their samples.
         suspected: functions that the model's code names and no run has called, maybe because none was made.
         unchecked: what could not be looked into, and why.
     """
@@ -44,11 +45,12 @@ class Audit:
     unreached: list[str] = field(default_factory=list)
     suspected: list[Call] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
+    mixing: str | None = None
 
     @property
     def complete(self) -> bool:
-        """Whether all noise is reached, and nothing was left unchecked."""
-        return not self.unreached and not self.unchecked
+        """Whether all noise is reached, no rows meet, and nothing was left unchecked."""
+        return not self.unreached and not self.unchecked and self.mixing is None
 
     def __str__(self) -> str:
         state = f"converted, samples={self.samples}, batch_norm={self.batch_norm!r}" if self.converted else "not converted"
@@ -56,6 +58,7 @@ class Audit:
         lines += _table("swapped" if self.converted else "would be swapped", [(v.name, v.was, v.now) for v in self.layers])
         lines += _table("functional noise, drawn by the context", [_row(v) for v in self.replaced])
         lines += _table("NOT REACHED, drawn by torch", [(v,) for v in self.unreached])
+        lines += _table("ROWS OF THE BATCH MEET, wherever they expand", [(self.mixing,)] if self.mixing else [])
         lines += _table("named in the code, seen in no run", [_row(v) for v in self.suspected])
         lines += _table("could not be checked", [(v,) for v in self.unchecked])
         return "\n".join(lines)
@@ -104,6 +107,7 @@ def audit(model: nn.Module, *example_inputs: Any, **example_keywords: Any) -> Au
         run = dry_run(model, conversion.batch_dim, example_inputs, example_keywords)
         if run.error is None or conversion.unverified:
             conversion.learn(run.calls, run.error)
+        conversion.mixing = run.mixing or conversion.mixing
     return _report(model, True)
 
 
@@ -134,6 +138,7 @@ def _report(model: nn.Module, converted: bool) -> Audit:
         unreached=conversion.unreached(model),
         suspected=suspected,
         unchecked=unchecked,
+        mixing=conversion.mixing,
     )
 
 

@@ -13,7 +13,7 @@ from .dry_run import DryRun, as_arguments, dry_run
 from .functional_dropout import Call, FunctionalDropout, Watch
 from .sampling import current, sampling
 from .scan import scan
-from .swaps import SWAPS, draws, swap, unreached_modules, unswap
+from .swaps import SWAPS, draws, original_class, swap, unreached_modules, unswap
 
 _CONVERSION = "_iw_conversion"  # on a converted model
 
@@ -42,12 +42,12 @@ def convert(
         expand: where one row becomes S rows.
             "first": at the first noise layer that each branch meets, so that the trunk before it is computed once. A path that goes
             round all noise and joins later does not fit; it needs "input".
-            "input": at the model's inputs, always right: every tensor argument with the first one's number of rows is expanded.
+            "input": at the model's inputs, before all: every tensor argument with the first one's number of rows is expanded.
             a submodule's name: at that submodule's inputs. A noise layer called before it raises.
             "auto": dry runs on fake tensors of ``example_inputs`` take "first" where shapes fit, else the innermost module around the
             first noise at whose inputs they fit, else "input"; without example inputs, "input". Shapes fit only where as many rows
-            expand as the inputs have; flattened tokens take "first" if asked. A dry run proves that shapes fit, not that rows mean the
-            same: a model that mixes examples (say, attention over the batch) fits and is still wrong under any expansion.
+            expand as the inputs have; flattened tokens take "first" if asked. A model that mixes the rows of a batch (in-batch
+            contrast, graph neighbours) is wrong under any expansion; the dry run looks for that, too.
         example_inputs: a tensor, a sequence of positional arguments or a mapping of keyword arguments, for a dry run: it chooses
             "auto" and finds every functional dropout. Without them the first training forward outside of torch.compile looks.
         expand_args: with "input" or a name, which arguments to expand instead: positions and keyword names.
@@ -69,8 +69,8 @@ def convert(
 
     Warns:
         UserWarning: the model draws noise that is not reached (inside other libraries' kernels, by torch.rand, ...), here where it is
-            known, else in the first training forward. Or the model does not run on ``example_inputs``, with the place that was asked
-            for, or at all, so that "auto" is "input".
+            known, else in the first training forward. Or a dry run on ``example_inputs`` shows something against the place of expansion,
+            or that rows of the batch meet.
 
     Example:
         >>> import torch, iwsgd_ext as iw
@@ -100,14 +100,17 @@ def convert(
         raise
     if unreached:
         warnings.warn(NOT_REACHED + "; ".join(unreached), stacklevel=2)
-    if conversion.refused:
-        text = f"example_inputs: the model stops on them before any noise ({conversion.refused}); expand='input' is taken"
-        if expand != "auto":
-            text = f"example_inputs: with expand={expand!r} the model stops on them ({conversion.refused}); 'auto' finds a place that fits"
-        warnings.warn(text, stacklevel=2)
+    for doubt in (conversion.doubt, conversion.mixing and MIXING + conversion.mixing):
+        if doubt:
+            warnings.warn(f"example_inputs: {doubt}", stacklevel=2)
     return model
 
 
+MIXING = (
+    "rows of the batch meet in this model, so that, wherever they expand, those of one sample meet those of another; "
+    "iw.backward(..., strategy='loop'), or 'streamed', keeps samples apart (and where it is an argument that has as many rows by chance, "
+    "expand_args names the others): "
+)
 NOT_REACHED = "iw.convert leaves this noise as it is, drawn by torch, no function of seed and sample, repeated by no replay: "
 
 
@@ -140,7 +143,12 @@ def check_convertible(model: nn.Module, expand: str) -> None:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     for name, module in model.named_modules():
         if hasattr(module, _CONVERSION):
-            raise ValueError(f"model: expected one that is not converted, but {name or 'it'} is; iw.revert(model) undoes it")
+            raise ValueError(f"model: expected one that is not converted, but {repr(name) if name else 'it'} is; iw.revert undoes it")
+        if original_class(module) is not None:
+            raise ValueError(
+                f"model: expected one that is not converted, but {repr(name) if name else 'it'} was swapped by the conversion of a model "
+                "around this one, which expands the rows for all its parts; iw.revert(that model) undoes it"
+            )
     if expand not in ("auto", "first", "input") and expand not in {name for name, _ in model.named_modules() if name}:
         raise ValueError(f"expand: expected 'auto', 'first', 'input' or a submodule's name, got {expand!r}")
 
@@ -156,7 +164,10 @@ def install(model, samples, expand, example_inputs, expand_args, batch_norm, bat
         run = _choose_expansion(model, conversion, args, kwargs) if expand == "auto" else _try(model, conversion, expand, args, kwargs)
         if expand != "auto" and run.wrong:
             conversion.reason = f"asked for, but {run.wrong}"
-            conversion.refused = None if run.asks_values or run.error is None else run.wrong
+            if not run.asks_values:
+                advice = "" if expand == "input" else "; 'auto' looks for a place that fits"
+                conversion.doubt = f"with expand={expand!r}, {run.wrong}{advice}"
+        conversion.mixing = run.mixing
         conversion.learn(run.calls, run.error)
     elif expand == "auto":
         conversion.expand, conversion.reason = "input", "no example_inputs to try 'first' with"
@@ -170,10 +181,13 @@ def _choose_expansion(model: nn.Module, conversion: "Conversion", args: tuple, k
     if run.fits:
         conversion.reason = "shapes fit"
         return run
-    reason = f"'first' does not fit: {run.wrong or run.other_rows}"
+    reason = f"'first' does not fit: {run.trouble}"
     if run.first_noise is None:
         reason = f"no noise was drawn{f' before {run.error}' if run.error else ''}"
-        conversion.refused = None if run.asks_values else run.error
+    if run.first_noise is None and run.error and not run.asks_values:
+        conversion.doubt = f"the model stops on them before any noise ({run.error}); expand='input' is taken"
+    elif not run.wrong and run.other_rows:
+        conversion.doubt = f"expand='input' is taken; {run.other_rows}"
     around = (run.first_noise or "").split(".")
     for depth in range(len(around) - 1, 0, -1):
         name = ".".join(around[:depth])
@@ -184,7 +198,9 @@ def _choose_expansion(model: nn.Module, conversion: "Conversion", args: tuple, k
             conversion.reason = f"{reason}; from the inputs of {name!r} on shapes fit"
             return run
     run = _try(model, conversion, "input", args, kwargs)
-    conversion.reason = reason if run.fits or run.first_noise is None else f"{reason}; with 'input', {run.wrong}"
+    conversion.reason = reason if run.fits or run.first_noise is None else f"{reason}; with 'input', {run.trouble}"
+    if run.first_noise is not None and run.wrong and not run.asks_values:
+        conversion.doubt = f"no place fits, expand='input' is taken: {conversion.reason}"
     return run
 
 
@@ -227,7 +243,8 @@ class Conversion:
         self.calls: list[Call] = []  # by a run
         self.unverified = True  # no run has gone through
         self.stopped: str | None = None  # why the dry run did not go through
-        self.refused: str | None = None  # what stopped a model on its example inputs, where it should run on them
+        self.doubt: str | None = None  # what a dry run has shown against the place of expansion
+        self.mixing: str | None = None  # where rows of the batch meet
 
     def learn(self, calls: list[Call], error: str | None) -> None:
         """Takes what a run has shown."""
@@ -309,7 +326,9 @@ class Conversion:
                     + "; give iw.convert example_inputs, or run one training forward before compiling."
                 )
         context = current()
-        watch = context.watch if context is not None else None  # that of a dry run
+        watch = context.watch if context is not None and not compiling else None  # that of a dry run or an evaluation
+        if watch is not None:
+            watch.looks = True
         if watch is None and self.unverified and model.training and not compiling:
             watch = Watch.of(model)
         return FunctionalDropout(watch) if watch is not None or self.catches else None

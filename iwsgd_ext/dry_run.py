@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from .functional_dropout import Call, Watch
+from .row_flow import RowFlow
 from .sampling import sampling
 
 
@@ -29,6 +29,7 @@ class DryRun:
     misfit: str | None = None  # what is wrong with the output's rows
     first_noise: str | None = None  # the module that drew the first noise
     other_rows: str | None = None  # shapes fit, but what expands are not the rows of the inputs
+    mixing: str | None = None  # where rows meet those of other examples
 
     @property
     def wrong(self) -> str | None:
@@ -37,16 +38,33 @@ class DryRun:
         return f"in a dry run of {self.samples} samples, {wrong}" if wrong else None
 
     @property
+    def trouble(self) -> str | None:
+        """Why another place may be better."""
+        return self.wrong or self.other_rows or (f"rows of the batch meet: {self.mixing}" if self.mixing else None)
+
+    @property
     def fits(self) -> bool:
-        return self.first_noise is not None and self.wrong is None and self.other_rows is None
+        return self.first_noise is not None and not self.trouble
 
 
 class _Recorded(sampling):
-    """A context that remembers who drew first, and how many rows one sample had there."""
+    """A context that remembers who drew first, and how many rows one sample had there; and that tells noise from what is not."""
 
     def __init__(self, samples: int, watch: Watch):
         super().__init__(samples)
         self.watch, self.first_noise, self.expanded = watch, None, None
+        self.flow: RowFlow | None = None
+
+    def place(self, x: Tensor, batch_dim: int | None) -> dict:
+        address = super().place(x, batch_dim)
+        if address["expand"] and x in self.flow.noisy:
+            self.flow.misfit = f"noise meets {x.shape[address['batch_dim']]} rows that were made of those of all samples"
+        return address
+
+    def _origin_on(self, device: torch.device) -> Tensor:
+        origin = super()._origin_on(device)
+        self.flow.noisy[origin] = True  # all that noise is made of
+        return origin
 
     def _expansion(self, rows: int) -> tuple[bool, int]:
         if self.first_noise is not None:
@@ -55,25 +73,6 @@ class _Recorded(sampling):
         result = super()._expansion(rows)
         self.expanded = self.batch
         return result
-
-
-class _Below(TorchDispatchMode):
-    """What happens below Python's functions: random numbers (scripted functions, operators called by torch.ops), and a misfit that has
-    no shape: an index made for S*B rows, into B of them (fake tensors have no values that could be out of range)."""
-
-    def __init__(self, watch: Watch, batch: int | None, samples: int):
-        super().__init__()
-        self.watch, self.batch, self.rows = watch, batch, (batch or 0) * samples
-        self.misfit: str | None = None
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if torch.Tag.nondeterministic_seeded in func.tags and not self.watch.seen:
-            self.watch.add(str(func), None, "random")
-        if func in (torch.ops.aten.index.Tensor, torch.ops.aten._unsafe_index.Tensor):
-            x, indices = args[:2]
-            if any(i is not None and n == self.batch and self.rows in i.shape for n, i in zip(x.shape, indices, strict=False)):
-                self.misfit = f"{self.batch} rows are indexed by {self.rows}"
-        return func(*args, **(kwargs or {}))
 
 
 def as_arguments(example_inputs: Any) -> tuple[tuple, dict]:
@@ -86,12 +85,13 @@ def as_arguments(example_inputs: Any) -> tuple[tuple, dict]:
 
 
 def dry_run(model: nn.Module, batch_dim: int | None, args: tuple, kwargs: dict) -> DryRun:
-    """Runs a converted model in training mode, with at least two rows, and as many samples as no size of the inputs is a multiple of:
-    rows that are not expanded must not pass for such that are. The model is as before afterwards."""
+    """Runs a converted model in training mode, with at least two rows, and as many samples as no size of the inputs and parameters is a
+    multiple of: rows that are not expanded must not pass for such that are. The model is as before afterwards."""
     watch = Watch.of(model)
     dim = batch_dim or 0
-    sizes = [n for v in tree_flatten((args, kwargs))[0] if isinstance(v, Tensor) for n in v.shape]
-    samples = next(prime for prime in (7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47) if all(n % prime for n in sizes) or prime == 47)
+    tensors = (*tree_flatten((args, kwargs))[0], *model.parameters(), *model.buffers())
+    sizes = {n for v in tensors if isinstance(v, Tensor) for n in v.shape}
+    samples = next(prime for prime in (53, 59, 61, 67, 71, 73, 79, 83, 89, 97) if all(n % prime for n in sizes) or prime == 97)
     run = DryRun(samples, [])
     with _untouched(model), FakeTensorMode(allow_non_fake_inputs=True) as fake:
         model.train()
@@ -109,16 +109,19 @@ def dry_run(model: nn.Module, batch_dim: int | None, args: tuple, kwargs: dict) 
             state = {k: fake.from_tensor(v) for k, v in (*model.named_parameters(), *model.named_buffers())}
             args, kwargs = tree_map(to_fake, (args, kwargs))
             batch = 3 if rows == 1 else rows
-            with context, _Below(watch, batch, samples) as below:
+            context.flow = RowFlow(watch, batch, samples, (args, kwargs))
+            with context, context.flow:
                 output = torch.func.functional_call(model, state, args, kwargs)
-            sizes = [v.shape[dim] for v in tree_flatten(output)[0] if isinstance(v, Tensor) and v.dim() > dim]
-            wrong = [n for n in sizes if n != samples * batch] if batch is not None else []
+            outputs = [v for v in tree_flatten(output)[0] if isinstance(v, Tensor) and v.dim() > dim]
+            # Rows may be elsewhere in one: states of recurrent layers have them in the second dimension.
+            wrong = [v.shape[dim] for v in outputs if samples * batch not in v.shape] if batch is not None else []
             if wrong:
                 run.misfit = f"an output has {wrong[0]} rows instead of {samples} * {batch}"
-            elif not sizes:
+            elif not outputs:
                 run.misfit = "the output holds no tensor that is seen"
             else:
-                run.misfit = below.misfit
+                run.misfit = context.flow.misfit
+            run.mixing = context.flow.mixing
             if context.expanded not in (None, batch):
                 run.other_rows = (
                     f"{context.expanded} rows would expand where the inputs have {batch}; expand='first' is right if each input's rows "

@@ -1,6 +1,7 @@
 """What noise samples are worth when a model is evaluated: predictions averaged over them, and the bound against their number."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from .batch_norm import _BatchNormMode
 from .checks import check, check_alpha, check_integer, check_samples
 from .convert import conversion_of
+from .functional_dropout import Call, Watch
 from .iw_cross_entropy_loss import IWCrossEntropyLoss
 from .likelihood import as_arguments
 from .sampling import sampling
@@ -61,6 +63,9 @@ def predict(
     Raises:
         ValueError, TypeError: an argument is not as above, the model has no noise layer, its output no S*B rows or a single class.
 
+    Warns:
+        UserWarning: functional dropout of the training forward (``dropout_p=0.1 if self.training else 0.0``) that eval mode switches off.
+
     Example:
         >>> import torch, iwsgd_ext as iw
         >>> from torch import nn
@@ -74,7 +79,7 @@ def predict(
     check(log_prob is None or reduce == "arithmetic", "reduce", "'arithmetic' with log_prob", repr(reduce))
     total, summed = None, torch.logaddexp if reduce == "arithmetic" else torch.add
     with _noisy_evaluation(model):
-        for k, output in _passes(model, x, samples, chunk, seed, first_example):
+        for k, output in _passes(model, x, samples, chunk, seed, first_example, True):
             log_p = _log_softmax(output, class_dim) if log_prob is None else log_prob(output)
             if not isinstance(log_p, Tensor) or not log_p.is_floating_point() or log_p.dim() == 0 or len(log_p) % k:
                 got = f"{log_p.dtype} {tuple(log_p.shape)}" if isinstance(log_p, Tensor) else type(log_p).__name__
@@ -175,6 +180,9 @@ def bound_curve(
     Raises:
         ValueError, TypeError: an argument is not as above, no batch, a weight of zero in all.
 
+    Warns:
+        UserWarning: as :func:`predict`.
+
     Example:
         >>> import torch, iwsgd_ext as iw
         >>> from torch import nn
@@ -185,7 +193,8 @@ def bound_curve(
         True
     """
     check_samples(samples)
-    loss_fn = IWCrossEntropyLoss(samples) if loss_fn is None else loss_fn
+    own = loss_fn is None
+    loss_fn = IWCrossEntropyLoss(samples) if own else loss_fn
     if not hasattr(loss_fn, "log_likelihood"):
         raise TypeError(f"loss_fn: expected IWCrossEntropyLoss, IWLoss or an object with log_likelihood, got {type(loss_fn).__name__}")
     alpha = getattr(loss_fn, "alpha", 1.0)
@@ -200,9 +209,14 @@ def bound_curve(
                     "are one tuple or dict"
                 )
             inputs, targets = batch
+            if own and isinstance(targets, Tensor) and targets.is_floating_point() and targets.dim() > 1:
+                sums = targets.detach().sum(1)
+                expected = "class indices, or probabilities that sum to 1 (give loss_fn, the loss of this model, for other targets)"
+                check(torch.allclose(sums, torch.ones_like(sums), atol=1e-2), "batches", f"targets that are {expected}", "other numbers")
             if seed is None:
                 seed = _origin(model, inputs, None)[:1]
-            parts = [loss_fn.log_likelihood(outputs, targets, k) for k, outputs in _passes(model, inputs, samples, chunk, seed, first)]
+            passes = _passes(model, inputs, samples, chunk, seed, first, look=not curves)
+            parts = [loss_fn.log_likelihood(outputs, targets, k) for k, outputs in passes]
             curves.append(subset_means(torch.cat([log_p for log_p, _, _ in parts]), alpha).cpu())
             weights.append(parts[0][1].double().cpu())
             first += _examples(model, inputs)
@@ -248,8 +262,8 @@ def _is_noise_layer(module: nn.Module) -> bool:
     return ours and not isinstance(module, _BatchNormMode) and not hasattr(module, "log_likelihood")
 
 
-def _passes(model: nn.Module, inputs: Any, samples: int, chunk: int | None, seed, first_example):
-    """(k, output of k*B rows) of each pass over at most ``chunk`` of the samples, all with one seed."""
+def _passes(model: nn.Module, inputs: Any, samples: int, chunk: int | None, seed, first_example, look: bool):
+    """(k, output of k*B rows) of each pass over at most ``chunk`` of the samples, all with one seed; ``look`` for noise that is off."""
     check_samples(samples)
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int)):
         raise TypeError(f"chunk: expected an int, got {type(chunk).__name__}")
@@ -265,8 +279,12 @@ def _passes(model: nn.Module, inputs: Any, samples: int, chunk: int | None, seed
         context = sampling(len(ids), sample_ids=ids, first_example=first_example)
         context.evaluating = True
         context._origin = origin
+        watched = _functional_noise(model) if look and first == 0 else None
+        context.watch = watched and watched[0]
         with context:
             output = model(*args, **named)
+        if watched:
+            _warn_of_noise_that_is_off(*watched)
         for rows in {v.shape[0] for v in tree_leaves(output) if isinstance(v, Tensor) and v.dim() > 0}:
             if rows % max(len(ids) * batch, 1) != 0:
                 raise ValueError(
@@ -274,6 +292,27 @@ def _passes(model: nn.Module, inputs: Any, samples: int, chunk: int | None, seed
                     f"{rows}; was a noise layer called? The output's rows come first: a module around the model can move them."
                 )
         yield len(ids), output
+
+
+def _functional_noise(model: nn.Module) -> tuple[Watch, list[Call]] | None:
+    """What looks at an evaluation, and the calls of functional dropout that training was seen to make, if any."""
+    for module in model.modules():
+        conversion = conversion_of(module)
+        calls = [call for call in conversion.calls if call.kind == "replaced" and call.p] if conversion is not None else []
+        if calls:
+            return Watch.of(module), calls
+    return None
+
+
+def _warn_of_noise_that_is_off(watch: Watch, trained: list[Call]) -> None:
+    drawn = {(call.module, call.function, call.place) for call in watch.calls if call.p}
+    missing = [str(call) for call in trained if (call.module, call.function, call.place) not in drawn]
+    if missing and watch.looks:
+        warnings.warn(
+            "the model switches noise of its training off in eval mode by itself, so this evaluation does not draw it: "
+            + "; ".join(missing),
+            stacklevel=4,
+        )
 
 
 def _examples(model: nn.Module, inputs: Any) -> int:

@@ -89,7 +89,8 @@ RANDOM: frozenset[Callable] = frozenset(
 RANDOM_METHODS = frozenset(f.__name__ for f in RANDOM if f.__name__.endswith("_")) | {"bernoulli"}
 
 
-_NOT_NOISE = (__name__, f"{__package__}.dry_run")  # modules of this package that are between a call and what notes it
+# Modules of this package that are between a call and what notes it.
+_NOT_NOISE = (__name__, f"{__package__}.dry_run", f"{__package__}.row_flow")
 
 
 @dataclass
@@ -99,6 +100,7 @@ class Watch:
     names: dict[int, str]  # of the modules, by id
     calls: dict[Call, None] = field(default_factory=dict)  # in order, once each
     seen: bool = False  # inside a function that is known: what it does below is its own business
+    looks: bool = False  # whether anything was looked at: a compiled forward is not
 
     @classmethod
     def of(cls, model: nn.Module) -> "Watch":
@@ -158,6 +160,8 @@ class FunctionalDropout(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.unflatten and torch.compiler.is_compiling():
+            func = torch.unflatten  # the method is Python's, and calls super(), which the compiler does not trace here
         in_place = func in IN_PLACE
         form = LAYERS.get(IN_PLACE[func] if in_place else func)
         if form is not None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import backend, reference
-from .checks import REDUCTIONS, check, check_inplace, check_logits, check_loss_options, check_option
+from .checks import REDUCTIONS, check, check_inplace, check_logits, check_loss_options, check_number, check_option
 from .stats import IWStats
 
 Reduction = Literal["none", "mean", "sum"]
@@ -263,6 +263,8 @@ def operands_of(logits, target, samples, weight, example_weight, normalizer) -> 
     if example_weight is not None and example_weight.dim() > 1:
         example_weight, position_weight = None, example_weight.reshape(batch, positions)
     if normalizer is not None and not isinstance(normalizer, Tensor):
+        check_number("normalizer", normalizer)
+        check(normalizer >= 0, "normalizer", "a number >= 0, or a tensor of one element", normalizer)
         normalizer = torch.full((), normalizer, dtype=acc, device=logits.device)
     if normalizer is not None:
         check(normalizer.numel() == 1, "normalizer", "a number or a tensor of one element", f"shape {tuple(normalizer.shape)}")

@@ -44,7 +44,7 @@ def bound(curve: BoundCurve, ax=None):
     ax.set_xscale("log", base=2)
     ax.set_xticks(ticks, [str(tick) for tick in ticks])
     ax.set_xticks([], minor=True)
-    ax.legend(frameon=False, loc="lower right")
+    ax.legend(loc="lower right")  # on white: it may lie on the band, whose colour it explains
     return ax
 
 

@@ -310,7 +310,7 @@ def test_compiled_before_anything_is_known():
 
 BAD = [
     (TypeError, "model: expected a torch.nn.Module, got int", lambda: iw.audit(3)),
-    (ValueError, "but 0 is; iw.revert", lambda: iw.audit(nn.Sequential(iw.convert(nn.Sequential(nn.Dropout()), S)))),
+    (ValueError, r"but '0' is; iw\.revert", lambda: iw.audit(nn.Sequential(iw.convert(nn.Sequential(nn.Dropout()), S)))),
 ]
 
 

@@ -144,7 +144,7 @@ class TestExpansion:
         assert not hasattr(raised.value, "__notes__")
 
     def test_first_warns_where_it_does_not_fit_the_example_inputs(self):
-        with pytest.warns(UserWarning, match=r"with expand='first' the model stops on them \(in a dry run of \d+ samples, RuntimeError"):
+        with pytest.warns(UserWarning, match=r"with expand='first', in a dry run of \d+ samples, RuntimeError.*; 'auto' looks"):
             iw.convert(Skip(), S, expand="first", example_inputs=torch.ones(B, 6))
 
     @pytest.mark.parametrize("mixed", [False, True], ids=["tokens", "views"])
@@ -349,7 +349,7 @@ BAD = [
     (ValueError, "model: expected noise, at least one of Dropout, .* found none", lambda: iw.convert(nn.Linear(2, 2), S)),
     (ValueError, "expand: expected 'auto', .* got 'nowhere'", lambda: iw.convert(mlp(), S, expand="nowhere")),
     (ValueError, "but it is; iw.revert", lambda: iw.convert(iw.convert(mlp(), S), S)),
-    (ValueError, "but 0 is; iw.revert", lambda: iw.convert(nn.Sequential(iw.convert(mlp(), S)), S)),
+    (ValueError, r"but '0' is; iw\.revert", lambda: iw.convert(nn.Sequential(iw.convert(mlp(), S)), S)),
     (ValueError, "model: expected a converted one", lambda: iw.revert(mlp())),
 ]
 
@@ -365,3 +365,13 @@ def test_a_refused_model_is_unchanged():
     with pytest.raises(ValueError, match="expand"):
         iw.convert(model, S, expand="nowhere")
     assert type(model[2]) is nn.Dropout
+
+
+def test_a_part_of_a_converted_model_is_not_converted_again():
+    """It would expand rows that the whole has expanded."""
+    model = iw.convert(nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5))), S)
+    with pytest.raises(ValueError, match="'1' was swapped by the conversion of a model around this one"):
+        iw.convert(model[1], S)
+    with pytest.raises(ValueError, match=r"'0' is; iw\.revert undoes it"):
+        iw.convert(nn.Sequential(model), S)
+    iw.convert(iw.revert(model)[1], S)

@@ -243,6 +243,7 @@ BAD = [
     (TypeError, "loss_fn: expected .*, got CrossEntropyLoss", lambda x: iw.bound_curve(Net(), [(x, x)], 2, loss_fn=nn.CrossEntropyLoss())),
     (TypeError, r"batches: expected pairs .*\[\(x, y\)\] .*, got Tensor;", lambda x: iw.bound_curve(Net(), (x, x), 2)),
     (TypeError, "batches: expected pairs .*, got tuple of 3; several inputs", lambda x: iw.bound_curve(Net(), [(x, x, x)], 2)),
+    (ValueError, "batches: expected targets that are class indices, or", lambda x: iw.bound_curve(Net(), [(x, torch.ones(B, C))], 2)),
     (ValueError, "batches: expected at least one, got none", lambda x: iw.bound_curve(Net(), [], 2)),
     (ValueError, "batches: expected an example that counts", lambda x: iw.bound_curve(Net(), [(x, torch.full((B,), -100))], 2)),
 ]  # fmt: skip
