@@ -131,7 +131,7 @@ class sampling:
             error.add_note(
                 f"iw.sampling: here the first noise on each path made {rows} rows ({self.samples} samples) of {self.batch}. A path around "
                 "all noise, as in x + drop(f(x)), still has the latter. Let rows expand before such paths part: iw.convert(model, samples, "
-                "example_inputs=...) looks for the place, and expand='input' is before all."
+                "example_inputs=...) looks for the place, and expand='input' is in front of all."
             )
 
     def moment(self) -> tuple:

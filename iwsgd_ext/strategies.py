@@ -10,7 +10,6 @@ function of its address, so a second pass draws what the first one drew.
 """
 
 import warnings
-from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from itertools import accumulate
@@ -19,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from . import reference
 from .batch_norm import _PerSample
@@ -27,6 +26,7 @@ from .checks import check, check_number
 from .functional import dropout
 from .iw_cross_entropy_loss import IWCrossEntropyLoss
 from .likelihood import _IWLoss, as_arguments
+from .pass_state import Buffers, Leaves, RandomState
 from .sampling import _rank, current, sampling
 from .stats import IWStats
 
@@ -169,7 +169,7 @@ class _Step:
         on = next((v for v in (*tree_leaves(self.inputs), *model.parameters()) if isinstance(v, Tensor)), torch.empty(0))
         self.device = on.device
         self.origin = sampling(samples, seed=seed, first_example=first_example)._origin_on(self.device)  # one seed for all passes
-        self.states: list[_RandomState] = []  # before each first pass
+        self.states: list[RandomState] = []  # before each first pass
 
     # Passes
 
@@ -193,13 +193,13 @@ class _Step:
         self.outer, self.denominator = outer.detach(), torch.as_tensor(denominator, dtype=log_p.dtype, device=log_p.device).detach()
         return log_p
 
-    def first_pass(self, start: int, chunk: int, copies: "_Buffers") -> Tensor:
+    def first_pass(self, start: int, chunk: int, copies: "Buffers") -> Tensor:
         """log_p of the samples from ``start`` on. First passes, in the samples' order, write the model's buffers.
 
         A BatchNorm with joint statistics stands before all noise here, so it sees the same rows in each: it writes once, as in one
         pass over all samples.
         """
-        self.states.append(_RandomState(self.device))
+        self.states.append(RandomState(self.device))
         joint = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and not isinstance(m, _PerSample)]
         with copies.used(joint) if start else self.batch_norm_watched():
             log_p = self.log_likelihood(*self.samples_from(start, chunk))
@@ -270,14 +270,14 @@ class _Step:
         return loss, stats
 
     def loop(self) -> tuple[Tensor, IWStats]:
-        copies = _Buffers(self.model)
+        copies = Buffers(self.model)
         log_p = [self.first_pass(s, 1, copies) for s in range(self.samples)]
         loss, dlog_p, stats = self.terms(torch.cat(log_p).detach())
         torch.autograd.backward(log_p, self.scaled(dlog_p).split(1))
         return loss, stats
 
     def streamed(self, chunk: int) -> tuple[Tensor, IWStats]:
-        copies, leaves = _Buffers(self.model), _Leaves()
+        copies, leaves = Buffers(self.model), Leaves()
         self.inputs, self.targets = leaves.of(self.inputs), leaves.of(self.targets)
         no_sync = getattr(self.model, "no_sync", nullcontext)  # DistributedDataParallel's: gradients travel once, with the last backward
         *starts, last = range(0, self.samples, chunk)
@@ -295,7 +295,7 @@ class _Step:
         if no_sync is not nullcontext:
             counts[-1] = True
         replays = [i for i, weighs in enumerate(counts) if weighs]
-        after = _RandomState(self.device)
+        after = RandomState(self.device)
         try:
             with copies.used():
                 for i in replays:
@@ -308,7 +308,7 @@ class _Step:
         return loss, stats
 
     def resampled(self, chunk: int, keep: int) -> tuple[Tensor, IWStats]:
-        copies = _Buffers(self.model)
+        copies = Buffers(self.model)
         with torch.no_grad():
             log_p = torch.cat([self.first_pass(start, chunk, copies) for start in range(0, self.samples, chunk)])
         torch.clear_autocast_cache()  # where torch has not pytorch#165068: casts of weights that were made without a graph
@@ -342,69 +342,3 @@ def _unit_shape(loss_fn: IWCrossEntropyLoss, args: tuple, named: dict) -> tuple[
     target = named["target"] if named else args[0]
     positions = target.shape[1 if target.dtype == torch.int64 else 2 :] if loss_fn.level == "position" else ()
     return (target.shape[0], *positions)
-
-
-class _Buffers:
-    """Copies of a model's buffers as they are now. A replay writes them in the buffers' place: each as the first pass wrote its own."""
-
-    def __init__(self, model: nn.Module):
-        copies: dict[int, Tensor] = {}
-        self.copies: dict[nn.Module, dict[str, Tensor]] = {}
-        for module in model.modules():
-            for buffer in module._buffers.values():
-                if buffer is not None and id(buffer) not in copies:
-                    copies[id(buffer)] = buffer.clone()
-            self.copies[module] = {name: copies[id(buffer)] for name, buffer in module._buffers.items() if buffer is not None}
-
-    @contextmanager
-    def used(self, modules: Sequence[nn.Module] | None = None):
-        """The copies stand in all modules, or in those given."""
-        owners = self.copies if modules is None else modules
-        originals = [(m, name, m._buffers[name]) for m in owners for name in self.copies[m]]
-        for module, name, _ in originals:
-            module._buffers[name] = self.copies[module][name]
-        try:
-            yield
-        finally:
-            for module, name, buffer in originals:
-                self.copies[module][name] = module._buffers[name]  # a model may have put another tensor there
-                module._buffers[name] = buffer
-
-
-class _Leaves:
-    """Stand-ins for tensors that a graph outside computed: that graph can be gone through once only, after the last pass."""
-
-    def __init__(self):
-        self.pairs: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def of(self, tree: Any) -> Any:
-        def leaf(v: Any) -> Any:
-            if not isinstance(v, Tensor) or not v.requires_grad:
-                return v
-            return self.pairs.setdefault(id(v), (v, v.detach().requires_grad_()))[1]
-
-        return tree_map(leaf, tree)
-
-    def pass_on(self) -> None:
-        pairs = [(v, leaf.grad) for v, leaf in self.pairs.values() if leaf.grad is not None]
-        if pairs:
-            torch.autograd.backward(*zip(*pairs, strict=True))
-
-
-class _RandomState:
-    """torch's generators, for noise that is not this package's: where a pass begins, so that a replay draws the same."""
-
-    def __init__(self, device: torch.device):
-        self.device = device if device.type == "cuda" else None
-        self.states = self._now()
-
-    def _now(self) -> list[Tensor]:
-        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(self.device)] if self.device is not None else [])]
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.states[0])
-        if self.device is not None:
-            torch.cuda.set_rng_state(self.states[1], self.device)
-
-    def is_current(self) -> bool:
-        return all(torch.equal(a, b) for a, b in zip(self.states, self._now(), strict=True))
