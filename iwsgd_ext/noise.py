@@ -210,7 +210,7 @@ def rates_law(p: Tensor, x: Tensor, rows: Rows, unit: Unit, examples: int) -> La
 
 def _threshold_of(p: float) -> int:
     """The 16-bit threshold of a dropout probability: floor(p * 65536 + 0.5), so that the effective p is off by 2^-17 at most."""
-    return int(p * reference.FIELD_RANGE + 0.5)
+    return int(float(p) * reference.FIELD_RANGE + 0.5)
 
 
 def _is_dense(x: Tensor, order: Sequence[int]) -> bool:

@@ -1,6 +1,9 @@
 """The layers: in place of torch.nn's, and inside a sampling context the noise of the address that the context gives."""
 
+from fractions import Fraction
+
 import naive
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -194,3 +197,12 @@ def test_a_deviation_that_is_changed_is_checked():
     layer.std = -1.0
     with pytest.raises(ValueError, match="std: expected a finite number >= 0"):
         layer(torch.ones(2, 8))
+
+
+@pytest.mark.parametrize("number", [np.float16, np.float32, np.float64, Fraction])
+def test_other_numbers_than_pythons(device, backend, number):
+    x = torch.ones(3, 63, device=device)
+    with iw.sampling(2, seed=3):
+        y = iw.IWDropout(number(0.5))(x)
+    with iw.sampling(2, seed=3):
+        assert torch.equal(y, iw.IWDropout(0.5)(x))
