@@ -72,10 +72,11 @@ def test_samples_over_ranks(backend_name, tmp_path):
         for (options, alpha), *parts in zip(itertools.product(OPTIONS, ALPHAS), *ranks, strict=True):
             samples = WORLD * options.get("local", LOCAL)
             logits, target, *others = data(options.get("local", LOCAL))
-            loss, dlogits, log_p, weights, bound = loss_and_gradient(logits, target, samples, *others, {**options, "alpha": alpha})
+            loss, dlogits, log_p, weights, bound, counted = loss_and_gradient(logits, target, samples, *others, {**options, "alpha": alpha})
             for part in parts:
                 torch.testing.assert_close(part[0], loss, msg=lambda m, o=(options, alpha): f"loss, {o}: {m}")
                 torch.testing.assert_close(part[4], bound)
+                assert torch.equal(part[5], counted)
             together = [torch.cat([part[i] for part in parts]) for i in (1, 2, 3)]
             for name, got, expected in zip(("gradient", "log_p", "weights"), together, (dlogits, log_p, weights), strict=True):
                 torch.testing.assert_close(got, expected, msg=lambda m, o=(name, options, alpha): f"{o}: {m}")
