@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import threading
 
 import naive
@@ -337,6 +338,7 @@ class TestFunctionalDropout:
         model.ck = PLAIN["reentrant"]
         with pytest.raises(RuntimeError, match="is noise of a converted model here"):
             {**PLAIN, **OURS}[outer](model, x).sum().backward()
+        gc.collect()  # torch 2.11 keeps the hooks of a checkpoint as long as its error lives
 
     @pytest.mark.parametrize("form", PLAIN)
     @pytest.mark.filterwarnings("error:.*is noise of a converted model")
