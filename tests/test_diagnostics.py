@@ -306,6 +306,31 @@ class TestLogger:
         assert math.isnan(bad[0])
         assert good == pytest.approx(list(naive_summary(logits, target).values()), rel=1e-5)
 
+    def test_a_step_in_which_nothing_counts(self, tmp_path):
+        """It is a step, and leaves the means of the others alone; a row of such steps has none."""
+        criterion, (logits, target) = iw.IWCrossEntropyLoss(S), data()
+        with iw.StatsLogger(criterion, tmp_path / "a.csv", every=3):
+            for labels in (target, torch.full_like(target, -100), target):
+                criterion(logits, labels)
+            for _ in range(3):
+                criterion(logits, torch.full_like(target, -100))
+        first, second = rows_of(tmp_path / "a.csv")
+        assert_rows([first], [(3, list(naive_summary(logits, target).values()))])
+        assert second[0] == 6 and all(math.isnan(v) for v in second[1][:-1]) and second[1][-1] == 0
+
+    @pytest.mark.parametrize("kind", ["weight", "example_weight"])
+    def test_what_is_not_finite_shows_where_it_weighs_nothing(self, tmp_path, kind):
+        """The loss is NaN then, as torch's is."""
+        criterion, (logits, target) = iw.IWCrossEntropyLoss(S), data()
+        logits[0], target[0], target[1:] = math.nan, 0, 1
+        weights = torch.ones(C if kind == "weight" else B, dtype=torch.float64)
+        weights[0] = 0
+        named = {"example_weight": weights} if kind == "example_weight" else {}
+        criterion.weight = weights if kind == "weight" else None
+        with iw.StatsLogger(criterion, tmp_path / "a.csv", every=1):
+            assert criterion(logits, target, **named).isnan()
+        assert rows_of(tmp_path / "a.csv")[0][1][-1] == 1
+
     def test_stats_from_elsewhere(self, tmp_path):
         logits, target = data()
         _, stats = iw.iw_cross_entropy(logits, target, S, return_stats=True)

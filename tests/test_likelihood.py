@@ -107,11 +107,12 @@ def test_infinite_log_likelihoods(device, alpha):
         (ValueError, torch.zeros(6), 2, -1.0, "alpha: .*got -1.0"),
         (ValueError, torch.zeros(6), 2, math.nan, "alpha: .*got nan"),
         (ValueError, torch.zeros(7), 2, 1.0, r"log_p: .*S=2, got \(7,\)"),
-        (ValueError, torch.zeros(3, 2), 2, 1.0, r"log_p: expected \[2, B\].*got \(3, 2\)"),
+        (ValueError, torch.zeros(3, 2), 2, 1.0, r"log_p: expected \[2, B\].*got \(3, 2\)$"),
+        (ValueError, torch.zeros(6, 1), 2, 1.0, r"log_p: expected \[2, B\] or \[2\*B\].*got \(6, 1\).*squeeze\(1\)"),
         (ValueError, torch.zeros(2, 3, 1), 2, 1.0, r"log_p: .*got \(2, 3, 1\)"),
         (ValueError, torch.zeros(()), 2, 1.0, r"log_p: .*got \(\)"),
     ],
-    ids=["int", "samples", "alpha", "alpha-nan", "rows", "order", "dims", "scalar"],
+    ids=["int", "samples", "alpha", "alpha-nan", "rows", "order", "column", "dims", "scalar"],
 )
 def test_logmeanexp_refuses(error, log_p, samples, alpha, message):
     with pytest.raises(error, match=message):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from naive_loss import bound_of, naive_loss
 from torch import nn
 
@@ -132,3 +133,17 @@ def test_refuses(error, call, message):
     logits, target = case()
     with pytest.raises(error, match=message):
         call(iw.IWCrossEntropyLoss(S, reduction="sum"), logits, target)
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.inf, math.inf], ids=str)
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"ignore_index": 0}], ids=str)
+def test_logits_that_are_not_finite_and_weigh_nothing(device, backend, options, bad):
+    """One sample is cross-entropy: NaN where torch's is, which a weight of 0 does not hide, and an ignored label does."""
+    logits, target = torch.randn(4, 5, device=device, dtype=torch.float64), torch.tensor([0, 1, 2, 3], device=device)
+    weight = torch.tensor([0.0, 1, 2, 1, 3], device=device, dtype=torch.float64)
+    logits[0, 0] = bad
+    criterion = iw.IWCrossEntropyLoss(1, weight=weight, **options)
+    log_p, outer, denominator = criterion.log_likelihood(logits, target, 1)
+    want = F.cross_entropy(logits, target, weight=weight, **options)
+    torch.testing.assert_close(-(outer * log_p[0]).sum() / denominator, want, equal_nan=True)
+    assert want.isnan() == ("ignore_index" not in options)
