@@ -69,8 +69,8 @@ def providers(device: torch.device, quick: bool) -> dict[str, Callable[[training
     found = training.providers(native, compiled=not quick)
     for name in backends(device):
         if name != native:
-            found[f"iw {name}"] = on_backend(name, training.provider(training.batched, "joint"))
-    found[f"iw {native}, by hand, inplace=True"] = on_backend(native, training.provider(by_hand, "joint"))
+            found[f"iw {name}"] = on_backend(name, training.provider(training.converted(), "each sample"))
+    found[f"iw {native}, by hand, inplace=True"] = on_backend(native, training.provider(by_hand, "each sample"))
     for name, find in (
         ("F.linear_cross_entropy", peers.torch_linear),
         ("Liger fused linear", peers.liger_linear),

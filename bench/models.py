@@ -48,6 +48,19 @@ def shared_trunk(width: int, blocks: tuple[int, ...], classes: int) -> nn.Module
     return nn.Sequential(*layers, *top, nn.Dropout(0.5), nn.Linear(4 * channels, classes))
 
 
+class SkipPath(nn.Module):
+    """A deep path without noise, to which a short noisy one is added: from the sum on samples differ."""
+
+    def __init__(self, width: int, depth: int, classes: int, p: float = 0.5):
+        super().__init__()
+        self.deep = nn.Sequential(*(layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.ReLU())))
+        self.noisy = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Dropout(p))
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.deep(x) + self.noisy(x))
+
+
 class WideBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int, p: float):
         super().__init__()

@@ -24,7 +24,7 @@ class Architecture(NamedTuple):
     shape: tuple[int, ...] = (3, 32, 32)
     tokens: bool = False
     quick: bool = False  # measured by --quick too
-    expand: str = "first"  # "input" where a path goes round the first dropout
+    expand: str = "first"  # of the library's rows: "input" where a path goes round the first dropout
     rows: int = 0  # bytes that a row takes in training, roughly
 
     def data(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -34,11 +34,13 @@ class Architecture(NamedTuple):
 
 
 MIB = 1 << 20
+BATCH_NORM = {"WRN", "shared trunk", "VGG"}
 CPU = {
     "MLP": Architecture("784-1024-1024-10", lambda: models.mlp(784, 1024, 10), 64, 10, (784,), quick=True, rows=MIB // 16),
     "small MLP": Architecture("64-256-256-10", lambda: models.mlp(64, 256, 10), 50, 10, (64,), quick=True, rows=MIB // 64),
     "WRN": Architecture("WRN-10-1", lambda: models.wide_resnet(10, 1, 10), 16, 10, quick=True, expand="input", rows=4 * MIB),
     "shared trunk": Architecture("6 convolutions", lambda: models.shared_trunk(16, (2, 2, 2), 10), 32, 10, quick=True, rows=2 * MIB),
+    "skip path": Architecture("256x8", lambda: models.SkipPath(256, 8, 10), 256, 10, (256,), expand="input", rows=MIB // 32),
     "deep MLP": Architecture("512x6, noise at the input", strategies.network, 128, 10, (512,), rows=MIB // 16),
     "wide MLP": Architecture("1024x6, noise at the input", lambda: strategies.network(1024), 1024, 10, (1024,), rows=MIB // 8),
     "VGG": Architecture("width 16", lambda: models.vgg(16, (2, 2, 2), 10), 16, 10, rows=2 * MIB),
@@ -50,6 +52,7 @@ GPU = {
     "MLP": Architecture("784-4096-4096-10", lambda: models.mlp(784, 4096, 10), 1024, 10, (784,), quick=True, rows=MIB // 4),
     "WRN": Architecture("WRN-28-10", lambda: models.wide_resnet(28, 10, 10), 32, 10, quick=True, expand="input", rows=160 * MIB),
     "shared trunk": Architecture("7 convolutions", lambda: models.shared_trunk(64, (2, 2, 3), 100), 256, 100, quick=True, rows=24 * MIB),
+    "skip path": Architecture("4096x8", lambda: models.SkipPath(4096, 8, 10), 512, 10, (4096,), expand="input", rows=MIB // 2),
     "deep MLP": Architecture("4096x6, noise at the input", lambda: strategies.network(4096), 512, 10, (4096,), rows=MIB // 2),
     "VGG": Architecture("VGG-16", lambda: models.vgg(64, (2, 2, 3, 3, 3), 10), 128, 10, rows=32 * MIB),
     "ViT": Architecture("ViT-S/16", lambda: models.VisionTransformer(224, 16, 384, 12, 6, 1000), 32, 1000, (3, 224, 224), rows=64 * MIB),
@@ -94,7 +97,7 @@ def cases(grid: Grid) -> Iterator[Case]:
                     device=grid.device,
                     rank=rank,
                     setup=setup(a),
-                    providers=training.providers(native, few=few, compiled=not grid.quick),
+                    providers=training.providers(native, few=few, compiled=not grid.quick, expand=a.expand, batch_norm=name in BATCH_NORM),
                     need=samples * batch * a.rows,
                     flush=False,
                 )

@@ -27,7 +27,7 @@ class Goal(NamedTuple):
     classes: tuple[int, int] | None = None  # from, to
 
 
-STEP = ("iw cpu", "iw cpu, torch.compile")
+STEP = ("iw cpu", "iw cpu, rows", "iw cpu, torch.compile", "iw cpu, rows, torch.compile")
 GPU_LOSS = ((4096, 1 << 20, 0.92), (1000, 4095, 0.80), (256, 999, 0.70))
 GOALS = (
     Goal("cpu", "noise", "forward", ("iw cpu, out=",), LIMIT, 0.85, "float32"),

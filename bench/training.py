@@ -2,13 +2,13 @@
 
 import copy
 import dataclasses
-import inspect
 import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._functorch import get_unwrapped, is_batchedtensor, maybe_get_bdim
 from torch.utils.flop_counter import FlopCounterMode
 
 import iwsgd_ext as iw
@@ -28,7 +28,7 @@ class Inputs:
     more: tuple[Tensor, Tensor]
     samples: int
     autocast: torch.dtype | None = None
-    expand: str = "first"  # where the library expands the batch
+    expand: str = "first"  # from where on the library's rows are [S*B, ...]
     step: bool = True  # the optimiser's step belongs to the work
 
     def small(self) -> tuple[Tensor, Tensor]:
@@ -107,30 +107,28 @@ def vmapped(model: nn.Module, i: Inputs) -> Backward:
     return _backward_of(loss)
 
 
-def _converted(model: nn.Module, i: Inputs, **options) -> tuple[nn.Module, nn.Module]:
-    return iw.convert(model, i.samples, expand=i.expand, **options), iw.IWCrossEntropyLoss(i.samples)
+def converted(compiled: bool = False, **options) -> Callable[[nn.Module, Inputs], Backward]:
+    """The library, all samples at once: on the sample axis, or as ``options`` of ``iw.convert`` say."""
+
+    def make(model: nn.Module, i: Inputs) -> Backward:
+        model, criterion = iw.convert(model, i.samples, **options), iw.IWCrossEntropyLoss(i.samples)
+        loss = lambda x, y: criterion(model(x), y)  # noqa: E731
+        return _backward_of(torch.compile(loss) if compiled else loss)
+
+    return make
 
 
-def batched(model: nn.Module, i: Inputs) -> Backward:
-    model, criterion = _converted(model, i)
-    return _backward_of(lambda x, y: criterion(model(x), y))
-
-
-def batched_compiled(model: nn.Module, i: Inputs) -> Backward:
-    model, criterion = _converted(model, i)
-    return _backward_of(torch.compile(lambda x, y: criterion(model(x), y)))
+def rows(compiled: bool = False, **options) -> Callable[[nn.Module, Inputs], Backward]:
+    """The same on rows [S*B, ...], from where the architecture needs them unless ``options`` say."""
+    # Checks of the suite stand in for the library's own of the first forward.
+    return lambda model, i: converted(compiled, **{"expand": i.expand, "verify": False, **options})(model, i)
 
 
 def strategy(name: str, **options) -> Callable[[nn.Module, Inputs], Backward]:
     """One of ``iw.backward``'s ways to pay for the samples."""
 
     def make(model: nn.Module, i: Inputs) -> Backward:
-        if not hasattr(iw, "backward"):
-            raise Skip("iwsgd_ext has no iw.backward in this version")
-        normalized = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-        if normalized and "batch_norm" not in inspect.signature(iw.convert).parameters:
-            raise Skip("the model has BatchNorm, and iw.convert no batch_norm='per_sample' in this version")
-        model, criterion = _converted(model, i, **({"batch_norm": "per_sample"} if normalized else {}))
+        model, criterion = iw.convert(model, i.samples), iw.IWCrossEntropyLoss(i.samples)
 
         def backward(x: Tensor, y: Tensor, seed: int | None = None) -> Tensor:
             return iw.backward(model, criterion, x, y, samples=i.samples, strategy=name, seed=seed, **options)
@@ -181,7 +179,7 @@ def provider(make: Callable[[nn.Module, Inputs], Backward], check: str, more: bo
 
         result = Variant(run, lambda: CHECKS[check](i, make, pass_both, parameters), memory=pass_both)
         result.leaves = [*parameters, *model.buffers(), inputs, y]
-        if check != "statistics" and not any(isinstance(m, nn.RNNBase) for m in model.modules()):
+        if not check.startswith("statistics") and not any(isinstance(m, nn.RNNBase) for m in model.modules()):
             result.count_flops = lambda: _flops(pass_both)
         return result
 
@@ -210,6 +208,24 @@ def dropouts(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd)}
 
 
+def kept(out: Tensor) -> Tensor:
+    """Where noise has let values through, in rows [S*B, ...].
+
+    On the sample axis a hook sees one sample's tensor, whose memory holds all lanes in dimension 0: these are the rows, sample-major.
+    """
+    if is_batchedtensor(out):
+        out = get_unwrapped(out).movedim(maybe_get_bdim(out), 0).flatten(0, 1)
+    return out.detach() != 0
+
+
+def record(model: nn.Module) -> dict[str, list[Tensor]]:
+    """The masks that dropout layers draw from here on, a tensor of rows for each call."""
+    drawn: dict[str, list[Tensor]] = {name: [] for name in dropouts(model)}
+    for name, module in dropouts(model).items():
+        module.register_forward_hook(lambda _, __, out, name=name: drawn[name].append(kept(out)))
+    return drawn
+
+
 def check_by_replay(i: Inputs, make: Callable[[nn.Module, Inputs], Backward], each_sample: bool) -> None:
     """Records the masks that a provider draws, and holds loss and gradients to the definition in float64 under these masks.
 
@@ -217,10 +233,9 @@ def check_by_replay(i: Inputs, make: Callable[[nn.Module, Inputs], Backward], ea
     BatchNorm takes its statistics over a pass.
     """
     x, y = i.small()
-    model, drawn = copy.deepcopy(i.model), {name: [] for name in dropouts(i.model)}
+    model = copy.deepcopy(i.model)
     backward = make(model, i)
-    for name, module in dropouts(model).items():
-        module.register_forward_hook(lambda _, __, out, name=name: drawn[name].append(out.detach() != 0))
+    drawn = record(model)
     with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
         loss = backward(x, y)
     exact = copy.deepcopy(i.model).double()
@@ -247,9 +262,9 @@ def check_by_replay(i: Inputs, make: Callable[[nn.Module, Inputs], Backward], ea
     assert error <= 5e-3, f"gradient: relative error {error:.1e} against float64 with the same masks, allowed 5e-3"
 
 
-def check_statistics(i: Inputs, pass_both: Callable[[], Tensor], parameters: list[Tensor], draws: int = 8) -> None:
+def check_statistics(i: Inputs, pass_both: Callable[[], Tensor], parameters: list[Tensor], each_sample: bool, draws: int = 8) -> None:
     """For compiled and batched-by-vmap code, whose masks nobody sees: loss and size of the gradient, over several draws, are those of the
-    expanded batch in eager torch (which is checked by replay), within 6 standard errors and 2%.
+    naive loop (``each_sample``) or the expanded batch in eager torch (which are checked by replay), within 6 standard errors and 2%.
     """
 
     def sizes(run: Callable[[], Tensor], of: list[Tensor]) -> Tensor:
@@ -260,7 +275,7 @@ def check_statistics(i: Inputs, pass_both: Callable[[], Tensor], parameters: lis
         return torch.tensor(found, dtype=torch.float64)
 
     model = copy.deepcopy(i.model)
-    backward = expanded(model, i)
+    backward = (loop if each_sample else expanded)(model, i)
 
     def eager() -> Tensor:
         model.zero_grad()
@@ -271,8 +286,8 @@ def check_statistics(i: Inputs, pass_both: Callable[[], Tensor], parameters: lis
     allowed = 6 * ((got.var(0) + want.var(0)) / draws).sqrt() + 0.02 * want.mean(0).abs()
     off = (got.mean(0) - want.mean(0)).abs()
     for k, name in enumerate(("loss", "gradient's norm")):
-        expected = f"{want.mean(0)[k]:.5f} +- {allowed[k]:.5f}"
-        assert off[k] <= allowed[k], f"{name}: mean over {draws} draws {got.mean(0)[k]:.5f}, expanded batch {expected}"
+        expected = f"{'naive loop' if each_sample else 'expanded batch'} {want.mean(0)[k]:.5f} +- {allowed[k]:.5f}"
+        assert off[k] <= allowed[k], f"{name}: mean over {draws} draws {got.mean(0)[k]:.5f}, {expected}"
 
 
 def check_strategy(i: Inputs, make: Callable[[nn.Module, Inputs], Backward], gradient: bool) -> None:
@@ -293,7 +308,8 @@ def check_strategy(i: Inputs, make: Callable[[nn.Module, Inputs], Backward], gra
 CHECKS = {
     "each sample": lambda i, make, run, parameters: check_by_replay(i, make, each_sample=True),
     "joint": lambda i, make, run, parameters: check_by_replay(i, make, each_sample=False),
-    "statistics": lambda i, make, run, parameters: check_statistics(i, run, parameters),
+    "statistics": lambda i, make, run, parameters: check_statistics(i, run, parameters, each_sample=True),
+    "statistics, joint": lambda i, make, run, parameters: check_statistics(i, run, parameters, each_sample=False),
     "strategy": lambda i, make, run, parameters: check_strategy(i, make, gradient=True),
     "resampled": lambda i, make, run, parameters: check_strategy(i, make, gradient=False),
     "plain": lambda i, make, run, parameters: check_by_replay(_single(i), make, each_sample=True),
@@ -308,19 +324,30 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
-def providers(native: str, *, compiled: bool = True, few: bool = False) -> dict[str, Callable[[Inputs], Variant]]:
-    """Who can train a model; ``native`` is the backend of the device. ``few``: those that are of interest in a sweep."""
+def providers(
+    native: str, *, compiled: bool = True, few: bool = False, expand: str = "first", batch_norm: bool = False
+) -> dict[str, Callable[[Inputs], Variant]]:
+    """Who can train a model; ``native`` is the backend of the device, ``expand`` that of the inputs. ``few``: those that are of interest
+    in a sweep. ``batch_norm``: the model has BatchNorm.
+    """
     found = {BASELINE: provider(loop, "each sample"), "expanded batch": provider(expanded, "joint")}
     if compiled and not few:
-        found["expanded batch, torch.compile"] = provider(expanded_compiled, "statistics")
+        found["expanded batch, torch.compile"] = provider(expanded_compiled, "statistics, joint")
     if not few:
         found["torch.func.vmap"] = provider(vmapped, "statistics")
-    found[f"iw {native}"] = on_backend(native, provider(batched, "joint"))
+    ours = {f"iw {native}": provider(converted(), "each sample"), f"iw {native}, rows": provider(rows(), "each sample")}
+    if not few and expand != "input":
+        ours[f"iw {native}, rows at the input"] = provider(rows(expand="input"), "each sample")
+    if not few and batch_norm:
+        ours[f"iw {native}, rows, joint BatchNorm"] = provider(rows(batch_norm="joint"), "joint")
     if compiled and not few:
-        found[f"iw {native}, torch.compile"] = on_backend(native, provider(batched_compiled, "statistics"))
-    found[f"iw {native}, streamed"] = on_backend(native, provider(strategy("streamed", chunk=1), "strategy"))
-    found[f"iw {native}, resampled"] = on_backend(native, provider(strategy("resampled", keep=1), "resampled"))
+        ours[f"iw {native}, torch.compile"] = provider(converted(compiled=True), "statistics")
+        ours[f"iw {native}, rows, torch.compile"] = provider(rows(compiled=True), "statistics")
+    ours[f"iw {native}, streamed"] = provider(strategy("streamed", chunk=1), "strategy")
+    ours[f"iw {native}, resampled"] = provider(strategy("resampled", keep=1), "resampled")
     if not few:
-        found[f"iw {native}, loop"] = on_backend(native, provider(strategy("loop"), "strategy"))
+        ours[f"iw {native}, loop"] = provider(strategy("loop"), "strategy")
+    found |= {name: on_backend(native, make) for name, make in ours.items()}
+    if not few:
         found[MORE_EXAMPLES] = provider(plain, "plain", more=True)
     return found

@@ -61,7 +61,10 @@ def scaled_dot_product_attention(
         >>> out.shape
         torch.Size([6, 4, 5, 8])
     """
-    if dropout_p == 0 and (current() is None or not _rows_meet(query, key, value, attn_mask)):
+    context = current()
+    # In a compiled graph torch's batching calls its fused attention once for each sample; on the axis the products of all are batched.
+    on_axis = context is not None and context.axis is not None and torch.compiler.is_compiling() and query.dim() > 2
+    if dropout_p == 0 and not on_axis and (context is None or not _rows_meet(query, key, value, attn_mask)):
         return F.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
     check_attention(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     context = ambient(scaled_dot_product_attention)
@@ -91,8 +94,9 @@ def check_attention(query, key, value, attn_mask, dropout_p, is_causal, enable_g
     check(key.shape[-1] == query.shape[-1], "key", "query's number of features", tuple(key.shape))
     check(value.shape[-2] == key.shape[-2], "value", "key's number of positions", tuple(value.shape))
     fewer = enable_gqa and query.dim() > 3 and query.shape[-3] % max(key.shape[-3], 1) == 0
-    alike = key.shape[1:-3] == query.shape[1:-3] if fewer else key.shape[1:-2] == query.shape[1:-2]
-    check(alike, "key", "query's sizes between rows and positions" + " (or a factor of its heads)" * enable_gqa, tuple(key.shape))
+    ends = -3 if fewer else -2
+    alike = all(m in (n, 1) for m, n in zip(key.shape[1:ends], query.shape[1:ends], strict=True))
+    check(alike, "key", "query's sizes between rows and positions, or 1" + " (or a factor of its heads)" * enable_gqa, tuple(key.shape))
     check(value.shape[1:-2] == key.shape[1:-2], "value", "key's sizes between rows and positions", tuple(value.shape))
     if attn_mask is not None:
         check(not is_causal, "attn_mask", "None where is_causal", "both")

@@ -1,14 +1,15 @@
 """What iw.convert does to a model, or would do, and which noise it does not reach."""
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from .convert import check_convertible, conversion_of, install, revert
-from .dry_run import dry_run
 from .functional_dropout import Call
 from .swaps import draws, original_class
+from .verify import Verification, verify_conversion
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,12 @@ class Audit:
 
     Attributes:
         converted: whether the model is converted; if not, everything here is what iw.convert would do.
-        expand, reason: where rows expand, and why there.
+        expand: how one example becomes S.
         layers: the modules that are swapped.
         replaced: functional calls that draw noise of the context, and were seen in a run.
-        unreached: noise that stays torch's: modules with dropout inside, functions, other random numbers.
-        mixing: where a dry run saw rows of the batch meet, which no expansion keeps in their samples.
-        suspected: functions that the model's code names and no run has called, maybe because none was made.
+        unreached: noise that is no function of seed and sample: modules with dropout inside, functions, other random numbers.
+        one_by_one: submodules that are called once for each noise sample, and why: each costs S calls.
+        verification: what runs have shown, or None.
         unchecked: what could not be looked into, and why.
     """
 
@@ -39,42 +40,50 @@ class Audit:
     samples: int
     batch_norm: str
     expand: str
-    reason: str
     layers: list[Layer] = field(default_factory=list)
     replaced: list[Call] = field(default_factory=list)
     unreached: list[str] = field(default_factory=list)
-    suspected: list[Call] = field(default_factory=list)
+    one_by_one: dict[str, str] = field(default_factory=dict)
+    verification: Verification | None = None
     unchecked: list[str] = field(default_factory=list)
-    mixing: str | None = None
 
     @property
     def complete(self) -> bool:
-        """Whether all noise is reached, no rows meet, and nothing was left unchecked."""
-        return not self.unreached and not self.unchecked and self.mixing is None
+        """Whether all noise is reached, and samples together were seen to give what each gives alone."""
+        return not self.unreached and not self.unchecked and self.verification is not None and self.verification.complete
 
     def __str__(self) -> str:
         state = f"converted, samples={self.samples}, batch_norm={self.batch_norm!r}" if self.converted else "not converted"
-        lines = [state, f"expand: {self.expand!r} ({self.reason})"]
+        lines, run = [state, f"expand: {self.expand!r}"], self.verification
+        if run is not None and run.mismatch is not None:
+            lines.append(f"WRONG: {run.samples} samples together do not give what each gives alone: {run.mismatch}")
+        elif run is not None and run.complete:
+            what = "outputs and gradients" if run.gradients else "outputs"
+            lines.append(f"verified: {run.samples} samples together give what samples {', '.join(map(str, run.alone))} give alone ({what})")
         lines += _table("swapped" if self.converted else "would be swapped", [(v.name, v.was, v.now) for v in self.layers])
         lines += _table("functional noise, drawn by the context", [_row(v) for v in self.replaced])
-        lines += _table("NOT REACHED, drawn by torch", [(v,) for v in self.unreached])
-        lines += _table("ROWS OF THE BATCH MEET, wherever they expand", [(self.mixing,)] if self.mixing else [])
-        lines += _table("named in the code, seen in no run", [_row(v) for v in self.suspected])
+        lines += _table("NOT REACHED, no function of seed and sample", [(v,) for v in self.unreached])
+        lines += _table("called once for each noise sample", [(name or "(the model)", why) for name, why in self.one_by_one.items()])
+        if run is not None and self.expand == "axis":
+            lines += _table("buffers that a forward writes once for all samples", [(name,) for name in run.advanced])
         lines += _table("could not be checked", [(v,) for v in self.unchecked])
         return "\n".join(lines)
 
 
-def audit(model: nn.Module, *example_inputs: Any, **example_keywords: Any) -> Audit:
-    """Lists what :func:`convert` has swapped in a model, or would swap, where rows expand and why, and every noise it does not reach.
+def audit(model: nn.Module, *example_inputs: Any, verify: bool = True, gradients: bool = False, **example_keywords: Any) -> Audit:
+    """Lists what :func:`convert` has swapped in a model, or would swap, and every noise it does not reach; and checks it by running it.
 
-    Modules are found by their class. With example inputs a dry run (training mode, fake tensors, nothing is computed) also finds
-    function calls: F.dropout and its family, attention's dropout_p, modules built in forward, torch.bernoulli, ... Without them the code
-    of the forwards is read for such names, and what that cannot prove is listed as unchecked. The model is as before afterwards, its
-    buffers, training flags and random generators too. (Its forward hooks do run.)
+    With example inputs the model is run in training mode, under its number of samples (2, if it is not converted): that finds function
+    calls (F.dropout and its family, attention's dropout_p, modules built in forward, torch.bernoulli, ...), and with ``verify`` compares
+    the outputs with those of three samples alone, under one seed. Without example inputs, what the first training forward has shown is
+    listed. The model is as before afterwards: its buffers, gradients, training flags and random generators too. (Its forward hooks do
+    run.)
 
     Args:
         model: converted or not.
         *example_inputs: positional arguments of its forward.
+        verify: compare with samples alone.
+        gradients: compare the gradients of the parameters, too.
         **example_keywords: keyword arguments of its forward.
 
     Returns:
@@ -88,42 +97,52 @@ def audit(model: nn.Module, *example_inputs: Any, **example_keywords: Any) -> Au
         >>> import torch, iwsgd_ext as iw
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3))
-        >>> print(iw.audit(model, torch.ones(2, 4)))
+        >>> print(iw.audit(model, torch.randn(2, 4)))
         not converted
-        expand: 'first' (shapes fit)
+        expand: 'axis'
+        verified: 2 samples together give what samples 0, 1 give alone (outputs)
         would be swapped:
           2  Dropout  IWDropout
     """
     if not isinstance(model, nn.Module) or conversion_of(model) is None:
-        check_convertible(model, "auto")
-        inputs = example_keywords if example_keywords and not example_inputs else example_inputs or None
-        install(model, 2, "auto", inputs, None, "joint", None, False)
+        check_convertible(model, "axis", "per_sample", ())
+        install(model, 2, "axis", "per_sample", None, (), False)
         try:
-            return _report(model, False)
+            return _report(model, False, _verified(model, example_inputs, example_keywords, verify, gradients))
         finally:
             revert(model)
-    if example_inputs or example_keywords:
-        conversion = conversion_of(model)
-        run = dry_run(model, conversion.batch_dim, example_inputs, example_keywords)
-        if run.error is None or conversion.unverified:
-            conversion.learn(run.calls, run.error)
-        conversion.mixing = run.mixing or conversion.mixing
-    return _report(model, True)
+    return _report(model, True, _verified(model, example_inputs, example_keywords, verify, gradients))
 
 
-def _report(model: nn.Module, converted: bool) -> Audit:
+def _verified(model: nn.Module, args: tuple, kwargs: dict, verify: bool, gradients: bool) -> Verification | None:
+    conversion = conversion_of(model)
+    if not args and not kwargs:
+        return conversion.verification
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the report says it
+        conversion.verification = verify_conversion(model, conversion.samples, args, kwargs, compare=verify, gradients=gradients)
+    return conversion.verification
+
+
+def _report(model: nn.Module, converted: bool, verification: Verification | None) -> Audit:
     conversion = conversion_of(model)
     layers = []
     for name, module in model.named_modules():
         was = original_class(module)
         if was is not None or draws(module):
             layers.append(Layer(name, was.__name__ if was else type(module).__name__, type(module).__name__))
-    suspected = [call for call in conversion.suspected if not any(_is_it(call, seen) for seen in conversion.calls)]
     unchecked = []
-    if conversion.stopped:
-        unchecked.append(f"function calls: the dry run stopped ({conversion.stopped})")
-    elif conversion.unverified:
-        unchecked.append("function calls: no example inputs; names in the code were read, and the first training forward looks")
+    if verification is None:
+        looked = " (the first training forward was looked at for noise)" if conversion.looked else ""
+        unchecked.append(f"no example inputs: nothing was compared{looked}")
+    elif verification.error is not None:
+        unchecked.append(f"the model stops on the example inputs ({verification.text})")
+    else:
+        unchecked += verification.inconclusive
+        if not verification.drew:
+            unchecked.append("no noise was drawn")
+        elif not verification.compared and verification.mismatch is None and not verification.inconclusive:
+            unchecked.append("outputs were not compared with those of samples alone")
     for name, module in model.named_modules():
         if type(module).__name__ == "RecursiveScriptModule" and "." not in name:
             unchecked.append(f"{name}: scripted code")
@@ -132,20 +151,13 @@ def _report(model: nn.Module, converted: bool) -> Audit:
         samples=conversion.samples,
         batch_norm=conversion.batch_norm,
         expand=conversion.expand,
-        reason=conversion.reason,
         layers=layers,
         replaced=[call for call in conversion.calls if call.kind == "replaced"],
         unreached=conversion.unreached(model),
-        suspected=suspected,
+        one_by_one=dict(conversion.lane_by_lane),
+        verification=verification,
         unchecked=unchecked,
-        mixing=conversion.mixing,
     )
-
-
-def _is_it(suspected: Call, seen: Call) -> bool:
-    """Whether a call that a run has made is one that the code names (a function that a module holds has no line of its own)."""
-    function = suspected.function == seen.function or suspected.function.endswith("built in forward")
-    return function and (suspected.place == seen.place or (":" not in suspected.place and suspected.module == seen.module))
 
 
 def _row(call: Call) -> tuple[str, str, str]:

@@ -6,7 +6,8 @@ on all of them. Every op goes through :func:`define`, which gives it its schema,
 NOTE [Exported graphs]
 torch.export writes down the ops that an autograd Function calls, and forgets the Function: a module that is made of the graph would
 train without their gradients, in silence. So an exported graph gets ops of its own, ``torch.ops.iwsgd_graph``, which have a derivative
-and are run by the backend of the machine that they run on; :func:`apply` leaves the Function out. Elsewhere Functions cost less.
+and are run by the backend of the machine that they run on; :func:`apply` leaves the Function out. So it is in a compiled vmap, in which
+torch.compile takes no Function of these. Elsewhere Functions cost less.
 """
 
 import importlib
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, transforms
 
 NAMES = ("reference", "cpu", "cuda", "triton")
 NAMESPACES = ("iwsgd_ext", "iwsgd_triton")  # of torch.ops: the compiled forms, by the tensor's device; Triton's, on any device
@@ -36,7 +37,7 @@ HOW_TO_GET = {
 
 _forced: str | None = None
 _ops: list[str] = []
-_differentiable: set[str] = set()  # those with a form for exported graphs
+_in_graphs: set[str] = set()  # those with a form for graphs
 _built: dict[str, bool] = {"reference": True, "cpu": False, "cuda": False, "triton": False}
 _missing: dict[str, str] = {}  # name -> why a backend that could be there is not
 _triton_version = ""
@@ -55,26 +56,33 @@ def is_exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
-def define(name: str, schema: str, fake: Callable, derivative: Callable | None = None, keeps: int = 0) -> None:
+def define(
+    name: str, schema: str, fake: Callable, derivative: Callable | None = None, keeps: int = 0, vmap: Callable | None = None
+) -> None:
     """An op of the library: its schema and what it returns for fake tensors, for every backend's form of it.
 
     Args:
         derivative: gives the gradient of the op's first argument, of (gradients of the outputs, the other arguments, the last ``keeps``
-            outputs), three tuples. For exported graphs; ops that change their arguments have none.
+            outputs), three tuples. For graphs; ops of integers, and those that change their arguments, have none.
+        vmap: the op's rule under torch.vmap in a graph, as :func:`torch.library.register_vmap` takes it.
     """
     _ops.append(name)
     for namespace in NAMESPACES:
         torch.library.define(f"{namespace}::{name}", schema, tags=TAGS)
         torch.library.register_fake(f"{namespace}::{name}", fake)
-    if derivative is not None:
-        _differentiable.add(name)
+    if derivative is not None or vmap is not None:
+        _in_graphs.add(name)
         _define_for_graphs(f"{GRAPHS}::{name}", schema, fake, derivative, keeps)
         torch.library.impl(f"{GRAPHS}::{name}", "CompositeExplicitAutograd", lambda *a: _op_here(name, a[0].device)(*a))
+        if vmap is not None:
+            torch.library.register_vmap(f"{GRAPHS}::{name}", vmap)
 
 
-def _define_for_graphs(name: str, schema: str, fake: Callable, derivative: Callable, keeps: int) -> None:
+def _define_for_graphs(name: str, schema: str, fake: Callable, derivative: Callable | None, keeps: int) -> None:
     torch.library.define(name, schema, tags=TAGS)
     torch.library.register_fake(name, fake)
+    if derivative is None:  # of integers
+        return
 
     def setup(ctx, inputs, output):
         outputs = output if isinstance(output, tuple) else (output,)
@@ -91,7 +99,7 @@ def _define_for_graphs(name: str, schema: str, fake: Callable, derivative: Calla
 
 def op(name: str, device: torch.device) -> Callable:
     """What runs an op on tensors of ``device``: a callable that takes the arguments of its schema."""
-    if is_exporting() and name in _differentiable:
+    if torch.compiler.is_compiling() and name in _in_graphs and in_graph():
         return getattr(torch.ops.iwsgd_graph, name).default
     return _op_here(name, device)
 
@@ -111,9 +119,21 @@ class _NoContext:
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """``function.apply(*arguments)``. NOTE [Exported graphs]"""
-    if is_exporting():
+    if in_graph():
         return function.forward(_NoContext(arguments), *arguments)
+    if torch._C._are_functorch_transforms_active():
+        return transforms.apply(function, arguments)
     return function.apply(*arguments)
+
+
+def in_graph() -> bool:
+    """Whether what is traced calls the ops of :data:`GRAPHS`. NOTE [Exported graphs]"""
+    return torch.compiler.is_compiling() and (is_exporting() or _transforms_traced())
+
+
+@constant_in_graphs
+def _transforms_traced() -> bool:
+    return torch._C._are_functorch_transforms_active()
 
 
 def _op_here(name: str, device: torch.device) -> Callable:

@@ -5,26 +5,27 @@
 "frozen"      the running statistics normalise in training too, and nothing is written.
 """
 
-import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from .class_swap import Behaviour, behaving
+from .one_by_one import NotOnAxis, one_by_one
+from .sample_axis import all_lanes
 from .sampling import check_not_recomputed, current, sampling
 
 
-class _BatchNormMode:
+class _BatchNormMode(Behaviour):
     """A mode as a class before the model's own one (nn.BatchNorm2d, nn.SyncBatchNorm, a subclass with an activation, ...)."""
 
     mode: str
-    original: type[nn.Module]
-
-    def __reduce_ex__(self, protocol):
-        # The class is made on the fly, so pickle gets what it is made of.
-        return _new, (self.mode, self.original), *super().__reduce_ex__(protocol)[2:]
+    prefix = "IW"
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, batch_norm={self.mode!r}"
@@ -38,6 +39,8 @@ class _PerSample(_BatchNormMode):
         forward = super().forward
         if self.training:
             check_not_recomputed(context, self)
+        if context is not None and context.axis is not None:
+            return self._on_axis(forward, x, context)
         if context is None or context.samples == 1:
             return forward(x)
         if _is_expanded(context, x.shape[0], type(self).__name__):
@@ -62,6 +65,84 @@ class _PerSample(_BatchNormMode):
         if isinstance(self, _BatchNorm) and self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(k - 1)
         return y
+
+    def _on_axis(self, forward, x: Tensor, context: sampling) -> Tensor:
+        if isinstance(self, _InstanceNorm):
+            return one_by_one(self, forward, (x,), {}, context)
+        with context.changed(cumulative=self.momentum is None):
+            y = forward(x)
+        if self.track_running_stats and self.num_batches_tracked is not None:
+            if torch.compiler.is_compiling() or self.momentum is None:
+                self.num_batches_tracked.add_(context.axis.samples - 1)
+            else:
+                context.axis.counts.append(self.num_batches_tracked)
+        return y
+
+
+def normalize_lanes(context: sampling, arguments: dict, call: Callable[[], Tensor]) -> Tensor:
+    """F.batch_norm with the statistics of each lane; running statistics are those after K successive updates, in the samples' order."""
+    axis, x, mean = context.axis, arguments["input"], arguments["running_mean"]
+    if axis is None or mean is None:
+        return call().to(x.dtype)
+    if not arguments["training"]:
+        if id(mean) in axis.pending:
+            raise NotOnAxis("running statistics are read in the forward that updates them, where each sample's are others")
+        if torch.compiler.is_compiling() or not axis.holds(x) or any(axis.holds(v) for v in (arguments["weight"], arguments["bias"])):
+            return call()
+        x, d = axis.unwrap(x)
+        with axis.below():
+            rows = x.movedim(d, 0).flatten(0, 1)
+            y = F.batch_norm(rows, mean, *(arguments[n] for n in ("running_var", "weight", "bias")), False, eps=arguments["eps"])
+            return axis.wrap(y.unflatten(0, (axis.samples, -1)))
+    F._verify_batch_size(x.size())
+    momentum, eps, n = arguments["momentum"], arguments["eps"], x.numel() // x.shape[1]
+    y, *of_batch = _normalized(axis, x, arguments["weight"], arguments["bias"], momentum, eps)
+    with torch.no_grad():
+        means, deviations = (all_lanes(axis, v.detach()) for v in of_batch)
+        statistics = means, (deviations**-2 - eps) * (n / (n - 1))
+        # Update s goes from r to r + f[s] (statistic[s] - r), f the momentum, or, of an average over all batches so far, 1 / their number.
+        factors = [1 / (1 / momentum + s) if context.cumulative else momentum for s in range(axis.samples)]
+        update = _Update((mean, arguments["running_var"]), statistics, factors)
+    if torch.compiler.is_compiling() or context.cumulative:  # an average does not depend on the order
+        _Update.apply([update])
+    else:
+        axis.updates.setdefault(id(mean), []).append(update)
+        axis.pending |= {id(v) for v in update.running}
+    return y
+
+
+class _Update(NamedTuple):
+    """What one call does to running statistics: mean and variance."""
+
+    running: tuple[Tensor, Tensor]
+    statistics: tuple[Tensor, Tensor]  # [K, C] of the samples
+    factors: list[float]
+
+    @staticmethod
+    @torch.no_grad()
+    def apply(updates: "list[_Update]") -> None:
+        """The updates of a layer's calls, sample by sample, in one step for each statistic."""
+        order = [(i, s) for s in range(len(updates[0].factors)) for i in range(len(updates))]
+        weights, kept = [[0.0] * len(u.factors) for u in updates], 1.0
+        for i, s in reversed(order):
+            weights[i][s] = updates[i].factors[s] * kept
+            kept *= 1 - updates[i].factors[s]
+        for which, running in enumerate(updates[0].running):
+            added = [u.statistics[which].new_tensor(w) @ u.statistics[which] for u, w in zip(updates, weights, strict=True)]
+            running.mul_(kept).add_(sum(added).to(running.dtype))
+
+
+def _normalized(axis, x: Tensor, weight: Tensor | None, bias: Tensor | None, momentum: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean, inverse deviation), each with the lanes of x."""
+    if torch.compiler.is_compiling() or not axis.holds(x) or axis.holds(weight) or axis.holds(bias):
+        y, *of_batch = torch.native_batch_norm(x, weight, bias, None, None, True, momentum, eps)
+        return y.to(x.dtype), *of_batch  # torch's batching multiplies by the weight in its own type
+    x, d = axis.unwrap(x)
+    with axis.below():  # lanes become more channels of one call
+        wide = [v if v is None else v.repeat(axis.samples) for v in (weight, bias)]
+        channels = x.movedim(d, 1).flatten(1, 2)
+        y, *of_batch = torch.native_batch_norm(channels, *wide, None, None, True, momentum, eps)
+        return axis.wrap(y.unflatten(1, (axis.samples, -1)), 1), *(axis.wrap(v.unflatten(0, (axis.samples, -1))) for v in of_batch)
 
 
 class _Frozen(_BatchNormMode):
@@ -101,15 +182,9 @@ def to_swap(model: nn.Module, mode: str) -> list[nn.Module]:
     return found
 
 
-@functools.cache
 def swapped_class(mode: str, original: type[nn.Module]) -> type[nn.Module]:
     """The class of ``mode`` for layers of the class ``original``."""
-    return type(f"IW{original.__name__}", (_MODES[mode], original), {"__module__": __name__, "original": original})
-
-
-def _new(mode: str, original: type[nn.Module]) -> nn.Module:
-    made = swapped_class(mode, original)
-    return made.__new__(made)
+    return behaving(_MODES[mode], original)
 
 
 def _is_expanded(context: sampling, rows: int, kind: str) -> bool:

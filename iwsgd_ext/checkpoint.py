@@ -1,13 +1,14 @@
 """Activation checkpointing: a recompute during backward draws the noise of its forward."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
+import torch
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from .functional_dropout import FunctionalDropout
+from . import transforms
 from .sampling import _stack, current, graph_task
 
 
@@ -17,26 +18,26 @@ class _Replay:
     A recompute takes a copy: the streams of the context itself are not disturbed.
     """
 
-    def __init__(self):
+    def __init__(self, mode: Any = None):
         self.context = context = current()
         if context is not None:
             self.moment = context.moment()
-        # Whether a converted model is running that makes functional dropout noise of the context.
-        self.functional = any(isinstance(mode, FunctionalDropout) for mode in _get_current_function_mode_stack())
+        # That of a converted model that is running: functional dropout is noise of the context.
+        self.mode = mode or next((mode for mode in reversed(_get_current_function_mode_stack()) if hasattr(mode, "unwatched")), None)
 
     def __enter__(self) -> None:
-        mode = FunctionalDropout() if self.functional else None
-        _stack.suspended.append((_stack.contexts, _stack.task, mode))
+        block = ExitStack()
+        _stack.suspended.append((_stack.contexts, _stack.task, block))
         _stack.contexts = [] if self.context is None else [self.context.again(*self.moment)]
         _stack.task = graph_task()
-        if mode is not None:
-            mode.context = current()
-            mode.__enter__()
+        if self.context is not None and self.moment.axis is not None and not transforms.active():
+            block.enter_context(self.moment.axis.again())
+        if self.mode is not None and self.mode not in _get_current_function_mode_stack():
+            block.enter_context(self.mode.unwatched())
 
-    def __exit__(self, *_) -> None:
-        _stack.contexts, _stack.task, mode = _stack.suspended.pop()
-        if mode is not None:
-            mode.__exit__(None, None, None)
+    def __exit__(self, *error) -> None:
+        _stack.contexts, _stack.task, block = _stack.suspended.pop()
+        block.__exit__(*error)
 
 
 class _Replayed:
@@ -44,12 +45,40 @@ class _Replayed:
 
     def __init__(self, function: Callable):
         self.function = function
-        self.replay: _Replay | None = None
+        self.recompute: _Recompute | None = None
 
     def __call__(self, *args, **kwargs) -> Any:
-        if self.replay is None:
-            self.replay = _Replay()
-            return self.function(*args, **kwargs)
+        if self.recompute is not None:
+            return self.recompute(*args, **kwargs)
+        self.recompute = _Recompute(self.function)
+        return self.function(*args, **kwargs)
+
+
+# NOTE [Plain checkpoints]
+# A converted model may hold checkpoints of torch's own (non-reentrant) that know nothing of contexts; Hugging Face's and timm's models do.
+# While one runs its forward, its hooks are those that autograd packs saved tensors with, and they hold what it will call again.
+def mend_running_checkpoint(mode: Any, around: tuple | None) -> None:
+    """Puts this moment's sampling context, and ``mode``, around the recompute of a torch.utils.checkpoint that has just begun, if one has.
+    One whose hooks are ``around`` the whole model calls that again, which opens its context by itself."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    pack = hooks[0] if hooks is not None else None
+    if around is not None and pack is around[0]:
+        return
+    if getattr(pack, "__module__", None) != "torch.utils.checkpoint":
+        return
+    frame = dict(zip(pack.__code__.co_freevars, pack.__closure__ or (), strict=True)).get("frame")
+    frame = frame.cell_contents if frame is not None else None
+    if hasattr(frame, "recompute_fn") and not isinstance(frame.recompute_fn, _Recompute):
+        frame.recompute_fn = _Recompute(frame.recompute_fn, mode)
+
+
+class _Recompute:
+    """A function that is called under the sampling context of the moment at which this was made."""
+
+    def __init__(self, function: Callable, mode: Any = None):
+        self.function, self.replay = function, _Replay(mode)
+
+    def __call__(self, *args, **kwargs) -> Any:
         with self.replay:
             return self.function(*args, **kwargs)
 

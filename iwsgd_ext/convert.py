@@ -1,33 +1,41 @@
 """Swapping the noise of a model, in place, and making its training forward draw S noise samples by itself."""
 
-import sys
+import functools
+import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.utils._pytree import tree_leaves, tree_map
 
-from .dry_run import DryRun, as_arguments, dry_run
-from .functional_dropout import Call, FunctionalDropout, Watch
-from .sampling import current, sampling
-from .scan import scan
+from . import class_swap, sample_axis
+from .class_swap import Behaviour
+from .functional_dropout import Call, FunctionalDropout, Watch, _model_forward_is
+from .lane_rules import LaneRules
+from .one_by_one import LaneByLane, blamed, loop, reason_of
+from .pass_state import RandomState, Snapshot
+from .sampling import current, outside_of_contexts, sampling
 from .swaps import SWAPS, draws, original_class, swap, unreached_modules, unswap
+from .verify import Verification, as_arguments, verify_conversion
 
 _CONVERSION = "_iw_conversion"  # on a converted model
+_FORWARD = "_iw_forward"  # on one that had a forward of its own, beside its class'
 
 
 def convert(
     model: nn.Module,
     samples: int,
     *,
-    expand: str = "auto",
+    expand: str = "axis",
     example_inputs: Tensor | Sequence[Any] | Mapping[str, Any] | None = None,
-    expand_args: Sequence[int | str] | None = None,
-    batch_norm: str = "joint",
+    batch_norm: str = "per_sample",
     batch_dim: int | None = None,
+    one_by_one: Sequence[str] = (),
     strict: bool = False,
+    verify: bool = True,
 ) -> nn.Module:
     """Swaps every noise layer of a model for its IW form, in place, catches its functional dropout, and lets the model open its own
     sampling context: in training ``model(x)`` of B rows returns S*B rows, sample-major; in eval mode nothing changes.
@@ -39,83 +47,78 @@ def convert(
     Args:
         model: any module with at least one dropout layer or one call of functional dropout.
         samples: S.
-        expand: where one row becomes S rows.
-            "first": at the first noise layer that each branch meets, so that the trunk before it is computed once. A path that goes
-            round all noise and joins later does not fit; it needs "input".
-            "input": at the model's inputs, before all: every tensor argument with the first one's number of rows is expanded.
-            a submodule's name: at that submodule's inputs. A noise layer called before it raises.
-            "auto": dry runs on fake tensors of ``example_inputs`` take "first" where shapes fit, else the innermost module around the
-            first noise at whose inputs they fit, else "input"; without example inputs, "input". Shapes fit only where as many rows
-            expand as the inputs have; flattened tokens take "first" if asked. A model that mixes the rows of a batch (in-batch
-            contrast, graph neighbours) is wrong under any expansion; the dry run looks for that, too.
-        example_inputs: a tensor, a sequence of positional arguments or a mapping of keyword arguments, for a dry run: it chooses
-            "auto" and finds every functional dropout. Without them the first training forward outside of torch.compile looks.
-        expand_args: with "input" or a name, which arguments to expand instead: positions and keyword names.
+        expand: how one example becomes S.
+            "axis": samples live in a dimension that the model cannot see. Each is what a forward of that sample alone computes,
+            whatever the model makes of its rows; what no noise has touched is computed once.
+            "first": rows [S*B, ...] from the first noise layer of each branch on. Less Python for each operation, so quicker for
+            small networks, and right only where the model treats rows alike: a path around all noise, or rows that meet, do not fit.
+            "input": rows [S*B, ...] from the model's inputs on: every tensor argument with the first one's number of rows.
+            a submodule's name: rows from that submodule's inputs on. A noise layer called before it raises.
+        example_inputs: a tensor, a sequence of positional arguments or a mapping of keyword arguments. The converted model is run on
+            them and compared with its samples alone (see ``verify``). At least two examples, unlike each other, show most.
         batch_norm: what BatchNorm layers (SyncBatchNorm and subclasses too) normalise over in training.
-            "joint": all S*B rows, as torch's layer does when it meets them.
-            "per_sample": the B rows of each sample, and running statistics as S successive updates, also where the trunk is shared: what
-            a loop over samples does.
+            "per_sample": the B rows of each sample, and running statistics as S successive updates: what a loop over samples does.
             "frozen": the running statistics, and none are written.
+            "joint": all S*B rows, one update; with rows ("first", "input", a name).
         batch_dim: the dimension that holds the rows: 1 for time-major models (nn.Transformer's and nn.LSTM's default). None takes that of a
             context around the model, or 0.
+        one_by_one: names of submodules that are called once for each sample instead of on the axis ("" is the model): those that draw a
+            number for a whole call or branch on values. Where a run shows that one has to be, it is added, with a warning.
         strict: raise where noise is not reached, instead of warning.
+        verify: with ``example_inputs``, run S samples together and three of them alone, in training mode and under one seed, and
+            compare the outputs. The model, its buffers, gradients and all random generators are as before afterwards. Rows without
+            ``example_inputs`` are compared so in the first training forward.
 
     Returns:
         The model.
 
     Raises:
         ValueError: samples < 1, a model that is converted already or has no noise, an unknown submodule's name, a BatchNorm that
-            ``batch_norm`` does not suit, with ``strict`` noise that is not reached.
+            ``batch_norm`` does not suit, outputs that differ from those of the samples alone, with ``strict`` noise that is not reached.
 
     Warns:
-        UserWarning: the model draws noise that is not reached (inside other libraries' kernels, by torch.rand, ...), here where it is
-            known, else in the first training forward. Or a dry run on ``example_inputs`` shows something against the place of expansion,
-            or that rows of the batch meet.
+        UserWarning: the model draws noise that is not reached (inside other libraries' kernels, by torch.rand, ...), parts of it are
+            called once for each sample, or it draws NumPy's or Python's random numbers: here with ``example_inputs``, else in the first
+            training forward.
 
     Example:
         >>> import torch, iwsgd_ext as iw
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3))
-        >>> model = iw.convert(model, samples=5, example_inputs=torch.ones(2, 4))
+        >>> model = iw.convert(model, samples=5, example_inputs=torch.randn(2, 4))
         >>> model(torch.ones(2, 4)).shape, model.eval()(torch.ones(2, 4)).shape
         (torch.Size([10, 3]), torch.Size([2, 3]))
     """
-    check_convertible(model, expand)
+    check_convertible(model, expand, batch_norm, one_by_one)
     sampling(samples, batch_dim=batch_dim or 0)  # checks them
-    conversion = install(model, samples, expand, example_inputs, expand_args, batch_norm, batch_dim, strict)
+    conversion = install(model, samples, expand, batch_norm, batch_dim, one_by_one, strict, verify)
     try:
-        noisy = any(draws(module) for module in model.modules())
-        if not noisy and not any(call.kind == "replaced" for call in (*conversion.calls, *conversion.suspected)):
+        if example_inputs is not None:
+            args, kwargs = as_arguments(example_inputs)
+            conversion.learn(verify_conversion(model, samples, args, kwargs, compare=verify), model)
+        random = any(call.kind == "random" for call in conversion.calls)  # which may have skipped the noise
+        if example_inputs is not None and not (conversion.has_noise or random or any(draws(module) for module in model.modules())):
             raise ValueError(
                 "model: expected noise, at least one of "
                 + ", ".join(c.__name__ for c in SWAPS)
-                + " or a call of functional dropout; found "
-                "none in its modules" + ("" if conversion.unverified else ", and none in a dry run")
+                + " or a call of functional dropout; found none in its modules, and none in a run on example_inputs"
             )
-        unreached = conversion.unreached(model)
-        if unreached and strict:
-            raise ValueError("strict=True: this noise is not reached: " + "; ".join(unreached))
-    except ValueError:
+    except (ValueError, RuntimeError):
         revert(model)
         raise
-    if unreached:
-        warnings.warn(NOT_REACHED + "; ".join(unreached), stacklevel=2)
-    for doubt in (conversion.doubt, conversion.mixing and MIXING + conversion.mixing):
-        if doubt:
-            warnings.warn(f"example_inputs: {doubt}", stacklevel=2)
     return model
 
 
-MIXING = (
-    "rows of the batch meet in this model, so that, wherever they expand, those of one sample meet those of another; "
-    "iw.backward(..., strategy='loop'), or 'streamed', keeps samples apart (and where it is an argument that has as many rows by chance, "
-    "expand_args names the others): "
+_first_look = threading.RLock()
+NOT_REACHED = "iw.convert leaves this noise as it is, no function of seed and sample, repeated by no replay: "
+SCALAR_OUTPUT = (
+    "the model returns a number for each noise sample. If that is a loss which it computes from labels, samples have no importance weights "
+    "in it: leave the labels out, and take its logits and iw.iw_cross_entropy"
 )
-NOT_REACHED = "iw.convert leaves this noise as it is, drawn by torch, no function of seed and sample, repeated by no replay: "
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Undoes :func:`convert`, in place: torch's own layers are back and the hooks are gone.
+    """Undoes :func:`convert`, in place: torch's own layers are back.
 
     Example:
         >>> import iwsgd_ext as iw
@@ -127,9 +130,16 @@ def revert(model: nn.Module) -> nn.Module:
     """
     if not hasattr(model, _CONVERSION):
         raise ValueError("model: expected a converted one (iw.convert), got one that is not")
+    if not class_swap.has(model, Converted):
+        raise ValueError(f"model: expected one whose class iw.convert has set, but something has made it a {type(model).__name__} since")
+    conversion_of(model).remove_hooks(model)
+    for name in list(conversion_of(model).lane_by_lane):
+        conversion_of(model).run_on_axis(model, name)
     unswap(model)
-    _remove_hooks(model)
+    class_swap.take(model)
     delattr(model, _CONVERSION)
+    if _FORWARD in vars(model):
+        vars(model)["forward"] = vars(model).pop(_FORWARD)
     return model
 
 
@@ -138,9 +148,12 @@ def conversion_of(model: nn.Module) -> "Conversion | None":
     return getattr(model, _CONVERSION, None)
 
 
-def check_convertible(model: nn.Module, expand: str) -> None:
+def check_convertible(model: nn.Module, expand: str, batch_norm: str, one_by_one: Sequence[str]) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("model: expected one of Python code, got a scripted one; convert it before torch.jit.script")
+    names = {name for name, _ in model.named_modules() if name}
     for name, module in model.named_modules():
         if hasattr(module, _CONVERSION):
             raise ValueError(f"model: expected one that is not converted, but {repr(name) if name else 'it'} is; iw.revert undoes it")
@@ -149,111 +162,90 @@ def check_convertible(model: nn.Module, expand: str) -> None:
                 f"model: expected one that is not converted, but {repr(name) if name else 'it'} was swapped by the conversion of a model "
                 "around this one, which expands the rows for all its parts; iw.revert(that model) undoes it"
             )
-    if expand not in ("auto", "first", "input") and expand not in {name for name, _ in model.named_modules() if name}:
-        raise ValueError(f"expand: expected 'auto', 'first', 'input' or a submodule's name, got {expand!r}")
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+            raise ValueError(f"model: expected initialised parameters, but {name or 'the model'} is lazy; run the model once before")
+    if expand not in ("axis", "first", "input") and expand not in names:
+        raise ValueError(f"expand: expected 'axis', 'first', 'input' or a submodule's name, got {expand!r}")
+    if expand == "axis" and batch_norm == "joint":
+        raise ValueError(
+            "batch_norm='joint': expected expand='input', 'first' or a submodule's name, where the rows of all samples are one batch; on "
+            "the sample axis no layer sees the rows of another sample"
+        )
+    for name in (one_by_one,) if isinstance(one_by_one, str) else one_by_one:
+        if name and name not in names:
+            raise ValueError(f"one_by_one: expected names of submodules, or '' for the model, got {name!r}")
+    if one_by_one and expand != "axis":
+        raise ValueError(f"one_by_one: expected none where expand={expand!r}, which has no axis")
 
 
-def install(model, samples, expand, example_inputs, expand_args, batch_norm, batch_dim, strict) -> "Conversion":
-    """Swaps, hooks, and the dry runs: a converted model, whatever was found. Nothing has changed where it raises."""
+class Converted(Behaviour):
+    """A converted model's training forward runs under S noise samples."""
+
+    @classmethod
+    def forward_of(cls, original: type[nn.Module]) -> dict:
+        @functools.wraps(original.forward)  # Trainers read its signature
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            own = vars(self).get(_FORWARD) or functools.partial(original.forward, self)
+            conversion = vars(self).get(_CONVERSION)  # none on a slice of a converted nn.Sequential
+            return own(*args, **kwargs) if conversion is None else conversion.forward(self, own, args, kwargs)
+
+        return {"forward": forward}
+
+
+def install(model, samples, expand, batch_norm, batch_dim, one_by_one, strict, verify=True) -> "Conversion":
+    """Swaps classes: a converted model, whatever was found. Nothing has changed where it raises."""
     swap(model, batch_norm)
-    conversion = Conversion(samples, expand, tuple(expand_args) if expand_args is not None else None, batch_norm, batch_dim, strict)
-    setattr(model, _CONVERSION, conversion)
-    conversion.suspected = scan(model)
-    if example_inputs is not None:
-        args, kwargs = as_arguments(example_inputs)
-        run = _choose_expansion(model, conversion, args, kwargs) if expand == "auto" else _try(model, conversion, expand, args, kwargs)
-        if expand != "auto" and run.wrong:
-            conversion.reason = f"asked for, but {run.wrong}"
-            if not run.asks_values:
-                advice = "" if expand == "input" else "; 'auto' looks for a place that fits"
-                conversion.doubt = f"with expand={expand!r}, {run.wrong}{advice}"
-        conversion.mixing = run.mixing
-        conversion.learn(run.calls, run.error)
-    elif expand == "auto":
-        conversion.expand, conversion.reason = "input", "no example_inputs to try 'first' with"
-    _hook(model, conversion)
+    conversion = Conversion(samples, expand, batch_norm, batch_dim, strict, verify)
+    vars(model)[_CONVERSION] = conversion
+    if "forward" in vars(model):
+        vars(model)[_FORWARD] = vars(model).pop("forward")
+    class_swap.put(model, Converted)
+    for name in (one_by_one,) if isinstance(one_by_one, str) else one_by_one:
+        conversion.run_lane_by_lane(model, name, "asked for")
+    if expand not in ("axis", "first", "input"):
+        model.get_submodule(expand).register_forward_pre_hook(conversion.expand_inputs, with_kwargs=True)
     return conversion
 
 
-def _choose_expansion(model: nn.Module, conversion: "Conversion", args: tuple, kwargs: dict) -> DryRun:
-    """The latest place where shapes fit: the first noise itself, a module around it, the model's input."""
-    run = _try(model, conversion, "first", args, kwargs)
-    if run.fits:
-        conversion.reason = "shapes fit"
-        return run
-    reason = f"'first' does not fit: {run.trouble}"
-    if run.first_noise is None:
-        reason = f"no noise was drawn{f' before {run.error}' if run.error else ''}"
-    if run.first_noise is None and run.error and not run.asks_values:
-        conversion.doubt = f"the model stops on them before any noise ({run.error}); expand='input' is taken"
-    elif not run.wrong and run.other_rows:
-        conversion.doubt = f"expand='input' is taken; {run.other_rows}"
-    around = (run.first_noise or "").split(".")
-    for depth in range(len(around) - 1, 0, -1):
-        name = ".".join(around[:depth])
-        if _is_in_encoder_layer(model, name):
-            continue
-        run = _try(model, conversion, name, args, kwargs)
-        if run.fits:
-            conversion.reason = f"{reason}; from the inputs of {name!r} on shapes fit"
-            return run
-    run = _try(model, conversion, "input", args, kwargs)
-    conversion.reason = reason if run.fits or run.first_noise is None else f"{reason}; with 'input', {run.trouble}"
-    if run.first_noise is not None and run.wrong and not run.asks_values:
-        conversion.doubt = f"no place fits, expand='input' is taken: {conversion.reason}"
-    return run
-
-
-def _is_in_encoder_layer(model: nn.Module, name: str) -> bool:
-    """Whether a hook there would cost torch's encoder layer its fast path in eval mode, whose results are other in the last bits."""
-    parts = name.split(".")
-    return any(isinstance(model.get_submodule(".".join(parts[:n])), nn.TransformerEncoderLayer) for n in range(1, len(parts) + 1))
-
-
-def _try(model: nn.Module, conversion: "Conversion", expand: str, args: tuple, kwargs: dict) -> DryRun:
-    conversion.expand = expand
-    _hook(model, conversion)
-    try:
-        return dry_run(model, conversion.batch_dim, args, kwargs)
-    finally:
-        _remove_hooks(model)
-
-
 class Conversion:
-    """What a converted model knows: number of samples, place of expansion, and what is known of its functional dropout. Its methods are
-    the model's hooks."""
+    """What a converted model knows: number of samples, how they run, and what runs have shown of its noise."""
 
-    def __init__(
-        self,
-        samples: int,
-        expand: str,
-        expand_args: tuple[int | str, ...] | None,
-        batch_norm: str,
-        batch_dim: int | None,
-        strict: bool,
-    ):
+    def __init__(self, samples: int, expand: str, batch_norm: str, batch_dim: int | None, strict: bool, verify: bool = True):
         self.samples = samples
         self.expand = expand
-        self.expand_args = expand_args
         self.batch_norm = batch_norm
         self.batch_dim = batch_dim
         self.strict = strict
-        self.reason = "asked for"
-        self.suspected: list[Call] = []  # by reading code
-        self.calls: list[Call] = []  # by a run
-        self.unverified = True  # no run has gone through
-        self.stopped: str | None = None  # why the dry run did not go through
-        self.doubt: str | None = None  # what a dry run has shown against the place of expansion
-        self.mixing: str | None = None  # where rows of the batch meet
-
-    def learn(self, calls: list[Call], error: str | None) -> None:
-        """Takes what a run has shown."""
-        self.calls, self.stopped, self.unverified = calls, error, error is not None
+        self.verify = verify
+        self.lane_by_lane: dict[str, str] = {}  # submodules that are called once for each sample, and why
+        self.calls: list[Call] = []  # functional noise, seen in a run
+        self.looked = False  # a training forward has gone through and was looked at
+        self.drew = False  # it drew noise of this package
+        self.generators: list[str] = []  # that gave it numbers, though no function that is looked for did
+        self.verification: Verification | None = None
 
     @property
-    def catches(self) -> bool:
-        """Whether functional dropout has to be caught: a run has called it, or the code names it for a road that no run has taken."""
-        return any(call.kind != "random" for call in (*self.calls, *self.suspected))
+    def has_noise(self) -> bool:
+        return self.drew or any(call.kind == "replaced" for call in self.calls)
+
+    def learn(self, verification: Verification, model: nn.Module, compared: bool = True) -> None:
+        """Takes what a verification has shown; ``compared``: it was asked for."""
+        self.verification = verification
+        if verification.error is not None:
+            if not compared:
+                return  # the forward that follows raises it
+            raise ValueError(f"example_inputs: the model stops on them: {verification.text}") from verification.error
+        if verification.mismatch is not None:
+            raise ValueError(verification.refusal(self.expand, "example_inputs" if compared else "the first training forward"))
+        if not compared:
+            return
+        unreached = self.unreached(model)
+        if unreached and self.strict:
+            raise ValueError("strict=True: this noise is not reached: " + "; ".join(unreached))
+        if unreached:
+            warnings.warn(NOT_REACHED + "; ".join(unreached), stacklevel=3)
+        for note in (*verification.inconclusive, *([SCALAR_OUTPUT] if verification.scalar_output else [])):
+            warnings.warn(f"example_inputs: {note}", stacklevel=3)
 
     def unreached_calls(self, model: nn.Module) -> list[str]:
         """The calls of a run that drew noise by torch, outside of modules that are named anyhow."""
@@ -263,121 +255,197 @@ class Conversion:
     def unreached(self, model: nn.Module) -> list[str]:
         """The noise that stays torch's, as far as it is known."""
         modules = [f"{name} ({kind}{'' if p is None else f', p={p}'})" for name, kind, p in unreached_modules(model)]
-        return modules + self.unreached_calls(model)
+        others = [
+            "random numbers of torch's, by no function that is looked for"
+            if g == "torch"
+            else f"{g}'s random numbers (once for all samples of a pass, and again in each pass of a strategy of several)"
+            for g in self.generators
+        ]
+        return modules + self.unreached_calls(model) + others
 
-    def enter(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Before the forward: opens a context, or takes part in the one around it with this model's place of expansion."""
+    # The forward
+
+    def forward(self, model: nn.Module, own: Callable, args: tuple, kwargs: dict) -> Any:
+        """The model's forward in the context around it, or one of its own."""
         context = current()
-        if not _is_noisy(model, context):
-            return None
-        mode = self._catch(model)
-        if context is None:
-            context = sampling(self.samples)
-            context.own = True
-            if not torch.compiler.is_compiling():
-                context.frame = sys._getframe(1)
-            context.__enter__()
-        context.converted.append((self, context.expand, context.batch, context.batch_dim, mode))
-        if mode is not None:
-            mode.context = context
-            mode.__enter__()
-        context.batch = None
-        if self.batch_dim is not None:
-            context.batch_dim = self.batch_dim
-        context.expand = {"first": "first", "input": "none"}.get(self.expand, "later")
-        return self.expand_inputs(model, args, kwargs) if self.expand == "input" else None
+        if context is None and model.training:
+            with sampling(self.samples) as context:
+                return self._looked_at(model, own, args, kwargs, context)
+        if context is None or not (model.training or context.evaluating) or context.axis is not None:
+            return own(*args, **kwargs)
+        return self._looked_at(model, own, args, kwargs, context)
 
-    def leave(self, model: nn.Module, args: tuple, output: Any) -> None:
-        """After the forward, also one that raised."""
-        context = current()
-        if context is None or not context.converted or context.converted[-1][0] is not self:
-            if not torch.compiler.is_compiling():
-                FunctionalDropout.end_interrupted()  # an exception has ended the context already
-            return
-        if output is None and not torch.compiler.is_compiling():
-            context.explain(sys.exc_info()[1])
-        _, context.expand, context.batch, context.batch_dim, mode = context.converted.pop()
-        if mode is not None:
-            mode.__exit__(None, None, None)
-        if context.own and not context.converted:
-            context.frame = None
-            context.__exit__(None, None, None)
-        if mode is None or mode.watch is None or context.watch is not None or output is None:  # None: an exception
-            return
-        self.learn(list(mode.watch.calls), None)
-        unreached = self.unreached_calls(model)
-        if unreached and self.strict:
-            self.unverified = True
-            raise RuntimeError("strict=True: this noise is not reached: " + "; ".join(unreached))
-        if unreached:
-            warnings.warn(NOT_REACHED + "; ".join(unreached), stacklevel=2)
-
-    def _catch(self, model: nn.Module) -> FunctionalDropout | None:
-        """What catches functional dropout where there is, or may be, any. Until a run has shown it, each eager forward looks."""
+    def _looked_at(self, model: nn.Module, own: Callable, args: tuple, kwargs: dict, context: sampling) -> Any:
+        """Until a forward has shown what noise the model draws, each looks."""
         compiling = torch.compiler.is_compiling()
-        if not compiling:
-            FunctionalDropout.end_interrupted()
-        elif self.unverified:
-            doubts = [str(call) for call in self.suspected if call.kind != "replaced"]
-            if doubts or self.strict:
-                raise RuntimeError(
-                    "torch.compile: nobody knows yet whether this model draws noise that iw.convert does not reach"
-                    + (f" ({'; '.join(doubts)})" if doubts else " (strict=True)")
-                    + "; give iw.convert example_inputs, or run one training forward before compiling."
-                )
-        context = current()
-        watch = context.watch if context is not None and not compiling else None  # that of a dry run or an evaluation
+        watch = None if compiling else context.watch  # that of a verification or an evaluation
         if watch is not None:
             watch.looks = True
-        if watch is None and self.unverified and model.training and not compiling:
-            watch = Watch.of(model)
-        return FunctionalDropout(watch) if watch is not None or self.catches else None
+            return self._expanded(model, own, args, kwargs, context, watch)
+        if compiling and self.strict and not self.looked and model.training:
+            raise RuntimeError(
+                "torch.compile: with strict=True somebody has to look at the model's noise first; give iw.convert example_inputs, or "
+                "run one training forward before compiling"
+            )
+        rows = self.expand != "axis"  # which needs no verification
+        verify = rows and self.verify and self.verification is None and context.samples > 1
+        if compiling and verify and model.training:
+            raise RuntimeError(
+                "torch.compile: rows were not yet compared with samples alone; give iw.convert example_inputs (or verify=False), or run "
+                "one training forward before compiling"
+            )
+        if compiling or not model.training or (self.looked and not verify):
+            return self._expanded(model, own, args, kwargs, context, None)
+        with _first_look:  # it puts the model's state back, which no other thread must change meanwhile
+            return self._first(model, own, args, kwargs, context, verify)
+
+    def _first(self, model: nn.Module, own: Callable, args: tuple, kwargs: dict, context: sampling, verify: bool) -> Any:
+        """A training forward that is looked at."""
+        if verify and self.verification is None:
+            looked = self.looked
+            with outside_of_contexts():
+                self.learn(verify_conversion(model, context.samples, args, kwargs), model, compared=False)
+            self.looked = looked  # to be told what is not reached
+        if self.looked:
+            return self._expanded(model, own, args, kwargs, context, None)
+        context.origin_for(tree_leaves((args, kwargs)), model)
+        watch, first, random = Watch.of(model), context.stream, RandomState.of(model)
+        output = self._expanded(model, own, args, kwargs, context, watch)
+        self.saw(list(watch.calls), context.stream > first, random.moved())
+        unreached = self.unreached(model)
+        if unreached and self.strict:
+            self.looked = False
+            raise RuntimeError("strict=True: this noise is not reached: " + "; ".join(unreached))
+        if unreached:
+            warnings.warn(NOT_REACHED + "; ".join(unreached), stacklevel=5)
+        elif not self.has_noise and not any(draws(module) for module in model.modules()):
+            warnings.warn("iw.convert: this training forward drew no noise, so that all samples are alike", stacklevel=5)
+        if context.scalar_output:
+            warnings.warn(SCALAR_OUTPUT, stacklevel=5)
+        return output
+
+    def saw(self, calls: list[Call], drew: bool, moved: list[str]) -> None:
+        """Takes what a training forward has drawn; ``moved``: the generators that gave it numbers."""
+        self.calls, self.looked, self.drew = calls, True, drew
+        self.generators = [g for g in moved if g != "torch" or not any(call.kind != "replaced" for call in calls)]
+
+    @_model_forward_is
+    def _expanded(self, model, own, args, kwargs, context: sampling, watch: Watch | None) -> Any:
+        dim = context.batch_dim if self.batch_dim is None else self.batch_dim
+        if self.expand != "axis":
+            rows = {"first": "first", "input": "none"}.get(self.expand, "later")
+            mode = FunctionalDropout(watch)
+            with context.changed(expand=rows, batch=None, batch_dim=dim), mode:
+                if self.expand == "input":
+                    args, kwargs = self._repeated(args, kwargs, context)
+                try:
+                    output = own(*args, **kwargs)
+                except RuntimeError as error:
+                    context.explain(error)  # here, where it knows B
+                    raise
+                context.scalar_output = any(isinstance(v, Tensor) and v.dim() == 0 and v.requires_grad for v in tree_leaves(output))
+                return output
+        if context.samples == 1:
+            with context.changed(batch=None, batch_dim=dim, logical=True, expand="none"), FunctionalDropout(watch):
+                return own(*args, **kwargs)
+        with context.changed(batch=None, batch_dim=dim, logical=True):
+            return self._on_axis(model, own, args, kwargs, context, watch, dim)
+
+    def _on_axis(self, model, own, args, kwargs, context: sampling, watch, dim: int) -> Any:
+        inputs = tree_leaves((args, kwargs))
+        batch = _batch(inputs, dim)
+        context.origin_for(inputs, model)
+        if torch.compiler.is_compiling():
+            if self.lane_by_lane:
+                names = ", ".join(name or "the model itself" for name in self.lane_by_lane)
+                raise RuntimeError(
+                    f"torch.compile: parts of this model are called once for each noise sample ({names}), which it does not compile. Run "
+                    "the model eagerly, or convert it with rows (expand='input') and compile that."
+                )
+            return sample_axis.run(model, own, args, kwargs, context, LaneRules(), dim, batch)
+        before, stream, tried = None if self.looked else Snapshot(model), context.stream, []
+        while True:
+            try:
+                if "" in self.lane_by_lane:
+                    output = loop(model, own, args, kwargs, context, FunctionalDropout(watch), dim, batch)
+                else:
+                    output = sample_axis.run(model, own, args, kwargs, context, LaneRules(watch, model, inputs), dim, batch)
+                break
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                name = blamed(model, error, self.lane_by_lane)
+                if name is None or before is None:
+                    for tried_name in tried:
+                        self.run_on_axis(model, tried_name)
+                    if name is not None and hasattr(error, "add_note"):
+                        error.add_note(_ADVICE.format(repr(name)))
+                    raise
+                before.restore()
+                context.stream = stream
+                self.run_lane_by_lane(model, name, reason_of(error))
+                tried.append(name)
+        if tried:
+            found = "; ".join(f"{name or 'the model itself'} ({self.lane_by_lane[name]})" for name in tried if name in self.lane_by_lane)
+            warnings.warn(f"iw.convert: called once for each noise sample, as they cannot run on the sample axis: {found}", stacklevel=7)
+        return output
+
+    def run_lane_by_lane(self, model: nn.Module, name: str, reason: str) -> None:
+        if name:
+            module = model.get_submodule(name)
+            for inner in [n for n in self.lane_by_lane if n.startswith(f"{name}.")]:
+                self.run_on_axis(model, inner)
+            class_swap.put(module, LaneByLane)
+        self.lane_by_lane[name] = reason
+
+    def run_on_axis(self, model: nn.Module, name: str) -> None:
+        if self.lane_by_lane.pop(name, None) is not None and name:
+            class_swap.take(model.get_submodule(name))
+
+    # Rows
 
     def expand_inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Repeats the rows of a module's arguments sample-major."""
+        """The hook of a submodule at which rows expand."""
         context = current()
-        if context is None or not _is_noisy(module, context):
+        if context is None or not (module.training or context.evaluating):
             return None
+        return self._repeated(args, kwargs, context)
+
+    def _repeated(self, args: tuple, kwargs: dict, context: sampling) -> tuple[tuple, dict]:
+        """Arguments with their rows repeated sample-major."""
         dim = context.batch_dim
-
-        def holds_rows(v: Any) -> bool:
-            return isinstance(v, Tensor) and -v.dim() <= dim < v.dim()
-
-        leaves = [v for v in tree_flatten((args, kwargs))[0] if holds_rows(v)]
-        if not leaves:
+        batch, samples = _batch(tree_leaves((args, kwargs)), dim), context.samples
+        if batch is None:
             raise ValueError(f"expand={self.expand!r}: expected a tensor argument whose rows to expand, got none")
         context.expand = "none"
-        if context.batch is None:
-            context.batch = leaves[0].shape[dim]
-        batch, samples = context.batch, context.samples
+        context.batch = batch if context.batch is None else context.batch
 
         def repeat(v: Any) -> Any:
-            if not holds_rows(v) or v.shape[dim] != batch:
+            if not _has_rows(v, dim) or v.shape[dim] != context.batch:
                 return v
             d = dim % v.dim()
             return v.unsqueeze(d).expand(*v.shape[:d], samples, *v.shape[d:]).flatten(d, d + 1)
 
-        if self.expand_args is None:
-            return tree_map(repeat, args), tree_map(repeat, kwargs)
-        args = tuple(tree_map(repeat, v) if i in self.expand_args else v for i, v in enumerate(args))
-        return args, {k: tree_map(repeat, v) if k in self.expand_args else v for k, v in kwargs.items()}
+        return tree_map(repeat, args), tree_map(repeat, kwargs)
+
+    def remove_hooks(self, model: nn.Module) -> None:
+        for module in model.modules():
+            pre = module._forward_pre_hooks
+            for key in [k for k, hook in pre.items() if getattr(hook, "__self__", None) is self]:
+                del pre[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-def _is_noisy(module: nn.Module, context: sampling | None) -> bool:
-    return module.training or (context is not None and context.evaluating)
+_ADVICE = (
+    "iw.convert: if it is the sample axis that this cannot run on, iw.convert(..., one_by_one=[{}]) calls that part once for each noise "
+    "sample, and rows (expand='input') or iw.backward(strategy='loop') go without the axis."
+)
 
 
-def _hook(model: nn.Module, conversion: Conversion) -> None:
-    if conversion.expand not in ("first", "input"):
-        model.get_submodule(conversion.expand).register_forward_pre_hook(conversion.expand_inputs, with_kwargs=True)
-    model.register_forward_pre_hook(conversion.enter, prepend=True, with_kwargs=True)
-    model.register_forward_hook(conversion.leave, always_call=True)
+def _has_rows(v: Any, dim: int) -> bool:
+    return isinstance(v, Tensor) and -v.dim() <= dim < v.dim()
 
 
-def _remove_hooks(model: nn.Module) -> None:
-    for module in model.modules():
-        pre, after = module._forward_pre_hooks, module._forward_hooks
-        ours = {k for table in (pre, after) for k, hook in table.items() if isinstance(getattr(hook, "__self__", None), Conversion)}
-        for table in (pre, module._forward_pre_hooks_with_kwargs, after, module._forward_hooks_always_called):
-            for key in ours:
-                table.pop(key, None)
+def _batch(inputs: Sequence[Any], dim: int) -> int | None:
+    """B: the rows of the first tensor that has any."""
+    return next((v.shape[dim] for v in inputs if _has_rows(v, dim)), None)

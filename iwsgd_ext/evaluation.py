@@ -13,10 +13,11 @@ from torch.utils._pytree import tree_leaves
 
 from .batch_norm import _BatchNormMode
 from .checks import check, check_alpha, check_integer, check_samples
-from .convert import conversion_of
+from .convert import Converted, conversion_of
 from .functional_dropout import Call, Watch
 from .iw_cross_entropy_loss import IWCrossEntropyLoss
 from .likelihood import as_arguments
+from .one_by_one import LaneByLane
 from .sampling import sampling
 from .subsets import subset_means
 
@@ -239,7 +240,8 @@ def _noisy_evaluation(model: nn.Module):
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     noisy = [module for module in model.modules() if _is_noise_layer(module)]
-    functional = any(conversion_of(module) is not None and conversion_of(module).catches for module in model.modules())
+    conversions = [conversion_of(module) for module in model.modules() if conversion_of(module) is not None]
+    functional = any(conversion.has_noise or not conversion.looked for conversion in conversions)  # unknown until a training forward
     if not noisy and not functional:
         raise ValueError("model: expected one with noise layers of this package (iw.convert puts them in), got none")
     # In eval mode torch's encoder layer may compute itself by one fused call, and no layer inside of it is called.
@@ -258,7 +260,10 @@ def _noisy_evaluation(model: nn.Module):
 
 def _is_noise_layer(module: nn.Module) -> bool:
     """Every class of module of this package is one, but for losses and batch normalisation."""
-    ours = any(cls.__module__.partition(".")[0] == __package__ for cls in type(module).__mro__)
+    kind = type(module)
+    while issubclass(kind, Converted | LaneByLane):  # a class of iw.convert's before the module's own
+        kind = kind.original
+    ours = any(cls.__module__.partition(".")[0] == __package__ for cls in kind.__mro__)
     return ours and not isinstance(module, _BatchNormMode) and not hasattr(module, "log_likelihood")
 
 

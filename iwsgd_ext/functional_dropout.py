@@ -1,8 +1,6 @@
 """Dropout that is a function call: caught during the training forward of a converted model, and drawn as a layer would draw it."""
 
-import inspect
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,15 +8,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode, resolve_name
-from torch.utils.checkpoint import CheckpointFunction, noop_context_fn
-from torch.utils.checkpoint import checkpoint as plain_checkpoint
+from torch.compiler import is_compiling
+from torch.overrides import TorchFunctionMode, resolve_name
 
 from .attention import scaled_dot_product_attention
+from .checkpoint import _Replayed, mend_running_checkpoint
 from .dropout import IWAlphaDropout, IWDropout, IWDropout1d, IWDropout2d, IWDropout3d, IWFeatureAlphaDropout
-from .sampling import _stack, current, sampling
-
-_CHECKPOINT, _REENTRANT = inspect.unwrap(plain_checkpoint).__code__, CheckpointFunction.forward.__code__
+from .sampling import current
 
 
 @dataclass(frozen=True)
@@ -89,8 +85,10 @@ RANDOM: frozenset[Callable] = frozenset(
 RANDOM_METHODS = frozenset(f.__name__ for f in RANDOM if f.__name__.endswith("_")) | {"bernoulli"}
 
 
+_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+
 # Modules of this package that are between a call and what notes it.
-_NOT_NOISE = (__name__, f"{__package__}.dry_run", f"{__package__}.row_flow")
+_NOT_NOISE = (__name__, f"{__package__}.lane_rules")
 
 
 @dataclass
@@ -100,6 +98,7 @@ class Watch:
     names: dict[int, str]  # of the modules, by id
     calls: dict[Call, None] = field(default_factory=dict)  # in order, once each
     seen: bool = False  # inside a function that is known: what it does below is its own business
+    asks: str | None = None  # where the forward asked for the values of a tensor
     looks: bool = False  # whether anything was looked at: a compiled forward is not
 
     @classmethod
@@ -140,73 +139,71 @@ class Watch:
 class FunctionalDropout(TorchFunctionMode):
     """While it is active, functional dropout is noise of the sampling context.
 
-    Entered by the hooks of a converted model, only where its forward makes such calls or where nobody knows yet. ``torch.compile``
-    traces it like any other code.
+    Entered by the forward of a converted model. ``torch.compile`` traces it like any other code.
     """
 
     def __init__(self, watch: Watch | None = None):
         super().__init__()
         self.watch = watch
-        self.context: sampling | None = None  # that of the forward
+        self.around = None if is_compiling() else _top_hooks(False)  # those of a checkpoint that holds all of the model
 
-    @staticmethod
-    def end_interrupted() -> None:
-        """Ends what an interrupt (Ctrl-C) has left behind: no hook runs then."""
-        current()  # ends contexts
-        mode = _get_current_function_mode()
-        while isinstance(mode, FunctionalDropout) and mode.context not in _stack.contexts:
-            mode.__exit__(None, None, None)
-            mode = _get_current_function_mode()
+    def unwatched(self) -> "FunctionalDropout":
+        """The same for a recompute, which nobody looks at."""
+        return type(self)()
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func is Tensor.unflatten and torch.compiler.is_compiling():
-            func = torch.unflatten  # the method is Python's, and calls super(), which the compiler does not trace here
-        in_place = func in IN_PLACE
-        form = LAYERS.get(IN_PLACE[func] if in_place else func)
-        if form is not None:
-            return self._draw(func, form, in_place, args, kwargs)
-        if func is ATTENTION:
-            return self._attend(args, kwargs)
-        if self.watch is not None and (func in RANDOM or func in UNREACHED or func in RECURRENT):
-            return self._look(func, args, kwargs)
-        return func(*args, **kwargs)
+        if not is_compiling() and _top_hooks(False) is not None:
+            mend_running_checkpoint(self, self.around)
+        if is_compiling() and func is Tensor.unflatten:
+            func = torch.unflatten  # the method is Python's, and calls super(), which the compiler does not trace; nor this in a dict
+        handler = _HANDLERS.get(func)
+        if handler is None:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        return handler(self, func, args, kwargs or {})
 
-    def _context(self) -> sampling | None:
-        """The innermost context; None where an interrupt has left this mode behind its forward, so that a later context is not its own."""
-        context = current()
-        return context if torch.compiler.is_compiling() or self.context in _stack.contexts else None
+    def _draw_in_place(self, func: Callable, args: tuple, kwargs: dict) -> Tensor:
+        return self._draw(func, args, kwargs, IN_PLACE[func], True)
 
-    def _draw(self, func: Callable, form: tuple[Callable, bool], in_place: bool, args: tuple, kwargs: dict) -> Tensor:
-        layer, training = form
+    def _draw(self, func: Callable, args: tuple, kwargs: dict, form: Callable | None = None, in_place: bool = False) -> Tensor:
+        layer, training = LAYERS[form or func]
         x = _argument(args, kwargs, 0, "input", None)
         p = _argument(args, kwargs, 1, "p", 0.5)
         training = _argument(args, kwargs, 2, "train" if "train" in kwargs else "training", training)
-        context = self._context()
+        context = current()
         if context is None or not (training or context.evaluating):
             return func(*args, **kwargs)
         if p != 0:
-            _check_not_checkpointed(func, context)
+            _check_not_recomputed(func)
         if self.watch is not None:
             self.watch.add(resolve_name(func), p, "replaced")
         y = layer(p)(x)
         if (in_place or _argument(args, kwargs, 3, "inplace", False)) and y.shape == x.shape:
-            return x.copy_(y)  # the caller may look at x; where rows expand there is nothing to look at
+            return self._written(x, y)  # the caller may look at x; where rows expand there is nothing to look at
         return y
 
-    def _attend(self, args: tuple, kwargs: dict) -> Tensor:
+    def _written(self, x: Tensor, y: Tensor) -> Tensor:
+        return x.copy_(y)
+
+    def _attend(self, func: Callable, args: tuple, kwargs: dict) -> Tensor:
         p = _argument(args, kwargs, 4, "dropout_p", 0.0)
-        context = self._context()
+        context = current()
         if context is None:
             return ATTENTION(*args, **kwargs)
         if p == 0:  # rows of B and of S*B may meet all the same
             return scaled_dot_product_attention(*args, **kwargs)
-        _check_not_checkpointed(ATTENTION, context)
+        _check_not_recomputed(ATTENTION)
         if self.watch is not None:
             self.watch.add(resolve_name(ATTENTION), p, "replaced")
         return scaled_dot_product_attention(*args, **kwargs)
 
+    def _ask(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        if self.watch is not None and self.watch.asks is None and (place := self.watch.place()) is not None:
+            self.watch.asks = place[1]
+        return func(*args, **kwargs)
+
     def _look(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+        if self.watch is None:
+            return func(*args, **kwargs)
         p = probability(func, args, kwargs)
         if p:
             self.watch.add(resolve_name(func), p, "dropout")
@@ -219,35 +216,42 @@ class FunctionalDropout(TorchFunctionMode):
             self.watch.seen = False
 
 
-def _check_not_checkpointed(func: Callable, context: sampling) -> None:
-    """Looks for a checkpoint of torch's around the call and inside of the context: its recompute, outside of the model, would draw torch's
-    noise. Nobody would notice in the reentrant form, so that raises. Of the other form torch notices by what is saved for backward, in
-    words that help nobody: that warns. (Raised here, an error would leave the hooks of torch 2.11's checkpoint behind.)"""
-    if torch.compiler.is_compiling():
+_HANDLERS: dict[Callable, Callable] = {
+    **dict.fromkeys((*RANDOM, *UNREACHED, *RECURRENT), FunctionalDropout._look),
+    **dict.fromkeys(LAYERS, FunctionalDropout._draw),
+    **dict.fromkeys(IN_PLACE, FunctionalDropout._draw_in_place),
+    ATTENTION: FunctionalDropout._attend,
+    **dict.fromkeys((getattr(Tensor, n) for n in ("__bool__", "item", "tolist", "__int__", "__float__")), FunctionalDropout._ask),
+}
+
+
+def _check_not_recomputed(func: Callable) -> None:
+    """Raises inside the forward of an autograd Function that computes its gradient: reentrant checkpoints and reversible networks call what
+    is in there again during backward, outside of the model, where a function would draw torch's noise and nobody would notice."""
+    if is_compiling() or torch.is_grad_enabled():  # which a Function's forward has not
         return
-    frame, recorded = sys._getframe(2), torch.is_grad_enabled()
-    while frame is not None and frame is not context.frame and frame is not context.opened:
-        if frame.f_code is _REENTRANT or frame.f_code is _CHECKPOINT:
-            names, reentrant = frame.f_locals, frame.f_code is _REENTRANT
-            function = names["run_function" if reentrant else "function"]
-            recorded = recorded or reentrant  # which computes its forward without a graph
-            if type(function).__module__ == f"{__package__}.checkpoint":
-                recomputed = False
-            elif reentrant:
-                recomputed = any(names["ctx"].needs_input_grad)
-            else:
-                recomputed = names["use_reentrant"] is False and names["context_fn"] is noop_context_fn and recorded
-            if recomputed:
-                text = (
-                    f"{resolve_name(func)} is noise of a converted model here, and torch.utils.checkpoint.checkpoint would draw another "
-                    "when it computes it again during backward. Use iw.checkpoint(function, *args), or give that use_reentrant=False, "
-                    "context_fn=iw.checkpoint_contexts."
-                )
-                if reentrant:
-                    raise RuntimeError(text)
-                warnings.warn(text, stacklevel=6)
-                return
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code is not _MODEL_FORWARD:
+        names = frame.f_code.co_varnames[:1]
+        first = frame.f_locals.get(names[0]) if names and frame.f_code.co_name == "forward" else None
+        ours = isinstance(frame.f_locals.get("run_function"), _Replayed)  # iw.checkpoint's reentrant form: it draws the same again
+        if isinstance(first, torch.autograd.function.FunctionCtx) and any(first.needs_input_grad) and not ours:
+            raise RuntimeError(
+                f"{resolve_name(func)} is noise of a converted model here, inside of an autograd Function (a reentrant checkpoint, a "
+                "reversible block), whose backward would draw other noise. Use iw.checkpoint(function, *args), or torch's checkpoint with "
+                "use_reentrant=False; or draw the noise outside of the Function."
+            )
         frame = frame.f_back
+
+
+def _model_forward_is(function: Callable) -> Callable:
+    """Marks the function that calls a converted model's own forward: what is around it is called again as a whole."""
+    global _MODEL_FORWARD
+    _MODEL_FORWARD = function.__code__
+    return function
+
+
+_MODEL_FORWARD = None
 
 
 def probability(func: Callable, args: tuple, kwargs: dict) -> float:

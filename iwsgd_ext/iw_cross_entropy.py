@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import backend, reference
+from . import backend, reference, transforms
 from .checks import REDUCTIONS, check, check_inplace, check_logits, check_loss_options, check_number, check_option
 from .stats import IWStats
 
@@ -238,7 +238,16 @@ def iw_cross_entropy(
         REDUCTIONS.index("sum" if late else reduction),
     )
     given = logits if torch.is_grad_enabled() else logits.detach()  # a Function does not know
-    loss, log_p, w, bound, outer, _ = backend.apply(_IWCrossEntropy, given, target.contiguous(), samples, inplace, process_group, *options)
+    if transforms.active():  # any derivative, and lanes of any kind: in plain torch
+        check(process_group is None and not inplace, "inplace, process_group", "neither inside of torch.func's transforms", "one")
+        if target.dtype == torch.int64 and target.device.type == "cpu":
+            reference.check_labels(transforms.plain(target).flatten(0, -2), ignore_index, logits.shape[1])
+        loss, *statistics, _ = reference.iw_cross_entropy(_with_positions(logits), target, samples, *options, False)
+        log_p, w, bound, outer = (v.detach() for v in statistics)
+    else:
+        loss, log_p, w, bound, outer, _ = backend.apply(
+            _IWCrossEntropy, given, target.contiguous(), samples, inplace, process_group, *options
+        )
     if late:
         n = denominator_of(*operands[:-1], ignore_index, loss.dtype) if normalizer is None else normalizer
         loss = loss * torch.where(n == 0, 0, 1 / n)

@@ -5,8 +5,9 @@ The op gives counts, from the address alone; their use is plain torch, and backw
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_batchedtensor
 
-from . import backend
+from . import backend, transforms
 from .checks import check_layer_input, check_probabilities, check_rate
 from .sampling import ambient
 
@@ -17,11 +18,34 @@ def _fake(origin, sample_ids, samples, stream, first_example, examples, bounds, 
     return bounds.new_empty(samples, examples, bounds.shape[-1], dtype=torch.int32)
 
 
+def _vmap(info, dims, origin, sample_ids, samples, stream, first_example, examples, bounds, draws):
+    lanes, op = info.batch_size, torch.ops.iwsgd_graph.multinomial
+    if dims[0] is not None:
+        each = [
+            [v if d is None else v.select(d, i) for v, d in ((origin, dims[0]), (sample_ids, dims[1]), (bounds, dims[6]))]
+            for i in range(lanes)
+        ]
+        return torch.stack([op(o, s, samples, stream, first_example, examples, b, draws) for o, s, b in each]), 0
+    ids = transforms.merge_ids(lanes, sample_ids, dims[1], samples, origin.device)
+    bounds = _merged_bounds(bounds, dims[6], lanes, samples)
+    return op(origin, ids, lanes * samples, stream, first_example, examples, bounds, draws).unflatten(0, (lanes, samples)), 0
+
+
+def _merged_bounds(bounds: Tensor, dim: int | None, lanes: int, samples: int) -> Tensor:
+    """int64 [F], or [lanes * K, F] of each lane's [F] or [K, F]."""
+    if dim is None:
+        return bounds if bounds.dim() == 1 else bounds.repeat(lanes, 1)
+    bounds = bounds.movedim(dim, 0)
+    bounds = bounds[:, None].expand(lanes, samples, -1) if bounds.dim() == 2 else bounds
+    return bounds.flatten(0, 1).contiguous()
+
+
 backend.define(
     "multinomial",
     "(Tensor origin, Tensor? sample_ids, SymInt samples, SymInt stream, SymInt first_example, SymInt examples, Tensor bounds, int draws) "
     "-> Tensor",
     _fake,
+    vmap=_vmap,
 )
 
 
@@ -41,6 +65,12 @@ def bounds_of(probabilities: Tensor) -> Tensor:
 
 def uniform_bounds(features: int, device: torch.device) -> Tensor:
     """:func:`bounds_of` equal probabilities, int64 [features]."""
+    if torch.compiler.is_compiling() and features < 2**20:
+        # inductor counts an integer arange in 32 bits, whatever it is multiplied by (torch 2.13): in doubles, which hold these exactly
+        words = torch.arange(1, features + 1, device=device, dtype=torch.float64) * WORD
+        q = (words / features).ceil()
+        q = q - ((q - 1) * features >= words).double()
+        return (q + (q * features < words).double()).long()
     return (torch.arange(1, features + 1, device=device) * WORD + features - 1) // features
 
 
@@ -64,19 +94,42 @@ def one_example(x: Tensor, batch_dim: int) -> torch.Size:
 class MultinomialNoise(torch.autograd.Function):
     """y = x * counts / (draws * probability), [K, B, F] from x [1, B, F] (an expansion) or [K, B, F]."""
 
+    ORIGIN = 3
+
     @staticmethod
-    def forward(ctx, x: Tensor, bounds: Tensor, draws: int, origin: Tensor, sample_ids: Tensor | None, *address: int) -> Tensor:
+    def forward(ctx, *arguments) -> Tensor:
+        MultinomialNoise.save(ctx, *arguments)
+        return MultinomialNoise.compute(*arguments)
+
+    @staticmethod
+    def compute(x: Tensor, bounds: Tensor, draws: int, origin: Tensor, sample_ids: Tensor | None, *address: int) -> Tensor:
+        return _of_type(_times(x, _factors(x, bounds, draws, origin, sample_ids, *address)), x.dtype)
+
+    @staticmethod
+    def save(ctx, x, bounds, draws, origin, sample_ids, *address) -> None:
         ctx.save_for_backward(bounds, origin, sample_ids)
         ctx.draws, ctx.rows, ctx.address = draws, x.shape[0], address
-        return _of_type(_times(x, _factors(x, bounds, draws, origin, sample_ids, *address)), x.dtype)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         bounds, origin, sample_ids = ctx.saved_tensors
-        # plain torch, so that it has a derivative of its own
-        dx = _times(dy, _factors(dy, bounds, ctx.draws, origin, sample_ids, *ctx.address))
+        wide = dy.to(torch.promote_types(dy.dtype, torch.float32))  # added up there, and rounded once
+        if transforms.active():  # as a product by constants
+            dx = backend.apply(MultinomialNoise, wide, bounds, ctx.draws, origin, sample_ids, *ctx.address)
+        else:  # plain torch, so that it has a derivative of its own
+            dx = _times(wide, _factors(wide, bounds, ctx.draws, origin, sample_ids, *ctx.address))
         dx = dx if ctx.rows == dx.shape[0] else dx.sum(0, keepdim=True)
         return _of_type(dx, dy.dtype), *[None] * (4 + len(ctx.address))
+
+    @staticmethod
+    def tangent(dx: Tensor, *arguments) -> Tensor:
+        return backend.apply(MultinomialNoise, dx, *arguments)
+
+    @staticmethod
+    def merge(lanes, dims, x, bounds, draws, origin, sample_ids, samples, *address):
+        rows = x.shape[0 if dims[0] != 0 else 1]  # 1 where each lane's x expands
+        x, ids, total, _wide = transforms.merge_rows(lanes, 0, x, dims[0], sample_ids, dims[4], samples, rows == 1)
+        return (x, _merged_bounds(bounds, dims[1], lanes, samples), draws, origin, ids, total, *address), 0
 
 
 def _of_type(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -109,6 +162,7 @@ def multinomial_noise(
     first_example: int,
     expand: bool,
     batch_dim: int,
+    logical: bool = True,
 ) -> Tensor:
     """Multinomial dropout at a given address; arguments are taken as valid (see ``functional.multinomial_dropout``).
 
@@ -185,7 +239,8 @@ class IWMultinomialDropout(nn.modules.dropout._DropoutNd):
         if isinstance(probabilities, Tensor):
             check_probabilities(probabilities, one_example(x, address["batch_dim"]))
         ids = address["sample_ids"]
-        if self.evolutional and not address["expand"] and ids is not None and ids.dim() == 2:
+        shared = address["expand"] or (transforms.active() and not is_batchedtensor(x))  # by all samples
+        if self.evolutional and not shared and ids is not None and ids.dim() == 2:
             expected = f"[{address['samples']}] where evolutional probabilities are those of one sample's expanded rows"
             raise ValueError(f"sample_ids: expected {expected}, got {tuple(ids.shape)} (strategy='resampled' draws for each example)")
         return multinomial_noise(x, probabilities, 1.0 - self.p, **address)

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backend, reference
+from . import backend, reference, transforms
 
 # What shares one draw: nothing, a channel, a whole example, or what has the same last index (a feature at all positions).
 Unit = Literal["element", "channel", "row", "feature"]
@@ -43,7 +43,19 @@ def _derivative_of_sum(gradients, address_and_law, _):
     return torch.ops.iwsgd_graph.noise(*gradients, *address_and_law, 0.0, 0.0, True)
 
 
-backend.define("noise", f"(Tensor x, {ADDRESS}, {_LAW}, float shift, float fill, bool expand) -> Tensor", fake_rows, _derivative)
+def _vmap(info, dims, x, origin, sample_ids, samples, stream, first, positions, share, threshold, thresholds, scale, shift, fill, expand):
+    def run(x, _, expand, origin, sample_ids, thresholds, *call):
+        *address, threshold, scale, shift, fill = call
+        return torch.ops.iwsgd_graph.noise(x, origin, sample_ids, *address, threshold, thresholds, scale, shift, fill, expand)
+
+    call = (samples, stream, first, positions, share, threshold, scale, shift, fill)
+    arguments = (x, Rows(1, False), expand, origin, sample_ids, thresholds, *call)
+    dims = (dims[0], None, None, dims[1], dims[2], dims[9], *[None] * len(call))
+    return transforms.merged(Noise, info.batch_size, dims, arguments, run)
+
+
+_SCHEMA = f"(Tensor x, {ADDRESS}, {_LAW}, float shift, float fill, bool expand) -> Tensor"
+backend.define("noise", _SCHEMA, fake_rows, _derivative, vmap=_vmap)
 backend.define("noise_sum", f"(Tensor dy, {ADDRESS}, {_LAW}) -> Tensor", fake_sum, _derivative_of_sum)
 backend.define("noise_out", f"(Tensor x, {ADDRESS}, {_LAW}, float shift, float fill, bool expand, Tensor(a!) out) -> ()", lambda *_: None)
 
@@ -137,6 +149,10 @@ class Rows(NamedTuple):
                 y.transpose_(d, d - 1)  # the channels from the last place to the second
         return y
 
+    def summed(self, y: Tensor, samples: int) -> Tensor:
+        """The sum over the samples of K*B rows."""
+        return y.unflatten(self.batch_dim, (samples, -1)).sum(self.batch_dim)
+
     def positions(self, shape: torch.Size, unit: Unit) -> tuple[int, int]:
         """(positions, share): element i of an example's memory order has noise position (i // share) % positions."""
         inside = [d for d in self.order(len(shape)) if d != self.batch_dim]
@@ -196,16 +212,23 @@ def rates_law(p: Tensor, x: Tensor, rows: Rows, unit: Unit, examples: int) -> La
     values = values[(None,) * (x.dim() - p.dim())] if p.dim() <= x.dim() else values
     if p.dim() > x.dim() or any(values.shape[d] not in fits[d] for d in range(x.dim())):
         raise ValueError(f"p: expected a shape that broadcasts to what is drawn ({unit}) of {tuple(x.shape)}, got {tuple(p.shape)}")
-    valid = ((values >= 0) & (values <= 1)).all()
-    if values.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not valid:
-            raise ValueError(f"p: expected probabilities in [0, 1], got values from {values.min().item()} to {values.max().item()}")
+    if torch.compiler.is_compiling():
+        torch._assert_async(((values >= 0) & (values <= 1)).all(), "p: expected probabilities in [0, 1]")
     else:
-        torch._assert_async(valid, "p: expected probabilities in [0, 1]")
+        check_rates(transforms.plain(values))
     shape = [x.shape[d] if d in drawn else values.shape[d] for d in range(x.dim())]
     values = values.expand(shape).permute(rows.batch_dim, *inside).reshape(shape[rows.batch_dim], _product(shape[d] for d in drawn))
     # Contiguous, as the kernels read them: a product keeps the memory order of p.
     return Law(0, (values * reference.FIELD_RANGE + 0.5).floor().to(torch.int32).contiguous(), 1.0, 0.0, 0.0)
+
+
+def check_rates(values: Tensor) -> None:
+    """Raises where a probability is none. On a GPU without a wait."""
+    valid = ((values >= 0) & (values <= 1)).all()
+    if values.device.type != "cpu":
+        torch._assert_async(valid, "p: expected probabilities in [0, 1]")
+    elif not valid:
+        raise ValueError(f"p: expected probabilities in [0, 1], got values from {values.min().item()} to {values.max().item()}")
 
 
 def _threshold_of(p: float) -> int:
@@ -237,24 +260,64 @@ class Noise(torch.autograd.Function):
     call: samples, stream, first_example, positions, share; threshold, scale, shift, fill. (Flat, as the compiler wants it.)
     """
 
+    ORIGIN = 3
+
     @staticmethod
-    def forward(ctx, x: Tensor, rows: Rows, expand: bool, origin: Tensor, sample_ids: Tensor | None, thresholds: Tensor | None, *call):
-        ctx.save_for_backward(origin, sample_ids, thresholds)
-        ctx.rows, ctx.expand, ctx.call = rows, expand, call
+    def forward(ctx, *arguments) -> Tensor:
+        Noise.save(ctx, *arguments)
+        return Noise.compute(*arguments)
+
+    @staticmethod
+    def compute(x: Tensor, rows: Rows, expand: bool, origin: Tensor, sample_ids: Tensor | None, thresholds: Tensor | None, *call) -> Tensor:
         *address, threshold, scale, shift, fill = call
         op = backend.op("noise", x.device)
         y = op(rows.flatten(x), origin, sample_ids, *address, threshold, thresholds, scale, shift, fill, expand)
         return rows.unflatten(y, x.shape)
 
     @staticmethod
+    def save(ctx, x, rows, expand, origin, sample_ids, thresholds, *call) -> None:
+        ctx.save_for_backward(origin, sample_ids, thresholds)
+        ctx.rows, ctx.expand, ctx.call = rows, expand, call
+
+    @staticmethod
     def backward(ctx, dy: Tensor):
         linear = (*ctx.call[:-2], 0.0, 0.0)  # the derivative of an affine map
         # noise_sum undoes an expansion; without one, noise is its own transpose
-        if ctx.expand:
+        if ctx.expand and not transforms.active():
             dx = NoiseSum.apply(dy, ctx.rows, *ctx.saved_tensors, *linear)
         else:
-            dx = Noise.apply(dy, ctx.rows, False, *ctx.saved_tensors, *linear)
+            dx = backend.apply(Noise, dy, ctx.rows, False, *ctx.saved_tensors, *linear)
+            dx = ctx.rows.summed(dx, ctx.call[0]) if ctx.expand else dx
         return dx, *[None] * (5 + len(linear))
+
+    @staticmethod
+    def tangent(dx: Tensor, rows, expand, origin, sample_ids, thresholds, *call) -> Tensor:
+        return backend.apply(Noise, dx, rows, expand, origin, sample_ids, thresholds, *call[:-2], 0.0, 0.0)
+
+    @staticmethod
+    def merge(lanes, dims, x, rows, expand, origin, sample_ids, thresholds, samples, *call):
+        k = rows.batch_dim
+        if dims[5] is not None and dims[0] is None:  # rates of each lane: so has x
+            x, dims = x.expand(lanes, *x.shape), (0, *dims[1:])
+        examples = 1
+        if thresholds is not None:
+            x_rows = [n for d, n in enumerate(x.shape) if d != dims[0]][k]
+            examples = x_rows // (1 if expand else samples)
+        x, ids, total, wide = transforms.merge_rows(lanes, k, x, dims[0], sample_ids, dims[4], samples, expand)
+        if thresholds is not None and not wide:
+            thresholds = _merged_thresholds(thresholds, dims[5], lanes, samples, examples)
+        return (x, rows, wide, origin, ids, thresholds, total, *call), k
+
+
+def _merged_thresholds(thresholds: Tensor, dim: int | None, lanes: int, samples: int, examples: int) -> Tensor:
+    """int32 [lanes * K * B, positions] of each lane's [1, B or K * B, positions]; one row, or one for each example, serves all."""
+    rows = thresholds.shape[0] if dim is None else thresholds.movedim(dim, 0).shape[1]
+    if dim is None and rows in (1, examples):
+        return thresholds
+    each = thresholds.expand(lanes, *thresholds.shape) if dim is None else thresholds.movedim(dim, 0)
+    if rows != samples * examples:
+        each = each.expand(lanes, examples, -1).repeat(1, samples, 1)
+    return each.flatten(0, 1).contiguous()
 
 
 class NoiseSum(torch.autograd.Function):
@@ -285,11 +348,12 @@ def noise(
     first_example: int,
     expand: bool,
     batch_dim: int,
+    logical: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
     """Bernoulli noise at a given address, its law or each element's dropout probability given; other arguments are taken as valid (see
-    ``functional`` for the public forms)."""
-    rows = Rows.of(x, batch_dim)
+    ``functional`` for the public forms). ``logical``: positions are row-major indices, whatever the order in memory."""
+    rows = Rows(batch_dim, False) if logical and unit == "element" else Rows.of(x, batch_dim)
     if isinstance(law, Tensor):
         law = rates_law(law, x, rows, unit, x.shape[batch_dim] // (1 if expand else samples))
     if law.threshold == 0 and law.thresholds is None and out is None and (not expand or samples == 1):

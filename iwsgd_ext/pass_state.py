@@ -1,11 +1,14 @@
 """What passes of one step share: buffers that a replay must not write, graphs that one backward goes through once, torch's generators."""
 
+import random
 from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_map
 
 
@@ -57,19 +60,86 @@ class Leaves:
 
 
 class RandomState:
-    """torch's generators, for noise that is not this package's: where a pass begins, so that a replay draws the same."""
+    """torch's, NumPy's and Python's generators where a pass begins, so that a replay draws the same noise that is not this package's."""
 
     def __init__(self, device: torch.device):
         self.device = device if device.type == "cuda" else None
         self.states = self._now()
 
+    @classmethod
+    def of(cls, model: nn.Module) -> "RandomState":
+        """With the generator of the model's device."""
+        tensors = (*model.parameters(), *model.buffers())
+        return cls(next((v.device for v in tensors if v.device.type == "cuda"), torch.device("cpu")))
+
     def _now(self) -> list[Tensor]:
-        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(self.device)] if self.device is not None else [])]
+        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(self.device)] if self.device is not None else []), *_others()]
 
     def restore(self) -> None:
         torch.set_rng_state(self.states[0])
         if self.device is not None:
             torch.cuda.set_rng_state(self.states[1], self.device)
+        python, numpy_ = self.states[-2:]
+        random.setstate(python)
+        np.random.set_state(numpy_)
 
     def is_current(self) -> bool:
-        return all(torch.equal(a, b) for a, b in zip(self.states, self._now(), strict=True))
+        return not self.moved()
+
+    def moved(self) -> list[str]:
+        """Whose generators have given numbers since, of "torch", "Python" and "NumPy"."""
+        now = self._now()
+        (*torches, python, numpy_), (*torches_now, python_now, numpy_now) = self.states, now
+        same = {
+            "torch": all(torch.equal(a, b) for a, b in zip(torches, torches_now, strict=True)),
+            "Python": python == python_now,
+            "NumPy": np.array_equal(numpy_[1], numpy_now[1]) and numpy_[2:] == numpy_now[2:],
+        }
+        return [name for name, unmoved in same.items() if not unmoved]
+
+
+def _others() -> list:
+    return [random.getstate(), np.random.get_state()]
+
+
+class Snapshot:
+    """What a forward and a backward may change of a model and around it, for :meth:`restore`, any number of times: attributes of modules,
+    their lists and dicts, buffers, gradients, and random generators."""
+
+    def __init__(self, model: nn.Module):
+        self.modules = [(m, dict(vars(m)), _copied(vars(m))) for m in model.modules()]
+        self.buffers = [(b, b._version, b.clone()) for b in model.buffers()]
+        self.gradients = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
+        self.random = RandomState.of(model)
+
+    def written(self, model: nn.Module) -> list[str]:
+        """The names of buffers that were written since, other than BatchNorm's."""
+        versions = {id(buffer): version for buffer, version, _ in self.buffers}
+        norms = {id(b) for m in model.modules() if isinstance(m, _NormBase) for b in m._buffers.values()}
+        return [n for n, b in model.named_buffers() if id(b) not in norms and not b.is_inference() and versions.get(id(b)) != b._version]
+
+    def restore(self) -> None:
+        self.random.restore()
+        for module, attributes, contents in self.modules:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for name, content in contents.items():
+                holder = attributes[name]
+                holder.clear()
+                holder.extend(content) if isinstance(holder, list) else holder.update(content)
+        with torch.no_grad():
+            for buffer, version, values in self.buffers:
+                # F.batch_norm writes running statistics and counts no version; by .data neither does this, for graphs that are kept.
+                if buffer._version != version or buffer.is_inference() or not torch.equal(buffer, values):
+                    buffer.data.copy_(values)
+            for parameter, gradient, values in self.gradients:
+                parameter.grad = gradient
+                if gradient is not None:
+                    gradient.copy_(values)
+
+
+def _copied(attributes: dict) -> dict:
+    """Shallow copies of the containers among attributes: modules' tables, and lists, dicts and sets of their own. Not of parameters, which
+    FSDP gathers and scatters by itself."""
+    containers = {name: v for name, v in attributes.items() if name != "_parameters" and (isinstance(v, dict) or type(v) in (list, set))}
+    return {name: list(v) if isinstance(v, list) else dict(v) if isinstance(v, dict) else set(v) for name, v in containers.items()}

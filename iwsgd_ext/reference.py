@@ -331,7 +331,7 @@ def iw_cross_entropy(
     if target.dtype == torch.int64:
         counted = target != ignore_index
         label = torch.where(counted, target, 0)
-        if logits.device.type == "cpu" and not torch.compiler.is_compiling():
+        if logits.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
             check_labels(target, ignore_index, classes)
         hot, d = (1 - smoothing) * v[label], v[label]
         u = hot * log_p.gather(2, label.expand(samples, batch, positions)[:, :, None])[:, :, 0]

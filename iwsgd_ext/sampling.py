@@ -2,15 +2,17 @@
 
 import copy
 import re
-import sys
 import threading
 import weakref
-from collections.abc import Callable, Sequence
-from types import FrameType
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from . import transforms
 from .backend import constant_in_graphs
 from .checks import check_integer, check_sample_ids, check_samples
 from .noise import Law, Unit, draw_origin, make_origin, noise
@@ -36,6 +38,20 @@ class _Stack(threading.local):
 
 _stack = _Stack()
 _drawn_in_context: weakref.WeakSet[nn.Module | Callable] = weakref.WeakSet()  # layers; see NOTE [Recompute]
+
+
+class Moment(NamedTuple):
+    """What changes in the course of a context."""
+
+    stream: int
+    expand: str
+    batch: int | None
+    batch_dim: int
+    samples: int
+    sample_ids: Tensor | None
+    axis: Any
+    logical: bool
+    drawn: bool  # whether the seed is there
 
 
 class sampling:
@@ -93,31 +109,29 @@ class sampling:
         self.expand = expand
         self.batch_dim = batch_dim
         self.stream = 0
-        self.own = False  # opened by a converted model for itself
-        # The call that opened it, where that is a model's: an interrupt (Ctrl-C) runs no hooks, so the context must end with the call.
-        self.frame: FrameType | None = None
-        self.opened: FrameType | None = None  # the frame of its block: what calls that is around the context
-        self.converted: list[tuple] = []  # the converted models inside, and what each found, to be put back
         self.watch = None  # in a dry run: what notes the calls that draw noise
         self.batch: int | None = None  # B, once the first noise call has fixed it
         self.task = NO_TASK  # the backward pass inside which it was entered
         self.evaluating = False  # noise is on although models are in eval mode
+        # On a sample axis, random numbers that are torch's own differ between samples, as between passes; a verification wants them alike.
+        self.torch_noise = "different"
+        self.scalar_output = False  # a converted model inside has returned a number, or one for each sample
+        self.cumulative = False  # inside of a BatchNorm whose running statistics are averages over all batches
+        # On a sample axis torch may lay tensors out otherwise than in a pass of one sample: noise positions must not follow memory there.
+        self.logical = False
+        self.axis = None  # in a converted model: the SampleAxis that its forward runs on
         # An int becomes a tensor here, before any compiled region: as an int in a graph it would recompile for each new seed.
         self._seed = make_origin(seed, 0, 0, torch.device("cpu")) if seed is not None else None
         self._origin: Tensor | None = None
         self._replayed_origin: Tensor | None = None
 
     def __enter__(self) -> "sampling":
-        current()  # ends what an interrupt has left, which would be out of reach below this one
         self.task = graph_task()
-        if not torch.compiler.is_compiling():
-            self.opened = sys._getframe(1)
         _stack.contexts.append(self)
         return self
 
     def __exit__(self, _, error: BaseException | None, *__) -> None:
         _stack.contexts.remove(self)
-        self.opened = None
         if error is not None:
             self.explain(error)
 
@@ -130,22 +144,50 @@ class sampling:
         if self.expand == "first" and sizes and {self.batch, rows} == {int(n) for n in sizes.groups() if n} and not noted:
             error.add_note(
                 f"iw.sampling: here the first noise on each path made {rows} rows ({self.samples} samples) of {self.batch}. A path around "
-                "all noise, as in x + drop(f(x)), still has the latter. Let rows expand before such paths part: iw.convert(model, samples, "
-                "example_inputs=...) looks for the place, and expand='input' is in front of all."
+                "all noise, as in x + drop(f(x)), still has the latter. iw.convert(model, samples), which keeps samples "
+                "apart on an axis of their own, takes such models; so does expand='input', in front of all paths."
             )
 
-    def moment(self) -> tuple:
-        """What changes in the course of a context, for :meth:`again`; last, whether the seed is there."""
-        return self.stream, self.expand, self.batch, self.batch_dim, self._origin is not None
+    def moment(self) -> "Moment":
+        """What changes in the course of a context, for :meth:`again`."""
+        return Moment(
+            self.stream,
+            self.expand,
+            self.batch,
+            self.batch_dim,
+            self.samples,
+            self.sample_ids,
+            self.axis,
+            self.logical,
+            self._origin is not None,
+        )
 
-    def again(self, stream: int, expand: str, batch: int | None, batch_dim: int, drawn: bool) -> "sampling":
+    def again(self, *moment) -> "sampling":
         """A copy that draws this context's noise as from an earlier moment."""
-        context = copy.copy(self)
-        context.stream, context.expand, context.batch, context.batch_dim = stream, expand, batch, batch_dim
-        context.own, context.frame, context.opened, context.converted = False, None, None, []
+        context, drawn = copy.copy(self), moment[-1]
+        vars(context).update(zip(Moment._fields[:-1], moment[:-1], strict=True))
         if not drawn:
             context._origin, context._replayed_origin = None, self._origin
         return context
+
+    def origin_for(self, inputs: Iterable[Any], model: nn.Module) -> None:
+        """Draws the seed, if it is not there yet, on the device of the first tensor among inputs and parameters."""
+        if self._origin is None:
+            tensors = (v for v in chain(inputs, model.parameters(), model.buffers()) if isinstance(v, Tensor))
+            on = next(tensors, None)
+            self._origin_on(on.device if on is not None else torch.device("cpu"))
+
+    def changed(self, **attributes) -> "_Changed":
+        """Other values of attributes, inside of a with-block."""
+        return _Changed(self, attributes)
+
+    def lane(self, sample_ids: Tensor, axis) -> AbstractContextManager:
+        """The context as one lane of a sample axis has it: of one noise sample, which in each lane is another."""
+        return self.changed(samples=1, sample_ids=sample_ids, expand="none", axis=axis)
+
+    def below(self) -> AbstractContextManager:
+        """The context of a lane, below the axis."""
+        return self.changed(axis=None, sample_ids=self.sample_ids)
 
     def place(self, x: Tensor, batch_dim: int | None) -> dict:
         """One layer's call, whatever the law of its noise: the address, and whether ``x`` is expanded. Takes the next stream."""
@@ -167,6 +209,8 @@ class sampling:
                 hint += "take ids [samples], or in iw.backward a strategy other than 'resampled'"
                 got = f"{tuple(ids.shape)}{hint if rows > 1 and not rest else ''}"
                 raise ValueError(f"sample_ids: expected [{self.samples}, {examples}] for {examples} examples, got {got}")
+        if transforms.active():
+            transforms.check_noise_of_lanes(x, origin, ids)
         first = self.first_example
         return {
             "samples": self.samples,
@@ -176,6 +220,7 @@ class sampling:
             "first_example": _rank() * examples if first is None else 0 if isinstance(first, Tensor) else first,
             "expand": expand,
             "batch_dim": batch_dim,
+            "logical": self.logical,
         }
 
     def place_weight(self, weight: Tensor) -> dict:
@@ -188,6 +233,8 @@ class sampling:
         origin = self._origin_on(weight.device)
         if isinstance(self.first_example, Tensor):
             origin = torch.cat([origin[:2], origin.new_zeros(1)])
+        if transforms.active():
+            transforms.check_noise_of_lanes(None, origin, ids)
         stream, self.stream = self.stream, self.stream + 1
         return {
             "samples": self.samples,
@@ -236,6 +283,8 @@ class sampling:
             if origin is not None:
                 origin = origin.to(device)  # a model on several devices: one seed
             elif self._seed is None:
+                if transforms.active():
+                    transforms.check_seed_of_lanes()
                 origin = draw_origin(device)
                 if self._replayed_origin is not None:  # drawn all the same, for those who use the generator after it
                     origin = self._replayed_origin.to(device)
@@ -247,21 +296,36 @@ class sampling:
         return origin
 
 
+class _Changed:
+    """A block in which a context has other values of some attributes. (A class: torch 2.11 compiles no generator here.)"""
+
+    def __init__(self, context: sampling, attributes: dict[str, Any]):
+        self.context, self.attributes = context, attributes
+
+    def __enter__(self) -> None:
+        self.before = {name: getattr(self.context, name) for name in self.attributes}
+        for name, value in self.attributes.items():
+            setattr(self.context, name, value)
+
+    def __exit__(self, *_) -> None:
+        for name, value in self.before.items():
+            setattr(self.context, name, value)
+
+
 def current() -> sampling | None:
     """The innermost context of this thread, or None."""
     contexts = _stack.contexts
-    if not torch.compiler.is_compiling():
-        while contexts and contexts[-1].frame is not None and _has_ended(contexts[-1].frame):
-            contexts.pop().explain(sys.exc_info()[1])
     return contexts[-1] if contexts else None
 
 
-def _has_ended(frame: FrameType) -> bool:
+@contextmanager
+def outside_of_contexts() -> Iterator[None]:
+    """A block in which no context is open."""
+    contexts, _stack.contexts = _stack.contexts, []
     try:
-        frame.clear()  # refused while the frame runs
-    except RuntimeError:
-        return False
-    return True
+        yield
+    finally:
+        _stack.contexts = contexts
 
 
 # NOTE [Recompute]
@@ -307,7 +371,11 @@ def ambient(layer: nn.Module | Callable | None = None) -> sampling:
 
 def draw(x: Tensor, law: Law | Tensor, unit: Unit, batch_dim: int | None, layer: nn.Module | Callable | None = None) -> Tensor:
     """A layer's dropout noise: as the context says, or, outside of any, one fresh noise sample."""
-    return noise(x, law, unit, **ambient(layer).place(x, batch_dim))
+    context = ambient(layer)
+    if torch.compiler.is_compiling() or not torch._C._len_torch_function_stack():
+        return noise(x, law, unit, **context.place(x, batch_dim))
+    with torch._C.DisableTorchFunction():  # a converted model's rules are for its functions, not for ours
+        return noise(x, law, unit, **context.place(x, batch_dim))
 
 
 def _rank() -> int:

@@ -10,6 +10,8 @@ function of its address, so a second pass draws what the first one drew.
 """
 
 import warnings
+import weakref
+from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from itertools import accumulate
@@ -23,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from . import reference
 from .batch_norm import _PerSample
 from .checks import check, check_number
+from .convert import conversion_of
 from .functional import dropout
 from .iw_cross_entropy_loss import IWCrossEntropyLoss
 from .likelihood import _IWLoss, as_arguments
@@ -217,11 +220,18 @@ class _Step:
         """Refuses statistics of a batch that would hold other rows than in one pass over all samples."""
         resampled = self.strategy == "resampled"
         names = {m: name for name, m in self.model.named_modules() if isinstance(m, _BatchNorm)}
+        conversions = ((m, conversion_of(m)) for m in self.model.modules())
+        on_axis = {inner for m, conversion in conversions if conversion and conversion.expand == "axis" for inner in m.modules()}
 
-        def refuse(module: nn.Module, _: tuple) -> None:
+        def is_noisy(module: nn.Module, args: tuple, context: sampling) -> bool:
+            if module in on_axis:  # (of one sample there is no axis)
+                return context.stream > 0 if context.axis is None else context.axis.holds(args[0])
+            return context.stream > 0 or context.expand == "none"
+
+        def refuse(module: nn.Module, args: tuple) -> None:
             context = current()
             of_batch = module.training or module.running_mean is None
-            if of_batch and context is not None and (context.stream > 0 or context.expand == "none"):
+            if of_batch and context is not None and is_noisy(module, args, context):
                 raise ValueError(
                     f"strategy={self.strategy!r}: the BatchNorm {names[module]!r} normalises noisy rows by their own statistics, which "
                     "here would be those of other rows than in 'batched'. Convert the model with batch_norm='frozen'"
@@ -273,7 +283,7 @@ class _Step:
         copies = Buffers(self.model)
         log_p = [self.first_pass(s, 1, copies) for s in range(self.samples)]
         loss, dlog_p, stats = self.terms(torch.cat(log_p).detach())
-        torch.autograd.backward(log_p, self.scaled(dlog_p).split(1))
+        _backward(log_p, self.scaled(dlog_p).split(1))
         return loss, stats
 
     def streamed(self, chunk: int) -> tuple[Tensor, IWStats]:
@@ -290,7 +300,7 @@ class _Step:
             *gradients, gradient = self.scaled(dlog_p).split(chunk)
             *counts, last_counts = torch.stack([(d != 0).any() for d in dlog_p.split(chunk)]).tolist()  # the one wait for the device
             if last_counts or not any(counts):
-                of_last.backward(gradient)
+                _backward([of_last], [gradient])
             del of_last
         if no_sync is not nullcontext:
             counts[-1] = True
@@ -301,7 +311,7 @@ class _Step:
                 for i in replays:
                     self.states[i].restore()
                     with nullcontext() if i == replays[-1] else no_sync():
-                        self.log_likelihood(*self.samples_from(starts[i], chunk)).backward(gradients[i])
+                        _backward([self.log_likelihood(*self.samples_from(starts[i], chunk))], [gradients[i]])
         finally:
             after.restore()
         leaves.pass_on()
@@ -319,11 +329,28 @@ class _Step:
         loss, dlog_p, stats = self.terms(log_p)
         if stats.bound.dim() > 1:
             raise ValueError("strategy='resampled': expected a loss of level='example', as an example keeps one noise sample whole")
+        first, ids = log_p, self.drawn(stats.weights, keep)
         with copies.used():
-            log_p = self.log_likelihood(keep, self.drawn(stats.weights, keep))
+            log_p = self.log_likelihood(keep, ids)
+        self.check_kept(first, log_p.detach(), ids)
         # The sum over s of w is 1, or NaN where it should be seen.
         log_p.backward(self.scaled(dlog_p.sum(0) / keep).expand_as(log_p))
         return loss, stats
+
+    def check_kept(self, first: Tensor, kept: Tensor, ids: Tensor) -> None:
+        """In a model's first step: an example has the same log-likelihood under a noise sample, whatever samples its neighbours have."""
+        if self.model in _kept_alike:
+            return
+        expected = first.gather(0, ids)
+        spread = (first.amax(0) - first.amin(0)).mean()
+        off, finite = (kept - expected).abs(), expected.isfinite() & kept.isfinite()
+        half = torch.is_autocast_enabled(self.device.type) or any(p.dtype.itemsize == 2 for p in self.model.parameters())
+        if bool(off[finite].mean() > (0.1 if half else 1e-3) * spread + 1e-4 * expected[finite].abs().mean()):
+            raise ValueError(
+                "strategy='resampled': expected a model whose rows do not look at one another, but the log-likelihoods of examples change "
+                "with the noise samples of the other examples in the batch; 'batched', 'streamed' and 'loop' are right for it"
+            )
+        _kept_alike.add(self.model)
 
     def drawn(self, weights: Tensor, keep: int) -> Tensor:
         """Ids [keep, B] of samples drawn by their weights [S, B]: the first whose cumulative weight exceeds a uniform random number."""
@@ -335,6 +362,16 @@ class _Step:
         uniform = (digits.view(keep, examples, DIGITS) * place).sum(-1)  # in [0, 1)
         cumulative = torch.stack(list(accumulate(weights.double())))  # in this order on every device
         return (cumulative[:, None] <= uniform * cumulative[-1]).sum(0)
+
+
+_kept_alike: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose rows were seen not to look at one another
+
+
+def _backward(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """Of those that depend on a parameter: a sample may leave out all that does (layer drop)."""
+    pairs = [(y, g) for y, g in zip(outputs, gradients, strict=True) if y.requires_grad]
+    if pairs:
+        torch.autograd.backward(*zip(*pairs, strict=True))
 
 
 def _unit_shape(loss_fn: IWCrossEntropyLoss, args: tuple, named: dict) -> tuple[int, ...]:

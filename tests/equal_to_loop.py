@@ -1,6 +1,8 @@
 """What every model has to show: S*B rows, the loop's outputs, gradients and running statistics, and eval mode bit for bit as before."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,32 +12,40 @@ import iwsgd_ext as iw
 SEED, S = 9, 3
 
 
-def assert_equal_to_loop(model: nn.Module, inputs: dict[str, Tensor], output=lambda y: y, expand: str = "auto", **options) -> iw.Audit:
-    """Converts the model (made double) and returns its audit. The loop is the same model, one noise sample after another."""
-    model = model.double()
-    dim = options.get("batch_dim", 0)
-    before = output(model.eval()(**inputs))
-    rows = list(before.shape)
-    rows[dim] *= S
-    iw.convert(model, S, expand=expand, example_inputs=inputs, strict=True, batch_norm="per_sample", **options)
-    assert torch.equal(output(model.eval()(**inputs)), before)
+def assert_equal_to_loop(
+    model: nn.Module, inputs: dict[str, Any] | tuple, output: Callable = lambda y: y, expand: str = "axis", **options
+) -> iw.Audit:
+    """Converts the model (made double) and returns its audit. The loop is the same model, one noise sample after another.
+
+    ``output`` takes what of the model's output is compared: a tensor, or a tuple of some.
+    """
+    model, dim = model.double(), options.get("batch_dim", 0)
+    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
+
+    def outputs(m: nn.Module) -> tuple[Tensor, ...]:
+        y = output(m(*args, **kwargs))
+        return y if isinstance(y, tuple) else (y,)
+
+    before = outputs(model.eval())
+    iw.convert(model, S, expand=expand, example_inputs=inputs, **{"strict": True, "batch_norm": "per_sample", **options})
+    assert all(map(torch.equal, outputs(model.eval()), before))
     model.train()
     twin = copy.deepcopy(model)
 
     with iw.sampling(S, seed=SEED):
-        got = output(model(**inputs))
-    assert list(got.shape) == rows
+        got = outputs(model)
     samples = []
     for s in range(S):
         with iw.sampling(1, seed=SEED, sample_ids=[s]):
-            samples.append(output(twin(**inputs)))
-    want = torch.cat(samples, dim)
-    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
-    assert not torch.allclose(samples[0], samples[1]), "no noise reaches the output"
-    assert not torch.allclose(samples[0], before)
-    weight = torch.randn_like(want)
-    for y in (got, want):
-        (y * weight).sum().backward()
+            samples.append(outputs(twin))
+    want = [torch.cat(each, dim) if each[0].dim() else torch.stack(each) for each in zip(*samples, strict=True)]
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+    assert not all(map(torch.allclose, samples[0], samples[1])), "no noise reaches the output"
+    assert not all(map(torch.allclose, samples[0], before))
+    weights = [torch.randn_like(y) for y in want]
+    for outs in (got, want):
+        sum((y * w).sum() for y, w in zip(outs, weights, strict=True)).backward()
     norms = 0.0
     for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert (p.grad is None) == (q.grad is None), name
@@ -45,4 +55,6 @@ def assert_equal_to_loop(model: nn.Module, inputs: dict[str, Tensor], output=lam
     assert norms > 0
     for (name, p), q in zip(model.named_buffers(), twin.buffers(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
-    return iw.audit(model, **inputs)
+    audit = iw.audit(model, *args, gradients=True, **kwargs)
+    assert audit.complete and audit.verification.gradients, str(audit)
+    return audit

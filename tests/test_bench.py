@@ -85,19 +85,46 @@ def test_providers_of_models_with_batch_norm():
     """Where BatchNorm stands behind noise: one pass over S*B rows and S passes are checked each against its own definition."""
     x, y = torch.randn(4, 3, 8, 8), torch.randint(4, (4,))
     i = training.Inputs(step.models.wide_resnet(10, 1, 4), x, y, (x.repeat(2, 1, 1, 1), y.repeat(2)), 2, expand="input")
-    for name in (BASELINE, "expanded batch", "iw reference", "iw reference, streamed"):
-        variant = training.providers("reference")[name](i)
+    providers = training.providers("reference", expand="input", batch_norm=True)
+    assert "iw reference, rows at the input" not in providers  # it is "rows"
+    joint = ("expanded batch", "iw reference, rows, joint BatchNorm")
+    for name in (BASELINE, *joint, "iw reference", "iw reference, rows", "iw reference, streamed"):
+        variant = providers[name](i)
         with measure.forced("reference"):
             variant.check()
     with pytest.raises(Skip, match=r"torch\.func\.vmap cannot run this model: RuntimeError: Batch norm"):
-        training.providers("reference")["torch.func.vmap"](i)
+        providers["torch.func.vmap"](i)
+    with measure.forced("reference"), pytest.raises(AssertionError, match=r"loss|gradient"):
+        training.provider(training.rows(batch_norm="joint"), "each sample")(i).check()
+    with measure.forced("reference"), pytest.raises(AssertionError, match=r"loss|gradient"):
+        training.provider(training.converted(), "joint")(i).check()
+
+
+def test_forms_of_each_architecture():
+    """The joint form is there for models with BatchNorm, and rows at the input where "rows" are not that."""
+    for c in step.cases(Grid(CPU)):
+        if c.samples == 8 and c.op != "wide MLP" and "iw cpu, loop" in c.providers:
+            model = step.CPU[c.op].make()
+            normalized = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+            assert ("iw cpu, rows, joint BatchNorm" in c.providers) == normalized, c.op
+            assert ("iw cpu, rows at the input" in c.providers) == (step.CPU[c.op].expand != "input"), c.op
+
+
+def test_providers_of_a_skip_path():
+    """Rows must be expanded at its input: from the first noise on they do not fit."""
+    x, y = torch.randn(5, 6), torch.randint(3, (5,))
+    i = training.Inputs(step.models.SkipPath(6, 2, 3), x, y, (x, y), 3, expand="input")
+    providers = training.providers("reference", expand="input")
+    for name in (BASELINE, "iw reference", "iw reference, rows", "iw reference, loop"):
+        with measure.forced("reference"):
+            providers[name](i).check()
 
 
 @pytest.mark.parametrize("architecture", [a for a in step.CPU.values() if a.tokens], ids=lambda a: a.size)
 def test_providers_of_token_models(architecture):
     (x, y), more = architecture.data(2, CPU), architecture.data(4, CPU)
     i = training.Inputs(architecture.make(), x, y, more, 2)
-    for name in (BASELINE, "iw reference"):
+    for name in (BASELINE, "iw reference", "iw reference, rows", "iw reference, rows at the input"):
         variant = training.providers("reference")[name](i)
         with measure.forced("reference"):
             variant.check()

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import gc
 import threading
+import warnings
 
 import naive
 import pytest
@@ -100,6 +101,11 @@ def assert_equal(got, want):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+def one_by_one(form, expand):
+    """Reentrant checkpoints are autograd Functions, which torch.vmap does not take."""
+    return [""] if form == "checkpoint-reentrant" and expand == "axis" else []
+
+
 def data():
     return torch.randn(B, F, dtype=torch.float64, requires_grad=True)
 
@@ -175,13 +181,17 @@ class TestReplay:
         assert_equal([p.grad for p in model.parameters()], [a + b for a, b in zip(*want, strict=True)])
 
     def test_in_a_converted_model(self, form, nested):
-        """The model's own context has ended by the time of backward; rows expanded at the input and at the first layer."""
-        for expand in ("input", "first"):
+        """The model's own context has ended by the time of backward."""
+        for expand in ("axis", "input", "first"):
             plain = Stack(nested)
             for gate in plain.gates:
                 gate.drop = nn.Dropout(gate.drop.p)
             model, x = iw.convert(plain, S, expand=expand), data()
             results = []
+            if form == "checkpoint-reentrant" and expand == "axis":  # an autograd Function, which torch.vmap does not take
+                model.ck = OURS[form]
+                with pytest.warns(UserWarning, match="called once for each noise sample"):
+                    model(x)
             for ck in (direct, OURS[form]):
                 torch.manual_seed(2)
                 model.ck = ck
@@ -293,11 +303,16 @@ class TestFunctionalDropout:
                 x = self.ck(block, x)
             return self.drop(x)
 
-    @pytest.mark.parametrize("expand", ["first", "input"])
+    @pytest.mark.parametrize("expand", ["axis", "first", "input"])
     def test_replayed(self, expand):
-        x = data()
-        model, results = iw.convert(self.Model().double(), S, expand=expand, example_inputs=x.detach()), []
-        for ck in (direct, *OURS.values()):
+        x, model, results = data(), self.Model().double(), []
+        if expand == "axis":  # reentrant ones are autograd Functions, which torch.vmap does not take
+            model.ck = OURS["checkpoint-reentrant"]
+            with pytest.warns(UserWarning, match="called once for each noise sample"):
+                iw.convert(model, S, example_inputs=x)
+        else:
+            iw.convert(model, S, expand=expand, example_inputs=x.detach())
+        for ck in (direct, PLAIN["non-reentrant"], *OURS.values()):
             model.ck = ck
             with iw.sampling(S, seed=1):
                 y = model(x)
@@ -305,36 +320,55 @@ class TestFunctionalDropout:
         for other in results[1:]:
             assert_equal(other, results[0])
 
-    @pytest.mark.parametrize("form", PLAIN)
-    @pytest.mark.parametrize("expand", ["first", "input"])
-    def test_refused(self, expand, form):
+    @pytest.mark.parametrize("form", ["non-reentrant", "context_fn", "checkpoint"])
+    def test_replayed_on_the_axis(self, form):
+        """Without any part that is called one by one."""
         x = data()
-        model = iw.convert(self.Model().double(), S, expand=expand, example_inputs=x.detach())
-        model.ck = PLAIN[form]
-        message = r"dropout is noise of a converted model here.*Use iw.checkpoint\("
-        if form == "reentrant":
-            with pytest.raises(RuntimeError, match=message):
+        model, results = iw.convert(self.Model().double(), S, example_inputs=x.detach()), []
+        for model.ck in (direct, {**PLAIN, **OURS}[form]):
+            with iw.sampling(S, seed=1):
+                y = model(x)
+            results.append(backward(y, x, model))
+        assert_equal(*results)
+        assert iw.audit(model, x.detach()).one_by_one == {}
+
+    @pytest.mark.parametrize("expand", ["axis", "first", "input"])
+    def test_refused(self, expand):
+        x = data()
+        model = iw.convert(self.Model().double(), S, expand=expand, verify=False)
+        model.ck = PLAIN["reentrant"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on the axis the model is called one by one
+            with pytest.raises(RuntimeError, match=r"dropout is noise of a converted model here.*Use iw.checkpoint\("):
                 model(x)
-            return
-        with pytest.warns(UserWarning, match=message):
-            y = model(x)
-        with pytest.raises(RuntimeError, match="different metadata"):
-            y.sum().backward()
+
+    @pytest.mark.parametrize("expand", ["axis", "input"])
+    @pytest.mark.parametrize("inner", OURS)
+    def test_replayed_around_one_that_is_right(self, inner, expand):
+        """Non-reentrant, whatever is inside."""
+        x, results = data(), []
+        model = iw.convert(self.Model().double(), S, expand=expand, verify=False, one_by_one=one_by_one(inner, expand))
+        for model.ck in (
+            lambda block, x: block(x).tanh(),
+            lambda block, x: PLAIN["non-reentrant"](lambda x: OURS[inner](block, x).tanh(), x),
+        ):
+            with iw.sampling(S, seed=1):
+                y = model(x)
+            results.append(backward(y, x, model))
+        assert_equal(*results)
 
     @pytest.mark.parametrize("inner", OURS)
-    @pytest.mark.parametrize("outer", PLAIN)
-    def test_refused_around_one_that_is_right(self, outer, inner):
+    def test_refused_around_one_that_is_right(self, inner):
         """The recompute of the outer part begins outside of the model, whatever is inside."""
-        model, x = iw.convert(self.Model().double(), S, expand="input"), data()
-        model.ck = lambda block, x: PLAIN[outer](lambda x: OURS[inner](block, x).tanh(), x)
-        message = "is noise of a converted model here"
-        with pytest.raises(RuntimeError, match=message) if outer == "reentrant" else pytest.warns(UserWarning, match=message):
+        model, x = iw.convert(self.Model().double(), S, expand="input", verify=False), data()
+        model.ck = lambda block, x: PLAIN["reentrant"](lambda x: OURS[inner](block, x).tanh(), x)
+        with pytest.raises(RuntimeError, match="is noise of a converted model here"):
             model(x)
 
     @pytest.mark.parametrize("outer", ["reentrant", "non-reentrant", "checkpoint", "checkpoint-reentrant"])
     def test_refused_in_a_recompute(self, outer):
         """A reentrant part within another checkpoint: where that computes without a graph, it is recorded in backward only."""
-        model, x = iw.convert(self.Model().double(), S, expand="input"), data()
+        model, x = iw.convert(self.Model().double(), S, expand="input", verify=False), data()
         model.ck = PLAIN["reentrant"]
         with pytest.raises(RuntimeError, match="is noise of a converted model here"):
             {**PLAIN, **OURS}[outer](model, x).sum().backward()
@@ -359,11 +393,12 @@ class TestFunctionalDropout:
     @pytest.mark.parametrize("hooks", [False, True], ids=["plain", "save_on_cpu"])
     @pytest.mark.parametrize("inner", OURS)
     @pytest.mark.parametrize("form", PLAIN)
+    @pytest.mark.parametrize("expand", ["axis", "first"])
     @pytest.mark.filterwarnings("error:.*is noise of a converted model")
-    def test_a_context_inside_of_the_outer_checkpoint(self, form, inner, hooks):
+    def test_a_context_inside_of_the_outer_checkpoint(self, expand, form, inner, hooks):
         x = data()
-        model, results = iw.convert(self.Model().double(), S, expand="first", example_inputs=x.detach()), []
-        model.ck = OURS[inner]
+        model = iw.convert(self.Model().double(), S, expand=expand, example_inputs=x.detach(), one_by_one=one_by_one(inner, expand))
+        model.ck, results = OURS[inner], []
 
         def function(x):
             with torch.autograd.graph.save_on_cpu() if hooks else contextlib.nullcontext(), iw.sampling(S, seed=3):
@@ -375,10 +410,11 @@ class TestFunctionalDropout:
 
     @pytest.mark.parametrize("inside", ["own-context", "context"])
     @pytest.mark.parametrize("form", PLAIN)
-    def test_a_whole_model_is_right(self, form, inside):
+    @pytest.mark.parametrize("expand", ["axis", "first"])
+    def test_a_whole_model_is_right(self, expand, form, inside):
         """Its recompute opens its context again, and draws the same seed from the generator that the checkpoint restores."""
         x = data()
-        model, results = iw.convert(self.Model().double(), S, expand="first", example_inputs=x.detach()), []
+        model, results = iw.convert(self.Model().double(), S, expand=expand, example_inputs=x.detach()), []
 
         def function(x):
             with iw.sampling(S) if inside == "context" else contextlib.nullcontext():

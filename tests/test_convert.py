@@ -1,19 +1,20 @@
 """convert and revert: what is swapped, where rows expand, and that a converted model is still a model."""
 
-import logging
+import random
 import sys
 from contextlib import nullcontext
 
 import naive
+import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import iwsgd_ext as iw
 from iwsgd_ext.sampling import current
 
 B, S = 5, 3
+EXPAND = pytest.mark.parametrize("expand", ["axis", "first", "input"])
 
 
 class Skip(nn.Module):
@@ -53,7 +54,7 @@ def masked_mlp(model: nn.Module, x: torch.Tensor, seed: int, samples: int = S, s
 
 
 class TestExpansion:
-    @pytest.mark.parametrize("expand", ["first", "input", "2", "0", "auto"])
+    @pytest.mark.parametrize("expand", ["axis", "first", "input", "2", "0"])
     def test_values(self, backend, expand):
         """Wherever rows expand, the noise is the same, and so is the output."""
         model, x = mlp(), torch.randn(B, 6)
@@ -65,7 +66,7 @@ class TestExpansion:
         torch.testing.assert_close(y, masked_mlp(model, x, 7))
         torch.testing.assert_close(again, masked_mlp(model, x, 7, stream=2))
 
-    @pytest.mark.parametrize(("expand", "rows_of_trunk"), [("first", B), ("input", S * B), ("2", B), ("0", S * B), ("auto", B)])
+    @pytest.mark.parametrize(("expand", "rows_of_trunk"), [("axis", B), ("first", B), ("input", S * B), ("2", B), ("0", S * B)])
     def test_place(self, expand, rows_of_trunk):
         """The trunk before the first noise layer is computed once where that is asked for."""
         model, rows = mlp(), []
@@ -75,9 +76,10 @@ class TestExpansion:
         model(torch.ones(B, 6))
         assert rows == [rows_of_trunk]
 
-    @pytest.mark.parametrize("batch", [1, 2, S, B])
-    def test_auto_sees_that_a_skip_path_needs_input(self, batch):
-        model = iw.convert(Skip(), S, example_inputs=torch.ones(batch, 6))
+    @pytest.mark.parametrize("expand", ["axis", "input"])
+    @pytest.mark.parametrize("batch", [None, 2, S, B])
+    def test_a_skip_path(self, batch, expand):
+        model = iw.convert(Skip(), S, expand=expand, example_inputs=None if batch is None else torch.ones(batch, 6))
         x = torch.randn(B, 6)
         with iw.sampling(S, seed=1):
             y = model(x)
@@ -85,44 +87,14 @@ class TestExpansion:
         keep = naive.naive_keep(x, 0.5, samples=S, seed=1) * 2
         torch.testing.assert_close(y, many + model.linear(many * keep))
 
-    def test_auto_says_nothing_where_first_does_not_fit(self, capfd):
-        """torch logs each failure on fake tensors with its traceback; outside of the dry run it still does."""
-        logger = logging.getLogger("torch._subclasses.fake_tensor")
-        handler, level = logging.StreamHandler(), logger.level
-        logger.addHandler(handler)
-        try:
-            iw.convert(Skip(), S, example_inputs=torch.ones(B, 6))
-            assert capfd.readouterr() == ("", "")
-            assert logger.level == level
-            with FakeTensorMode(), pytest.raises(RuntimeError):
-                torch.ones(2, 3) + torch.ones(4, 3)
-            assert "failed while attempting" in capfd.readouterr().err
-        finally:
-            logger.removeHandler(handler)
-
-    def test_auto_without_example_inputs_is_input(self):
-        model = iw.convert(Skip(), S)
-        assert model(torch.ones(B, 6)).shape == (S * B, 6)
-
+    @EXPAND
     @pytest.mark.parametrize("wrong", [torch.ones(B, 7), 5, (torch.ones(B, 6), torch.ones(B, 6))], ids=["features", "int", "two"])
-    def test_auto_warns_where_the_model_does_not_run_on_the_example_inputs(self, wrong):
-        with pytest.warns(UserWarning, match=r"example_inputs: the model stops on them.*expand='input'"):
-            model = iw.convert(mlp(), S, example_inputs=wrong)
-        assert model(torch.ones(B, 6)).shape == (S * B, 2)
-
-    def test_auto_does_not_warn_of_a_forward_that_asks_for_values(self, recwarn):
-        """Fake tensors have none, so the dry run stops; the example inputs are right."""
-
-        class Asks(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.drop = nn.Dropout(0.5)
-
-            def forward(self, x):
-                return self.drop(x * 2 if x.sum().item() > 0 else x)
-
-        assert iw.convert(Asks(), S, example_inputs=torch.ones(B, 6))(torch.ones(B, 6)).shape == (S * B, 6)
-        assert not [w for w in recwarn if "example_inputs" in str(w.message)]
+    def test_example_inputs_on_which_the_model_stops(self, wrong, expand):
+        model = mlp()
+        with pytest.raises(ValueError, match=r"example_inputs: the model stops on them: (RuntimeError|TypeError|ValueError)"):
+            iw.convert(model, S, expand=expand, example_inputs=wrong)
+        assert type(model[2]) is nn.Dropout and model(torch.ones(B, 6)).shape == (B, 2)
+        assert current() is None
 
     @pytest.mark.parametrize("context", [False, True], ids=["own-context", "context"])
     @pytest.mark.parametrize("converted", [False, True])
@@ -143,14 +115,16 @@ class TestExpansion:
             iw.IWDropout(0.5)(torch.ones(B, 6)) @ torch.ones(11, 13)
         assert not hasattr(raised.value, "__notes__")
 
-    def test_first_warns_where_it_does_not_fit_the_example_inputs(self):
-        with pytest.warns(UserWarning, match=r"with expand='first', in a dry run of \d+ samples, RuntimeError.*; 'auto' looks"):
-            iw.convert(Skip(), S, expand="first", example_inputs=torch.ones(B, 6))
+    def test_first_that_does_not_fit_the_example_inputs(self):
+        model = Skip()
+        with pytest.raises(ValueError, match="the model stops on them: RuntimeError: The size of tensor a"):
+            iw.convert(model, S, expand="first", example_inputs=torch.ones(B, 6))
+        assert type(model.drop) is nn.Dropout
 
+    @EXPAND
     @pytest.mark.parametrize("mixed", [False, True], ids=["tokens", "views"])
-    def test_auto_is_input_where_other_rows_expand_than_come_in(self, mixed):
-        """Shapes fit both where tokens are flattened into the rows, which "first" may expand, and where two views are concatenated,
-        whose rows it would pair with those of other samples."""
+    def test_more_rows_than_come_in(self, mixed, expand):
+        """Tokens that are flattened into the rows fit anywhere; of two views, "first" would pair rows with those of other samples."""
 
         class Rows(nn.Module):
             def __init__(self):
@@ -164,35 +138,37 @@ class TestExpansion:
                 return self.drop(torch.stack([a, b], 1).flatten(0, 1)).unflatten(0, (-1, 2))
 
         a, b = torch.rand(B, 6) + 1, -torch.rand(B, 6) - 1
-        model = iw.convert(Rows(), S, example_inputs=(a, b))
-        assert model._iw_conversion.expand == "input"
-        assert f"{2 * B} rows would expand where the inputs have {B}" in str(iw.audit(model))
-        for expand in ("auto", "first") if not mixed else ("auto",):
-            model = iw.convert(Rows(), S, expand=expand, example_inputs=(a, b))
-            y = model(a, b)  # each value is 0, or twice its input
-            assert y.shape == (S * B, 2, 6)
-            for view, x in enumerate((a, b)):
-                kept = y[:, view] != 0
-                assert torch.equal(y[:, view][kept], 2 * torch.cat([x] * S)[kept]) and 0.2 < kept.double().mean() < 0.8
+        if mixed and expand != "axis":
+            with pytest.raises(ValueError, match=f"with expand='{expand}', 3 samples together do not give .*: output.* of sample"):
+                iw.convert(Rows(), S, expand=expand, example_inputs=(a, b))
+            return
+        model = iw.convert(Rows(), S, expand=expand, example_inputs=(a, b))
+        y = model(a, b)  # each value is 0, or twice its input
+        assert y.shape == (S * B, 2, 6)
+        for view, x in enumerate((a, b)):
+            kept = y[:, view] != 0
+            assert torch.equal(y[:, view][kept], 2 * torch.cat([x] * S)[kept]) and 0.2 < kept.double().mean() < 0.8
 
-    def test_auto_changes_nothing_but_the_layers(self):
-        """The dry run: mode, parameters, buffers and random numbers are as before."""
+    @EXPAND
+    def test_running_it_changes_nothing_but_the_layers(self, expand):
+        """Mode, parameters, buffers, gradients and random numbers are as before."""
         model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 2)).eval()
         model[0].train()
+        model[0].weight.grad = torch.ones(6, 6)
         before = {k: v.clone() for k, v in model.state_dict().items()}
-        torch.manual_seed(1)
-        iw.convert(model, S, example_inputs=torch.randn(B, 6))
-        x = torch.randn(3)
-        torch.manual_seed(1)
-        torch.randn(B, 6)
-        assert torch.equal(x, torch.randn(3))
+        generators = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+        iw.convert(model, S, expand=expand, example_inputs=torch.randn(B, 6, generator=torch.Generator().manual_seed(1)))
+        assert torch.equal(torch.get_rng_state(), generators[0]) and random.getstate() == generators[2]
+        assert np.array_equal(np.random.get_state()[1], generators[1])
         assert [m.training for m in model] == [True, False, False, False]
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
         assert all(type(p) is nn.Parameter for p in model.parameters())
+        assert torch.equal(model[0].weight.grad, torch.ones(6, 6)) and model[3].weight.grad is None
 
-    def test_arguments_by_position_and_keyword(self):
+    @pytest.mark.parametrize("expand", ["axis", "input"])
+    def test_arguments_by_position_and_keyword(self, expand):
         """Tensors with the first one's rows are expanded, wherever they stand; others and numbers pass."""
-        model, x, other, table = iw.convert(TwoInputs(), S, expand="input"), torch.randn(B, 6), torch.randn(B, 4), torch.randn(6, 7)
+        model, x, other, table = iw.convert(TwoInputs(), S, expand=expand), torch.randn(B, 6), torch.randn(B, 4), torch.randn(6, 7)
         with iw.sampling(S, seed=2):
             y = model(x, other, scale=2.0, table=table)
         with iw.sampling(S, seed=2):
@@ -202,23 +178,30 @@ class TestExpansion:
         torch.testing.assert_close(y, want)
         torch.testing.assert_close(z, want)
 
-    def test_expand_args(self):
-        """A square table has as many rows as the batch; naming the arguments keeps it whole."""
-        x, other, table = torch.randn(6, 6), torch.randn(6, 4), torch.randn(6, 6)
-        model = iw.convert(TwoInputs(), S, expand="input", expand_args=(0, "other"))
-        assert model(x, other=other, table=table).shape == (S * 6, 6)
-        everything = iw.convert(TwoInputs(), S, expand="input")
-        with pytest.raises(RuntimeError):
-            everything(x, other=other, table=table)
-        assert current() is None
-
-    def test_nested_arguments(self):
+    @pytest.mark.parametrize("expand", ["axis", "input"])
+    def test_nested_arguments(self, expand):
         class Dict(TwoInputs):
             def forward(self, batch):
                 return super().forward(batch["x"], *batch["rest"])
 
-        model = iw.convert(Dict(), S, expand="input")
-        assert model({"x": torch.ones(B, 6), "rest": [torch.ones(B, 4)], "name": "kept"}).shape == (S * B, 6)
+        batch = {"x": torch.randn(B, 6), "rest": [torch.randn(B, 4)], "name": "kept"}
+        model = iw.convert(Dict(), S, expand=expand, example_inputs=[batch])
+        with iw.sampling(S, seed=2):
+            y = model(batch)
+        h = model.a(batch["x"])
+        want = naive.naive_noise(h, 0.5, samples=S, seed=2) + torch.cat([model.b(batch["rest"][0])] * S)
+        torch.testing.assert_close(y, want)
+
+    def test_a_table_of_as_many_rows_as_the_batch(self):
+        """On the axis nothing is repeated; "input" would repeat it, and says that this does not run."""
+        x, other, table = torch.randn(6, 6), torch.randn(6, 4), torch.randn(6, 6)
+        model = iw.convert(TwoInputs(), S, example_inputs={"x": x, "other": other, "table": table})
+        with iw.sampling(S, seed=2):
+            y = model(x, other=other, table=table)
+        want = (naive.naive_noise(model.a(x), 0.5, samples=S, seed=2) + torch.cat([model.b(other)] * S)) @ table
+        torch.testing.assert_close(y, want)
+        with pytest.raises(ValueError, match="the model stops on them"):
+            iw.convert(TwoInputs(), S, expand="input", example_inputs={"x": x, "other": other, "table": table})
 
     def test_input_without_a_tensor(self):
         model = iw.convert(mlp(), S, expand="input")
@@ -232,10 +215,11 @@ class TestExpansion:
             model(torch.ones(B, 6))
         assert current() is None
 
-    def test_rows_in_another_dimension(self):
+    @pytest.mark.parametrize("expand", ["axis", "input"])
+    def test_rows_in_another_dimension(self, expand):
         """A context's batch_dim rules where rows expand, too."""
         x = torch.randn(7, B, 6)
-        model = iw.convert(Skip(), S, expand="input")
+        model = iw.convert(Skip(), S, expand=expand)
         with iw.sampling(S, seed=1, batch_dim=1):
             y = model(x)
         many = torch.cat([x] * S, 1)
@@ -244,33 +228,37 @@ class TestExpansion:
 
 
 class TestContexts:
-    def test_own_context_draws_anew_and_follows_manual_seed(self):
-        model, x = iw.convert(mlp(), S, expand="first"), torch.randn(B, 6)
+    @EXPAND
+    def test_own_context_draws_anew_and_follows_manual_seed(self, expand):
+        model, x = iw.convert(mlp(), S, expand=expand), torch.randn(B, 6)
         torch.manual_seed(3)
         one, other = model(x), model(x)
         torch.manual_seed(3)
         assert torch.equal(model(x), one)
         assert not torch.equal(one, other)
 
-    def test_explicit_context_rules(self):
+    @pytest.mark.parametrize("expand", ["axis", "input"])
+    def test_explicit_context_rules(self, expand):
         """Its seed, sample ids and number of samples; the place of expansion stays the model's."""
-        model, x = iw.convert(Skip(), S, expand="input"), torch.randn(B, 6)
+        model, x = iw.convert(Skip(), S, expand=expand), torch.randn(B, 6)
         with iw.sampling(7, seed=1) as context:
             seven = model(x).view(7, B, 6)
             assert (context.expand, context.batch) == ("first", None)
         with iw.sampling(1, seed=1, sample_ids=[4]):
             torch.testing.assert_close(model(x), seven[4])
 
-    def test_batch_starts_afresh_at_each_forward(self):
-        model = iw.convert(mlp(), S, expand="first")
+    @EXPAND
+    def test_batch_starts_afresh_at_each_forward(self, expand):
+        model = iw.convert(mlp(), S, expand=expand)
         with iw.sampling(S, seed=1) as context:
             assert model(torch.ones(B, 6)).shape == (S * B, 2)
             assert model(torch.ones(2, 6)).shape == (S * 2, 2)
             assert context.stream == 4
 
-    def test_two_converted_models_in_one_context(self):
+    @pytest.mark.parametrize(("first", "second"), [("first", "input"), ("axis", "input"), ("first", "axis"), ("axis", "axis")])
+    def test_two_converted_models_in_one_context(self, first, second):
         """Each with its own place of expansion, and unexpanded layers of the context's own around them."""
-        one, two, drop = iw.convert(mlp(), S, expand="first"), iw.convert(Skip(), S, expand="input"), iw.IWDropout(0.5)
+        one, two, drop = iw.convert(mlp(), S, expand=first), iw.convert(Skip(), S, expand=second), iw.IWDropout(0.5)
         x = torch.randn(B, 6)
         with iw.sampling(S, seed=1) as context:
             assert drop(x).shape == (S * B, 6)
@@ -279,31 +267,39 @@ class TestContexts:
             assert drop(x).shape == (S * B, 6)
             assert context.stream == 5
 
-    def test_exception_in_forward(self):
-        model = iw.convert(mlp(), S, expand="first")
+    @EXPAND
+    def test_exception_in_forward(self, expand):
+        model = iw.convert(mlp(), S, expand=expand)
         with pytest.raises(RuntimeError):
             model(torch.ones(B, 7))
         assert current() is None
         with iw.sampling(2) as context:
             with pytest.raises(RuntimeError):
                 model(torch.ones(B, 7))
-            assert (context.expand, context.batch, context.converted) == ("first", None, [])
+            assert (context.expand, context.batch, context.axis) == ("first", None, None)
 
-    def test_no_context_is_left_after_an_interrupt(self):
+    @EXPAND
+    def test_no_context_is_left_after_an_interrupt(self, expand):
         """Ctrl-C in a notebook's cell, and the cell is run again: forward hooks do not run on KeyboardInterrupt."""
 
         class Interrupted(nn.Module):
             def forward(self, x):
                 raise KeyboardInterrupt
 
-        model = iw.convert(nn.Sequential(nn.Dropout(0.5), Interrupted()), S, expand="first")
-        with pytest.raises(KeyboardInterrupt):
-            model(torch.ones(B, 6))
-        assert iw.IWDropout(0.5)(torch.ones(B, 6)).shape == (B, 6)
-        assert iw.convert(mlp(), 2, expand="first")(torch.ones(B, 6)).shape == (2 * B, 2)
+        model, x = iw.convert(nn.Sequential(nn.Dropout(0.5), Interrupted()), S, expand=expand), torch.randn(B, 6)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                model(x)
+        assert torch._C._functorch.peek_interpreter_stack() is None
+        assert iw.IWDropout(0.5)(x).shape == (B, 6)
+        assert iw.convert(mlp(), 2, expand=expand)(x).shape == (2 * B, 2)
+        model[1] = nn.Identity()
+        with iw.sampling(S, seed=1):
+            assert torch.equal(model(x), naive.naive_noise(x, 0.5, samples=S, seed=1))
         assert current() is None
 
-    def test_model_that_changes_its_mode_in_forward(self):
+    @EXPAND
+    def test_model_that_changes_its_mode_in_forward(self, expand):
         class Changing(nn.Module):
             def __init__(self):
                 super().__init__()
@@ -314,14 +310,15 @@ class TestContexts:
                 self.eval()
                 return y
 
-        model = iw.convert(Changing(), S, expand="first")
+        model = iw.convert(Changing(), S, expand=expand)
         assert model(torch.ones(B, 6)).shape == (S * B, 6)
         assert current() is None
 
-    def test_train_and_eval(self):
+    @EXPAND
+    def test_train_and_eval(self, expand):
         model, x = mlp(), torch.randn(B, 6)
         want = model.eval()(x)
-        iw.convert(model, S, expand="input")
+        iw.convert(model, S, expand=expand)
         assert torch.equal(model(x), want)
         with iw.sampling(S) as context:
             assert torch.equal(model(x), want)
@@ -334,9 +331,10 @@ class TestNoiseOfThisPackage:
     @pytest.mark.parametrize(
         "layer", [iw.IWGaussianNoise(0.1), iw.IWGaussianDropout(0.1), iw.IWMultinomialDropout(0.5), iw.IWDropPath(0.1)]
     )
-    def test_layers_that_are_there(self, layer):
+    @pytest.mark.parametrize("expand", ["axis", "first"])
+    def test_layers_that_are_there(self, layer, expand):
         """A model whose only noise is this package's converts, and reverts with its layers left in place."""
-        model = iw.convert(nn.Sequential(nn.Linear(6, 6), layer), S, example_inputs=torch.ones(B, 6), strict=True)
+        model = iw.convert(nn.Sequential(nn.Linear(6, 6), layer), S, expand=expand, example_inputs=torch.ones(B, 6), strict=True)
         assert model(torch.ones(B, 6)).shape == (S * B, 6)
         assert iw.revert(model)[1] is layer
         assert model(torch.ones(B, 6)).shape == (B, 6)
@@ -346,8 +344,16 @@ BAD = [
     (TypeError, r"model: expected a torch.nn.Module, got int", lambda: iw.convert(3, S)),
     (TypeError, "samples: expected an int, got float", lambda: iw.convert(mlp(), 2.0)),
     (ValueError, "samples: expected an integer >= 1, got 0", lambda: iw.convert(mlp(), 0)),
-    (ValueError, "model: expected noise, at least one of Dropout, .* found none", lambda: iw.convert(nn.Linear(2, 2), S)),
-    (ValueError, "expand: expected 'auto', .* got 'nowhere'", lambda: iw.convert(mlp(), S, expand="nowhere")),
+    (
+        ValueError,
+        "model: expected noise, at least one of Dropout, .* found none",
+        lambda: iw.convert(nn.Linear(2, 2), S, example_inputs=torch.ones(B, 2)),
+    ),
+    (ValueError, "expand: expected 'axis', .* got 'nowhere'", lambda: iw.convert(mlp(), S, expand="nowhere")),
+    (ValueError, "expand: expected 'axis', .* got 'auto'", lambda: iw.convert(mlp(), S, expand="auto")),
+    (ValueError, "batch_norm='joint': expected expand='input'", lambda: iw.convert(mlp(), S, batch_norm="joint")),
+    (ValueError, "one_by_one: expected names of submodules, .* got 'nowhere'", lambda: iw.convert(mlp(), S, one_by_one=["nowhere"])),
+    (ValueError, "one_by_one: expected none where expand='first'", lambda: iw.convert(mlp(), S, expand="first", one_by_one=["2"])),
     (ValueError, "but it is; iw.revert", lambda: iw.convert(iw.convert(mlp(), S), S)),
     (ValueError, r"but '0' is; iw\.revert", lambda: iw.convert(nn.Sequential(iw.convert(mlp(), S)), S)),
     (ValueError, "model: expected a converted one", lambda: iw.revert(mlp())),

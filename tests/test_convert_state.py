@@ -14,7 +14,7 @@ import iwsgd_ext as iw
 
 
 class TestModelStaysAModel:
-    @pytest.mark.parametrize("expand", ["first", "input", "2"])
+    @pytest.mark.parametrize("expand", ["axis", "first", "input", "2"])
     def test_copies(self, expand):
         """A deep copy, a pickle and a saved one are converted, draw the same, and are independent of the original."""
         model, x = iw.convert(mlp(), S, expand=expand), torch.randn(B, 6)
@@ -40,19 +40,21 @@ class TestModelStaysAModel:
         model.load_state_dict(original.state_dict())
         original.load_state_dict(model.state_dict())
 
-    def test_identity_of_layers_and_hooks(self):
+    @pytest.mark.parametrize(("expand", "rows"), [("axis", B), ("first", S * B), ("input", S * B)])
+    def test_identity_of_layers_and_hooks(self, expand, rows):
+        """Hooks of the model see all rows; on the axis those of its parts see what one sample alone has."""
         model, calls = mlp(), []
         drop = model[2]
         drop.register_forward_hook(lambda m, args, y: calls.append(y.shape[0]))
         model.register_forward_pre_hook(lambda m, args: calls.append("before"))
-        model.register_forward_hook(lambda m, args, y: calls.append("after"))
-        iw.convert(model, S, expand="first")
+        model.register_forward_hook(lambda m, args, y: calls.append(f"after {len(y)}"))
+        iw.convert(model, S, expand=expand, verify=False)
         assert model[2] is drop
         assert type(drop) is iw.IWDropout
         model(torch.ones(B, 6))
         iw.revert(model)
         model(torch.ones(B, 6))
-        assert calls == ["before", S * B, "after", "before", B, "after"]
+        assert calls == ["before", rows, f"after {S * B}", "before", B, f"after {B}"]
 
     def test_revert_gives_back_all(self):
         model = nn.Sequential(
@@ -69,9 +71,10 @@ class TestModelStaysAModel:
         assert {name: dict(m.__dict__) for name, m in model.named_modules()} == before
         iw.convert(model, S)
 
-    def test_shared_module_draws_at_each_place(self):
+    @pytest.mark.parametrize("expand", ["axis", "first"])
+    def test_shared_module_draws_at_each_place(self, expand):
         drop = nn.Dropout(0.5)
-        model = iw.convert(nn.Sequential(drop, nn.Linear(6, 6), drop), S, expand="first")
+        model = iw.convert(nn.Sequential(drop, nn.Linear(6, 6), drop), S, expand=expand)
         x = torch.randn(B, 6)
         with iw.sampling(S, seed=1) as context:
             y = model(x)
@@ -79,12 +82,13 @@ class TestModelStaysAModel:
         h = model[1](naive.naive_noise(x, 0.5, samples=S, seed=1))
         torch.testing.assert_close(y, naive.naive_noise(h, 0.5, samples=S, seed=1, stream=1, expand=False))
 
-    def test_subclass_of_dropout_is_left(self):
+    @pytest.mark.parametrize("expand", ["axis", "first"])
+    def test_subclass_of_dropout_is_left(self, expand):
         class Mine(nn.Dropout):
             def forward(self, x):
                 return x
 
-        model = iw.convert(nn.Sequential(nn.Dropout(0.5), Mine()), S, expand="first")
+        model = iw.convert(nn.Sequential(nn.Dropout(0.5), Mine()), S, expand=expand)
         assert type(model[1]) is Mine
         x = torch.randn(B, 6)
         with iw.sampling(S, seed=1):

@@ -67,7 +67,7 @@ class TestPredict:
         torch.testing.assert_close(got.exp(), want, rtol=1e-10, atol=1e-12)
         assert not got.requires_grad
 
-    @pytest.mark.parametrize("expand", ["first", "input", "2"])
+    @pytest.mark.parametrize("expand", ["axis", "first", "input", "2"])
     def test_converted_model(self, expand):
         """The samples of predict rule over the model's; its place of expansion stays; eval mode afterwards as before."""
         model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Dropout(0.5), nn.BatchNorm1d(9), nn.Linear(9, C)).double()
@@ -140,8 +140,8 @@ class TestPredict:
     def test_compiled_model(self):
         torch._dynamo.reset()
         model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Dropout(0.5), nn.Linear(9, C)).double()
-        iw.convert(model, 3, expand="input")
         x = data()
+        iw.convert(model, 3, expand="input", example_inputs=x)
         want = iw.predict(model, x, 6, seed=SEED)
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(iw.predict(compiled, x, 6, seed=SEED, chunk=3), want)

@@ -2,6 +2,7 @@
 
 import warnings
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -25,12 +26,13 @@ class Attends(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2).mean(1))
 
 
-def test_attention_without_dropout_among_noise():
+@pytest.mark.parametrize("expand", ["axis", "first"])
+def test_attention_without_dropout_among_noise(expand):
     """Masks of B rows meet S*B rows in an evaluation as in training, which draws less: said once, not of what is drawn."""
     x, padding, target = torch.randn(B, 5, 8), torch.zeros(B, 5, dtype=torch.bool), torch.zeros(B, dtype=torch.int64)
     padding[:, 3:] = True
-    model = iw.convert(Attends(), S, example_inputs=(x, padding))
-    assert model._iw_conversion.expand == "first" and model(x, padding).shape == (S * B, 3)
+    model = iw.convert(Attends(), S, example_inputs=(x, padding), expand=expand)
+    assert model(x, padding).shape == (S * B, 3)
     for evaluate in (
         lambda: iw.predict(model, (x, padding), S, chunk=2, seed=3),
         lambda: iw.bound_curve(model, [((x, padding), target)] * 2, S, seed=3),
@@ -47,9 +49,11 @@ def test_attention_without_dropout_among_noise():
         torch.testing.assert_close(iw.predict(expanded, (x, padding), S, seed=3), iw.predict(model, (x, padding), S, seed=3))
 
 
-def test_compiled_with_methods_of_pythons_tensor():
+@pytest.mark.parametrize("expand", [pytest.param("axis", marks=pytest.mark.slow), "first"])
+def test_compiled_with_methods_of_pythons_tensor(expand):
+    torch._dynamo.reset()
     x, padding = torch.randn(B, 5, 8), torch.zeros(B, 5, dtype=torch.bool)
-    model = iw.convert(Attends(), S, example_inputs=(x, padding))
+    model = iw.convert(Attends(), S, example_inputs=(x, padding), expand=expand)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     results = []
     for run in model, compiled:
@@ -62,7 +66,7 @@ def test_compiled_with_methods_of_pythons_tensor():
 
 
 def test_attention_that_draws_nothing_is_not_named():
-    """The CPU's operator is one that may draw, and here does not."""
+    """A function that may draw, and here does not."""
 
     class Plain(nn.Module):
         def __init__(self):

@@ -138,7 +138,7 @@ def test_exported(device, backend, network, strict):
     class Training(nn.Module):
         def __init__(self):
             super().__init__()
-            self.model = iw.convert(network().double().to(device), 3, expand="first")
+            self.model = iw.convert(network().double().to(device), 3, expand="first", verify=False)
 
         def forward(self, x, target):
             with iw.sampling(3, seed=SEED):

@@ -48,10 +48,10 @@ def in_threads(*works):
 
 
 class TestThreads:
-    @pytest.mark.parametrize("expand", ["first", "input", "2"])
+    @pytest.mark.parametrize("expand", ["axis", "first", "input", "2"])
     def test_one_model_in_several_threads(self, expand):
         """Replicas as of nn.DataParallel share hooks and their owner: contexts do not mix, however the forwards interleave."""
-        model = iw.convert(network(), S, expand=expand)
+        model = iw.convert(network(), S, expand=expand, example_inputs=torch.randn(B, 6))  # (a first forward is looked at, one at a time)
         meet = []
 
         def wait(*_):
@@ -71,9 +71,10 @@ class TestThreads:
             assert y.shape == ((i + 1) * (B + i), 63)
             assert torch.equal(y == 0, naive_zeros(i, B + i, i + 1))
 
-    def test_own_contexts(self):
-        """Without an explicit context each forward opens one in its own thread, with a seed of its own."""
-        model = iw.convert(network(), S, expand="first")
+    @pytest.mark.parametrize("expand", ["axis", "first"])
+    def test_own_contexts(self, expand):
+        """Without an explicit context each forward, the first too, opens one in its own thread, with a seed of its own."""
+        model = iw.convert(network(), S, expand=expand)
         ys = in_threads(*[lambda _: model(torch.ones(B, 6))] * 4)
         assert all(y.shape == (S * B, 63) for y in ys)
         assert not any(torch.equal(a == 0, b == 0) for i, a in enumerate(ys) for b in ys[:i])

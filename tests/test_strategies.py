@@ -42,7 +42,7 @@ def run(model, criterion, x, target, way="batched", samples=S, seed=SEED, **opti
 
 @EXACT
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("expand", ["first", "input", "not converted"])
+@pytest.mark.parametrize("expand", ["axis", "first", "input", "not converted"])
 @pytest.mark.parametrize("network", [Mlp, ConvNet])
 def test_loss_and_every_gradient(device, backend, network, expand, loss, way):
     """The model's and the loss's own numbers of samples are other ones: the call's rules."""

@@ -160,3 +160,22 @@ def test_memory():
     assert held["streamed"] <= 1.15 * held["one sample"]
     assert held["resampled"] <= 1.15 * held["one sample"]
     assert held["batched"] > 50 * held["one sample"] and held["loop"] > 50 * held["one sample"]
+
+
+@pytest.mark.parametrize("meets", [lambda h: h - h.mean(0), lambda h: h - 2 * h.flip(0)], ids=["mean", "neighbour"])
+def test_rows_that_look_at_one_another_are_refused(meets):
+    """An example's neighbours keep other samples than its own, so the estimate would be biased."""
+
+    class Meeting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.drop, self.b = nn.Linear(6, 12), nn.Dropout(0.5), nn.Linear(12, 3)
+
+        def forward(self, x):
+            return self.b(meets(self.drop(self.a(x))).tanh())
+
+    x, target = torch.randn(8, 6), torch.randint(3, (8,))
+    model = iw.convert(Meeting(), 4, example_inputs=x)
+    with pytest.raises(ValueError, match="look at one another"):
+        backward(model, x, target, 4, criterion=iw.IWCrossEntropyLoss(4), strategy="resampled")
+    backward(model, x, target, 4, criterion=iw.IWCrossEntropyLoss(4), strategy="streamed")

@@ -80,7 +80,7 @@ def run(model, x, target, samples=S, criterion=None, **options):
 @EXACT
 @pytest.mark.parametrize("momentum", [0.3, None])
 @pytest.mark.parametrize("mode", ["per_sample", "frozen"])
-@pytest.mark.parametrize("expand", ["first", "input", "4"])
+@pytest.mark.parametrize("expand", ["axis", "first", "input", "4"])
 def test_batch_norm(way, expand, mode, momentum):
     """Loss, gradients and running statistics of the loop over samples, from passes of any number of them."""
     if expand == "4":  # the noise stands where this submodule begins
@@ -109,7 +109,7 @@ def test_joint_batch_norm_before_all_noise(way, expand):
     x, target = data()
     want[1](want[0](x))
     got = run(
-        iw.convert(model, 2, expand=expand),
+        iw.convert(model, 2, expand=expand, batch_norm="joint"),
         x,
         target,
         criterion=iw.IWCrossEntropyLoss(2, alpha=math.inf),
@@ -127,7 +127,7 @@ def test_joint_batch_norm_before_all_noise(way, expand):
 @pytest.mark.parametrize("expand", ["first", "input", "3"])
 def test_joint_batch_norm_after_noise_raises(expand, options):
     """Also one without running statistics in eval mode. The message has the layer's name and the way out; nothing is left behind."""
-    model = iw.convert(Normalised().double(), 2, expand=expand)
+    model = iw.convert(Normalised().double(), 2, expand=expand, batch_norm="joint")
     layer = "1" if expand == "input" else "5"
     with pytest.raises(ValueError, match=f"BatchNorm '{layer}' .*batch_norm='frozen'.*'per_sample'"):
         run(model, *data(), **options)
@@ -145,12 +145,12 @@ def test_joint_batch_norm_after_noise_raises(expand, options):
 def test_compiled_batch_norm(strategy):
     """A compiled model is watched too, whatever was compiled before; and its buffers are kept from replays."""
     torch._dynamo.reset()
-    model, (x, target) = iw.convert(Normalised().double(), 2, expand="first"), data()
+    model, (x, target) = iw.convert(Normalised().double(), 2, expand="first", batch_norm="joint"), data()
     model.compile(backend="eager")
     run(model, x, target)
     with pytest.raises(ValueError, match="BatchNorm '5'"):
         run(model, x, target, strategy=strategy)
-    model = iw.convert(Trunk().double(), 2, expand="first")
+    model = iw.convert(Trunk().double(), 2, expand="first", batch_norm="joint")
     twin, criterion = copy.deepcopy(model), iw.IWCrossEntropyLoss(2, alpha=math.inf)
     model.compile(backend="eager")
     for _ in range(2):
@@ -159,25 +159,26 @@ def test_compiled_batch_norm(strategy):
 
 def test_one_chunk_is_batched():
     """Streamed with all samples in one chunk allows joint statistics over them."""
-    model, (x, target) = iw.convert(Normalised().double(), 2, expand="first"), data()
+    model, (x, target) = iw.convert(Normalised().double(), 2, expand="first", batch_norm="joint"), data()
     twin = copy.deepcopy(model)
     torch.testing.assert_close(run(model, x, target, strategy="streamed", chunk=S), run(twin, x, target))
 
 
-@pytest.mark.parametrize("mode", ["joint", "per_sample"])
-def test_resampled_refuses_statistics_of_drawn_rows(mode):
+@pytest.mark.parametrize(("expand", "mode"), [("axis", "per_sample"), ("first", "joint"), ("first", "per_sample")])
+def test_resampled_refuses_statistics_of_drawn_rows(expand, mode):
     """Examples keep different samples, so that no sample's batch is whole."""
-    model = iw.convert(Normalised().double(), 2, expand="first", batch_norm=mode)
+    model = iw.convert(Normalised().double(), 2, expand=expand, batch_norm=mode)
     with pytest.raises(
         ValueError, match=r"'resampled': the BatchNorm '5'.*batch_norm='frozen', or take 'streamed' and batch_norm='per_sample'"
     ):
         run(model, *data(), strategy="resampled")
 
 
+@pytest.mark.parametrize("expand", ["axis", "first"])
 @pytest.mark.parametrize("mode", ["frozen", "per_sample"])
-def test_resampled_with_batch_norm(mode):
+def test_resampled_with_batch_norm(mode, expand):
     """The best sample's gradient is exact; running statistics of a shared trunk are those of the first passes."""
-    model, (x, target) = iw.convert((Normalised if mode == "frozen" else Trunk)().double(), 2, expand="first", batch_norm=mode), data()
+    model, (x, target) = iw.convert((Normalised if mode == "frozen" else Trunk)().double(), 2, expand=expand, batch_norm=mode), data()
     twin, criterion = copy.deepcopy(model), iw.IWCrossEntropyLoss(2, alpha=math.inf)
     for chunk in (None, 3):
         got = run(model, x, target, criterion=criterion, strategy="resampled", keep=2, chunk=chunk)
@@ -263,10 +264,11 @@ def test_random_numbers_of_torch_are_replayed():
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("expand", ["axis", "first"])
 @pytest.mark.parametrize("strategy", ["loop", "streamed", "resampled"])
 @pytest.mark.filterwarnings("error")
-def test_no_warning_of_a_seed_that_repeats_all_noise(strategy):
-    model, (x, target) = iw.convert(nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.5)).double(), 2, expand="first"), data()
+def test_no_warning_of_a_seed_that_repeats_all_noise(strategy, expand):
+    model, (x, target) = iw.convert(nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.5)).double(), 2, expand=expand), data()
     results = [run(model, x, target, strategy=strategy) for _ in range(2)]
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
@@ -276,9 +278,10 @@ def test_resampled_refuses_random_numbers_of_torch():
         run(TorchNoise().double(), *data(), strategy="resampled")
 
 
-def test_passes_without_weight_are_left_out():
+@pytest.mark.parametrize("expand", ["axis", "first"])
+def test_passes_without_weight_are_left_out(expand):
     """Sample s has likelihood 0 (in float64) for all examples but where s is 2 or 3: chunks without these get no second pass."""
-    model, (x, target) = iw.convert(nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 4)).double(), 2, expand="first"), data()
+    model, (x, target) = iw.convert(nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 4)).double(), 2, expand=expand, verify=False), data()
     passes = []
     model.register_forward_hook(lambda m, args, y: passes.append((y.shape[0] // B, y.requires_grad)))
 
@@ -325,11 +328,12 @@ class OfTheLast(iw.IWLoss):
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo here")
-def test_distributed_data_parallel(tmp_path):
+@pytest.mark.parametrize("expand", ["axis", "first"])
+def test_distributed_data_parallel(tmp_path, expand):
     """Gradients travel once, with the last backward, also where its chunk has no weight; the values are a plain model's."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        model, (x, target) = iw.convert(Trunk().double(), 2, expand="first"), data()
+        model, (x, target) = iw.convert(Trunk().double(), 2, expand=expand), data()
         want = run(copy.deepcopy(model), x, target, criterion=iw.IWCrossEntropyLoss(2, alpha=math.inf))
         parallel, sent = nn.parallel.DistributedDataParallel(model), []
 

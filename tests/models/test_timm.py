@@ -38,13 +38,13 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("expand", ["auto", "input"])
+PLACES = {"vgg": "first", "densenet121": "features.denseblock1", "efficientnet_b0": "blocks.1.1", "vit_tiny_patch16_224": "first"}
+
+
+@pytest.mark.parametrize("expand", ["axis", "input", "inside"])
 @pytest.mark.parametrize("name", MODELS)
 def test_model(name, expand):
     options, size = MODELS[name]
     model = timm.models.vgg.VGG(**options) if name == "vgg" else timm.create_model(name, pretrained=False, **options)
     images = torch.randn(B, 3, size, size, dtype=torch.float64)
-    audit = assert_equal_to_loop(model, {"x": images}, expand=expand)
-    assert audit.complete, str(audit)
-    inside = {"vgg": "first", "densenet121": "features.denseblock1", "efficientnet_b0": "blocks.1.1", "vit_tiny_patch16_224": "first"}
-    assert audit.expand == ("input" if expand == "input" else inside[name])
+    assert_equal_to_loop(model, {"x": images}, expand=PLACES[name] if expand == "inside" else expand)

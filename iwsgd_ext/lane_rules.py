@@ -1,0 +1,373 @@
+"""torch's functions on the sample axis, where torch's own batching does not do, is slow, or loses autocast's dtype.
+
+Each rule is called with tensors of which some hold lanes, and computes with the memory behind them, below the axis.
+
+    rows        linear, convolutions, pooling, attention: lanes become more rows of one ordinary call (bit-equal to a call for each
+                sample, autocast included)
+    recurrent   the fused kernels, packed sequences too: likewise
+    batch_norm  statistics of each lane, running statistics as successive updates
+    in place    noisy values written into a tensor without lanes: it gets lanes first
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._C._functorch import is_batchedtensor
+from torch._functorch.autograd_function import custom_function_call
+from torch.compiler import is_compiling
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .batch_norm import normalize_lanes
+from .functional_dropout import FunctionalDropout, Watch, probability
+from .one_by_one import NotOnAxis, one_by_one
+from .sample_axis import SampleAxis
+from .sampling import current
+
+
+class LaneRules(FunctionalDropout):
+    """Active while a converted model runs on its axis; functional dropout is noise of the context there, too."""
+
+    def __init__(self, watch: Watch | None = None, model: nn.Module | None = None, inputs: Sequence[Any] = ()):
+        super().__init__(watch)
+        self.model, self.inputs = model, inputs
+        self.widened: dict[int, tuple[Tensor, Tensor, int]] = {}  # memory -> (its form with lanes, what it was, where that begins)
+
+    def unwatched(self) -> "LaneRules":
+        return LaneRules(None, self.model, self.inputs)
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if not is_compiling():
+            rule = RULES.get(func)
+            if rule is None and kwargs and kwargs.get("out") is not None:
+                rule = _write
+        else:
+            rule = _batch_norm if func in _BATCH_NORMS else None
+        context = current()
+        axis = context.axis if context is not None else None
+        if axis is not None:
+            if rule is not None:
+                y = rule(self, axis, func, args, kwargs or {})
+                if y is not NotImplemented:
+                    return y
+            if axis.pending and any(id(v) in axis.pending for v in args) and func not in _SHAPES:
+                raise NotOnAxis("running statistics are read in the forward that updates them, where each sample's are others")
+            if self.widened and not is_compiling():
+                self._widen_views(axis, tree_leaves((args, kwargs)))
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def _written(self, x: Tensor, y: Tensor) -> Tensor:
+        axis = current().axis
+        if axis is not None and axis.holds(y) and not axis.holds(x):
+            self.widen(axis, x)
+        return x.copy_(y)
+
+    def widen(self, axis: SampleAxis, x: Tensor) -> None:
+        """Gives a tensor lanes, all with its values; whoever holds it holds the same object. NOTE [Views of what got lanes]"""
+        base, memory = x if x._base is None else x._base, _memory(x)
+        self._check_not_shared(memory)
+        wide = _copies(axis, base)
+        if memory is None or wide.stride()[1:] != base.stride():
+            raise RuntimeError("noisy values are written in place into a tensor whose lanes cannot be laid out in memory")
+        offset, was = base.storage_offset(), axis.wrap(wide)
+        if x is not base:
+            _swap_for_view(axis, x, wide, offset)
+        torch.utils.swap_tensors(base, was)  # now ``was`` is what views still call their base, and keeps its memory from being taken again
+        self.widened[memory] = wide, was, offset
+
+    def _widen_views(self, axis: SampleAxis, tensors: Iterable[Any]) -> None:
+        for x in tensors:
+            if not isinstance(x, Tensor) or is_batchedtensor(x):
+                continue
+            wide, base, start = self.widened.get(_memory(x), (None, None, 0))
+            if wide is None:
+                continue
+            if x.dtype != wide.dtype:
+                raise RuntimeError("noisy values were written in place into a tensor that is read as another type")
+            _swap_for_view(axis, x, wide if x._base is base else wide.detach(), start)  # detached: an alias that autograd does not know
+
+    def _check_not_shared(self, memory: int) -> None:
+        """A pass of one sample must not change what the next one reads."""
+        named = () if self.model is None else (*self.model.named_buffers(), *self.model.named_parameters())
+        for words, v in (*(("an input", v) for v in self.inputs), *((repr(name), v) for name, v in named)):
+            if isinstance(v, Tensor) and _memory(v) == memory:
+                raise RuntimeError(f"noisy values are written in place into {words}, which all noise samples share")
+
+
+def _swap_for_view(axis: SampleAxis, x: Tensor, wide: Tensor, start: int) -> None:
+    """Makes x, a view of memory that began at ``start``, the same view of its form with lanes."""
+    view = wide.as_strided((axis.samples, *x.shape), (wide.stride(0), *x.stride()), x.storage_offset() - start)
+    torch.utils.swap_tensors(x, axis.wrap(view))
+
+
+def _memory(x: Tensor) -> int | None:
+    """What tensors have in common that are views of one another, or aliases (``detach``, ``data``)."""
+    return x.untyped_storage()._cdata if x.layout == torch.strided and not is_batchedtensor(x) else None
+
+
+# NOTE [Views of what got lanes]
+# A view shares memory with its base, so where one of them is written with noisy values, all of them hold lanes from then on. Views that
+# are around cannot be found, but the next function that is called with one sees it, and it becomes a view of the memory with lanes.
+
+
+def _copies(axis: SampleAxis, x: Tensor) -> Tensor:
+    """[K, ...], each lane laid out in memory as x is."""
+    wide = x.unsqueeze(0).expand(axis.samples, *x.shape)
+    return wide.clone(memory_format=torch.preserve_format) if x.is_contiguous() else torch.stack([x.clone() for _ in range(axis.samples)])
+
+
+def by_rows(axis: SampleAxis, function: Callable[[Tensor], Tensor], x: Tensor, d: int) -> Tensor:
+    """function(rows) with the lanes in dimension ``d`` of x joined with its first, in the order that memory has them in: rows are alike."""
+    d = d if d == 1 else 0
+    x = x if d == 1 else x.movedim(d, 0)
+    with axis.below():
+        return axis.wrap(function(x.flatten(0, 1)).unflatten(0, x.shape[:2]), d)
+
+
+def _linear(_, axis: SampleAxis, func, args, kwargs):
+    x, weight, bias = _arguments(("input", "weight", "bias"), args, kwargs).values()
+    if not axis.holds(x) or axis.holds(weight) or axis.holds(bias):
+        return NotImplemented
+    x, d = axis.unwrap(x)
+    if d == x.dim() - 1:
+        x, d = x.movedim(d, 0), 0
+    with axis.below():
+        return axis.wrap(func(x, weight, bias), d)
+
+
+def _rowwise(dims: int) -> Callable:
+    """Functions of one tensor of rows, which has ``dims`` dimensions, or one less where there is one row; nothing else may hold lanes."""
+
+    def rule(_, axis: SampleAxis, func, args, kwargs):
+        x = args[0] if args else kwargs.get("input")
+        if not args or not axis.holds(x) or any(axis.holds(v) for v in tree_leaves((args[1:], kwargs))):
+            return NotImplemented
+        if x.dim() not in (dims - 1, dims):
+            return NotImplemented
+        one_row = x.dim() == dims - 1
+        x, d = axis.unwrap(x)
+        if not one_row:
+            return by_rows(axis, lambda rows: func(rows, *args[1:], **kwargs), x, d)
+        with axis.below():
+            return axis.wrap(func(x.movedim(d, 0), *args[1:], **kwargs))
+
+    return rule
+
+
+def _attention(_, axis: SampleAxis, func, args, kwargs):
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    given = _arguments(names, args, kwargs)
+    tensors = [given[name] for name in names[:4]]
+    if given["dropout_p"] or not any(axis.holds(v) for v in tensors) or tensors[0].dim() < 3:
+        return NotImplemented
+    dims = tensors[0].dim()
+    if any(v.dim() != dims for v in tensors[1:3]):
+        return NotImplemented
+    batch = max(v.shape[0] for v in tensors[:3])
+    with axis.below():
+        for name, v in zip(names[:4], tensors, strict=True):
+            if v is None or (name == "attn_mask" and not axis.holds(v) and (v.dim() < dims or v.shape[0] == 1)):
+                continue
+            x, d = axis.unwrap(v)
+            x = x.movedim(d, 0) if d is not None else x.expand(axis.samples, *x.shape)
+            x = x[(slice(None), *[None] * (dims + 1 - x.dim()))]  # a mask may have fewer dimensions
+            given[name] = x.expand(axis.samples, batch, *x.shape[2:]).flatten(0, 1)
+        return axis.wrap(func(**given).unflatten(0, (axis.samples, batch)))
+
+
+def _addmm(_, axis: SampleAxis, func, args, kwargs):
+    if len(args) < 3 or not axis.holds(args[1]) or any(axis.holds(v) for v in (args[0], args[2])) or args[0].dim() > 1:
+        return NotImplemented
+    return by_rows(axis, lambda rows: func(args[0], rows, *args[2:], **kwargs), *axis.unwrap(args[1]))
+
+
+def _beside(axis: SampleAxis, x: Tensor, at: int) -> Tensor:
+    """x with its lanes, or the same for all, in dimension ``at``."""
+    x, d = axis.unwrap(x)
+    return x.movedim(d, at) if d is not None else x.unsqueeze(at).expand(*x.shape[:at], axis.samples, *x.shape[at:])
+
+
+# Behind the rows' dimension: of a packed sequence, whose first rows of each step are those that go on, that keeps them first.
+def _recurrent(_, axis: SampleAxis, func, args, kwargs):
+    packed = isinstance(args[3], list | tuple)  # (data, batch_sizes, states, weights, ...), else (x, states, weights, ...)
+    x, sizes, states, weights, rest = (args[0], args[1], *args[2:4], args[4:]) if packed else (args[0], None, *args[1:3], args[3:])
+    if not any(axis.holds(v) for v in tree_leaves((x, states, weights))):
+        return NotImplemented
+    if any(axis.holds(v) for v in tree_leaves(weights)) or kwargs:
+        return NotImplemented
+    if axis.randomness == "same" and probability(func, args, kwargs):
+        return one_by_one(None, func, args, kwargs, current())  # in a verification, torch's dropout too is that of each sample alone
+    batch_first = not packed and rest[-1]
+    rows = 0 if packed or batch_first else 1
+    with axis.below():
+        x = _beside(axis, x, rows + 1).flatten(rows, rows + 1)
+        states = tree_map(lambda v: _beside(axis, v, 2).flatten(1, 2).contiguous(), states)
+        first = (x, sizes * axis.samples, states) if packed else (x, states)
+        out, *finals = func(*first, weights, *rest)
+        out = axis.wrap(out.unflatten(rows, (-1, axis.samples)), rows + 1)
+        return out, *(axis.wrap(v.unflatten(1, (-1, axis.samples)), 2) for v in finals)
+
+
+def _cell(_, axis: SampleAxis, func, args, kwargs):
+    x, states, *weights = args
+    if not any(axis.holds(v) for v in tree_leaves((x, states))) or any(axis.holds(v) for v in weights) or x.dim() != 2 or kwargs:
+        return NotImplemented
+    with axis.below():
+        x, states = tree_map(lambda v: _beside(axis, v, 0).flatten(0, 1), (x, states))
+        return tree_map(lambda v: axis.wrap(v.unflatten(0, (axis.samples, -1))), func(x, states, *weights))
+
+
+def _narrow(_, axis: SampleAxis, func, args, kwargs):
+    if len(args) < 3:
+        return NotImplemented
+    x, dim, start, *rest = args
+    if not isinstance(start, Tensor) or axis.holds(start):
+        return NotImplemented
+    return func(x, dim, int(start), *rest, **kwargs)  # torch's batching has no rule for a tensor
+
+
+def _pack(_, axis: SampleAxis, func, args, kwargs):
+    x, lengths, batch_first = args
+    if not axis.holds(x) or axis.holds(lengths):
+        return NotImplemented
+    with axis.below():
+        data, sizes = func(_beside(axis, x, 2), lengths, batch_first)
+        return axis.wrap(data, 1), sizes
+
+
+def _pad(_, axis: SampleAxis, func, args, kwargs):
+    data, sizes, batch_first, value, length = args
+    if not axis.holds(data):
+        return NotImplemented
+    with axis.below():
+        out, lengths = func(_beside(axis, data, 1), sizes, batch_first, value, length)
+        return axis.wrap(out, 2), lengths
+
+
+def _batch_norm(_, axis: SampleAxis, func, args, kwargs):
+    return normalize_lanes(current(), _arguments(_BATCH_NORMS[func], args, kwargs), lambda: func(*args, **kwargs))
+
+
+def _write(rules: LaneRules, axis: SampleAxis, func, args, kwargs):
+    """Values written into a tensor, which has lanes first where they have."""
+    x = kwargs["out"] if kwargs.get("out") is not None else args[0] if args else None
+    if isinstance(x, Tensor) and not axis.holds(x):
+        drawn = func in RANDOM_IN_PLACE and axis.randomness == "different"
+        if drawn or any(axis.holds(v) for v in tree_leaves((args[1:], kwargs))):
+            rules.widen(axis, x)
+    return NotImplemented
+
+
+def _gradient_attribute(_, axis: SampleAxis, func, args, kwargs):
+    """``requires_grad`` and the like: torch's batching hides them. (FSDP's hooks go by what it shows; they see whole passes.
+    Checkpoints detach what has a gradient, and a lane would lose it in a nested one's recompute.)"""
+    frame = sys._getframe(2)
+    while frame.f_globals.get("__name__", "").startswith(f"{__package__}."):  # another of these modes
+        frame = frame.f_back
+    if not axis.holds(args[0]) or frame.f_globals.get("__name__", "").startswith(("torch.distributed.", "torch.utils.checkpoint")):
+        return NotImplemented
+    return func(axis.unwrap(args[0])[0])
+
+
+def _register_hook(_, axis: SampleAxis, func, args, kwargs):
+    x, hook = args
+    if not axis.holds(x):
+        return func(x, partial(_looks_on, hook))
+    x, d = axis.unwrap(x)
+
+    def of_lanes(gradient: Tensor) -> Tensor | None:
+        with axis.again():
+            changed = hook(axis.wrap(gradient, d))
+        return None if changed is None else _beside(axis, changed, d)
+
+    return func(x, of_lanes)
+
+
+def _looks_on(hook: Callable, gradient: Tensor) -> None:
+    """What all noise samples share has the sum of their gradients, which is no thing to change."""
+    if hook(gradient) is not None:
+        raise RuntimeError(
+            "A hook changes the gradient of a tensor that no noise has touched, where it is the sum over the noise samples of a converted "
+            "model, and not one sample's. iw.convert(..., one_by_one=[name of the module that registers it]) gives it each sample's."
+        )
+
+
+def _embedding(_, axis: SampleAxis, func, args, kwargs):
+    by_frequency = _arguments(("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq"), args, kwargs)
+    if not by_frequency["scale_grad_by_freq"] or not axis.holds(by_frequency["input"]):
+        return NotImplemented
+    return one_by_one(None, func, args, kwargs, current())  # frequencies are those of one sample
+
+
+def _saved_inputs(_, axis: SampleAxis, func, args, kwargs):
+    """Torch 2.11's checkpoint keeps its arguments by an autograd Function that has no rule for batching, and needs none."""
+    function, *arguments = args
+    if function.__module__ != "torch.utils.checkpoint":
+        return NotImplemented
+    with axis.below():
+        return function.apply(*arguments)
+
+
+def _requires_grad(_, axis: SampleAxis, func, args, kwargs):
+    x, *rest = args
+    with axis.below():  # torch's transforms refuse it
+        func(axis.unwrap(x)[0], *rest, **kwargs)
+    return x
+
+
+def _arguments(names: tuple[str, ...], args: tuple, kwargs: dict) -> dict[str, Any]:
+    """A call's arguments by name; None (False, 0.0) where one is not given."""
+    defaults = {"dropout_p": 0.0, "is_causal": False, "enable_gqa": False, "training": False, "momentum": 0.1, "eps": 1e-5}
+    return {name: defaults.get(name) for name in names} | dict(zip(names, args, strict=False)) | kwargs
+
+
+_SHAPES = frozenset(
+    [Tensor.dim, Tensor.size, Tensor.numel, *(getattr(Tensor, n).__get__ for n in ("shape", "dtype", "device", "is_meta", "requires_grad"))]
+)
+
+
+def _in_place() -> frozenset[Callable]:
+    """torch's functions that write values into their first argument."""
+    others = {"requires_grad_", "detach_", "share_memory_", "rename_", "align_as_", "retain_grad"}
+    others |= {
+        f"{n}_" for n in ("as_strided", "resize", "resize_as", "set", "squeeze", "swapaxes", "swapdims", "t", "transpose", "unsqueeze")
+    }
+    augmented = ["add", "and", "floordiv", "lshift", "mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor"]
+    names = [n for n in dir(Tensor) if n.endswith("_") and not n.startswith("_") and n not in others]
+    names += ["__setitem__", *(f"__i{n}__" for n in augmented)]
+    functions = [n for n in dir(torch) if n.endswith("_") and not n.startswith("_") and n not in others]
+    return frozenset([*(getattr(Tensor, n) for n in names), *(getattr(torch, n) for n in functions)])
+
+
+IN_PLACE = _in_place()
+RANDOM_IN_PLACE = frozenset(
+    getattr(Tensor, n) for n in ("bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_", "normal_", "random_", "uniform_")
+)
+_BATCH_NORMS = {
+    F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+    torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled"),
+}
+RULES: dict[Callable, Callable] = {
+    **dict.fromkeys(IN_PLACE, _write),
+    F.linear: _linear,
+    **dict.fromkeys((F.conv1d, torch.conv1d, F.conv_transpose1d, torch.conv_transpose1d, F.adaptive_avg_pool1d), _rowwise(3)),
+    **dict.fromkeys((F.conv2d, torch.conv2d, F.conv_transpose2d, torch.conv_transpose2d, F.adaptive_avg_pool2d), _rowwise(4)),
+    **dict.fromkeys((F.conv3d, torch.conv3d, F.conv_transpose3d, torch.conv_transpose3d, F.adaptive_avg_pool3d), _rowwise(5)),
+    F.scaled_dot_product_attention: _attention,
+    torch.addmm: _addmm,
+    F.embedding: _embedding,
+    **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _recurrent),
+    **dict.fromkeys((torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell), _cell),
+    **dict.fromkeys((torch.narrow, Tensor.narrow), _narrow),
+    torch._C._VariableFunctions._pack_padded_sequence: _pack,
+    torch._C._VariableFunctions._pad_packed_sequence: _pad,
+    **dict.fromkeys(_BATCH_NORMS, _batch_norm),
+    **dict.fromkeys((getattr(Tensor, n).__get__ for n in ("requires_grad", "grad_fn", "is_leaf")), _gradient_attribute),
+    Tensor.register_hook: _register_hook,
+    Tensor.requires_grad_: _requires_grad,
+    custom_function_call: _saved_inputs,
+}

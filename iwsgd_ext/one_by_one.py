@@ -1,0 +1,199 @@
+"""Modules that are called once for each noise sample, below the sample axis, because they cannot run on it.
+
+Below the axis a module is called as in a forward of one noise sample, K times. Its streams start anew for each; tensors come in as slices,
+so that what it writes in place is written; tensors that it leaves as attributes get lanes as its results do. Where that would not be what a
+forward of each sample alone does, the module around it is called instead, at last the model itself: its argument is an object that it may
+change (a cache), it writes into what all samples share, or samples differ in what is no tensor or in how often they draw noise.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .class_swap import Behaviour
+from .lane_outputs import Attributes, LanesInBuffer, Output
+from .pass_state import RandomState
+from .sample_axis import rows
+from .sampling import current, sampling
+
+_PLAIN = str | bytes | int | float | complex | type | Callable | torch.dtype | torch.device | None
+
+
+class NotByLane(RuntimeError):
+    """A module cannot be called once for each noise sample; the one around it may."""
+
+    def __init__(self, reason: str):
+        super().__init__(f"a part of the model cannot be called once for each noise sample by itself: {reason}")
+
+
+class NotOnAxis(RuntimeError):
+    """A model as a whole is to be called once for each noise sample."""
+
+
+class LaneByLane(Behaviour):
+    """A module's forward runs lane by lane."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        context = current()
+        if context is None or context.axis is None:
+            return super().forward(*args, **kwargs)
+        return one_by_one(self, super().forward, args, kwargs, context)
+
+
+def one_by_one(module: nn.Module | None, forward: Callable, args: tuple, kwargs: dict, context: sampling) -> Any:
+    """``forward`` called once for each lane of the context's axis, results stacked."""
+    axis = context.axis
+    leaves, spec = tree_flatten((args, kwargs))
+    for v in leaves:
+        if not isinstance(v, Tensor | _PLAIN):
+            raise NotByLane(f"an argument is a {type(v).__name__}")
+    unwrapped = [axis.unwrap(v) for v in leaves]
+    shared = [(v, v._version) for v, d in unwrapped if isinstance(v, Tensor) and d is None and not v.is_inference()]
+    attributes = Attributes(module)
+    each, kept, streams = [], [], []
+    with axis.below(), context.below():
+        start, random = context.stream, RandomState(axis.ids.device) if axis.randomness == "same" else None
+        for s in range(axis.samples):
+            if random is not None:
+                random.restore()
+            context.stream, context.sample_ids = start, axis.ids[s : s + 1]
+            a, k = tree_unflatten([v if d is None else v.select(d, s) for v, d in unwrapped], spec)
+            each.append(tree_flatten(forward(*a, **k)))
+            kept.append(attributes.taken())
+            streams.append(context.stream)
+        if any(v._version != version for v, version in shared):
+            raise NotByLane("it writes into an argument that all noise samples share")
+        if len(set(streams)) > 1:
+            raise NotByLane("samples draw noise a different number of times")
+        results, kept = _stacked(each), _attributes_stacked(kept)
+    attributes.put({key: axis.wrap(v) for key, v in kept.items()})
+    return tree_unflatten([v if same else axis.wrap(v) for v, same in results], each[0][1])
+
+
+def _stacked(each: list[tuple[list, Any]]) -> list[tuple[Any, bool]]:
+    """Each leaf of the lanes' results: (a tensor [K, ...], False), or (what all have, True)."""
+    first, spec = each[0]
+    if any(s != spec for _, s in each):
+        raise NotByLane("its results differ in structure")
+    results = []
+    for i, v in enumerate(first):
+        of_lanes = [leaves[i] for leaves, _ in each]
+        if isinstance(v, Tensor):
+            results.append((_stack(of_lanes), False))
+        elif all(_is_same(x, v) for x in of_lanes):
+            results.append((v, True))
+        else:
+            raise NotByLane(f"a result is a {type(v).__name__}")
+    return results
+
+
+def _attributes_stacked(each: list[dict]) -> dict[Any, Tensor]:
+    if any(found.keys() != each[0].keys() for found in each):
+        raise NotByLane("samples leave different attributes")
+    return {key: _stack([found[key] for found in each]) for key in each[0]}
+
+
+def _is_same(x: Any, v: Any) -> bool:
+    return x is v or (type(x) is type(v) and isinstance(v, str | int | float) and x == v)
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    """torch.stack, in each lane the order of memory of the first tensor."""
+    x = tensors[0]
+    if any(v.shape != x.shape for v in tensors):
+        raise NotByLane("its results differ in shape")
+    if x.is_contiguous() or x.dim() < 2:
+        return torch.stack(tensors)
+    order = sorted(range(x.dim()), key=lambda d: -x.stride(d))
+    back = sorted(range(x.dim()), key=order.__getitem__)
+    return torch.stack([v.permute(order) for v in tensors]).permute(0, *(1 + d for d in back))
+
+
+def loop(model: nn.Module, forward: Callable, args: tuple, kwargs: dict, context: sampling, mode: Any, batch_dim: int, batch: int | None):
+    """A whole model called once for each noise sample, and its outputs as :func:`iwsgd_ext.sample_axis.run` gives them."""
+    context.scalar_output = False
+    start, streams, outputs, kept, attributes = context.stream, [], [], [], Attributes(model)
+    random = RandomState(context._origin.device) if context.torch_noise == "same" else None
+    ids = context.sample_ids if context.sample_ids is not None else torch.arange(context.samples)
+    with mode:
+        for s in range(context.samples):
+            if random is not None:
+                random.restore()
+            context.stream = start
+            with context.changed(samples=1, sample_ids=ids[s : s + 1], expand="none", batch=None):
+                outputs.append(Output(forward(*args, **kwargs), model, look_into=False))
+            kept.append(attributes.taken())
+            streams.append(context.stream)
+    context.stream = max(streams)
+    first = outputs[0]
+    values = [[v for v in o.leaves if isinstance(v, str | int | float)] for o in outputs]
+    if any(o.spec != first.spec or len(o.tensors) != len(first.tensors) or v != values[0] for o, v in zip(outputs, values, strict=True)):
+        raise RuntimeError(
+            "The model returns other values or structures for one noise sample than for another, which cannot be returned together: return "
+            "tensors (h.mean() instead of h.mean().item()), or call it for one sample at a time, in iw.sampling(1, sample_ids=[s])."
+        )
+
+    def together(outputs: list[Output]) -> list[Tensor]:
+        stacked = [_stack(list(of_lanes)) for of_lanes in zip(*(o.tensors for o in outputs), strict=True)]
+        context.scalar_output |= any(x.dim() == 1 and x.requires_grad for x in stacked)
+        return [rows(x, batch_dim, batch) for x in stacked]
+
+    try:
+        attributes.put({key: rows(v, batch_dim, batch) for key, v in _attributes_stacked(kept).items()})
+        tensors = together(outputs)
+    except NotByLane as error:
+        raise RuntimeError(f"The noise samples of this model cannot be returned together: {error}.") from None
+    for i, v in enumerate(first.leaves):
+        if not isinstance(v, Tensor | _PLAIN):  # an object: one for all samples, or, where they differ (caches of layers left out), all
+            objects = [o.leaves[i] for o in outputs]
+            of_objects = [Output([v], model) for v in objects]
+            try:
+                first.leaves[i] = of_objects[0].replaced(together(of_objects))[0]
+            except (NotByLane, ValueError):
+                first.leaves[i] = objects
+    return first.replaced(tensors)
+
+
+def blamed(model: nn.Module, error: Exception, lane_by_lane: dict[str, str]) -> str | None:
+    """The innermost submodule in which an error of the axis arose and that is not yet called lane by lane; "" is the model. None where the
+    error is the model's own: it arose below the axis."""
+    names = {id(module): name for name, module in model.named_modules()}
+    path, below, traceback = [""], False, error.__traceback__
+    if isinstance(error, LanesInBuffer):
+        parts = names[id(error.module)].split(".")
+        path += [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
+        traceback = None
+    while traceback is not None:
+        frame = traceback.tb_frame
+        if frame.f_code in (one_by_one.__code__, loop.__code__):
+            below = True
+            break
+        module = frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and id(module) in names:
+            path.append(names[id(module)])
+        traceback = traceback.tb_next
+    if below and not isinstance(error, NotByLane):
+        return None
+    if isinstance(error, NotOnAxis):
+        return "" if "" not in lane_by_lane else None
+    # One that is called lane by lane already did not help: the error arose in a method other than its forward.
+    return next((name for name in reversed(path) if name not in lane_by_lane and (name or len(path) > 0)), None)
+
+
+_REASONS = {
+    "data-dependent control flow": "it asks for the values of a tensor, as in `if tensor:`",
+    ".item()": "it asks for the value of a tensor, as `.item()` does",
+    "dynamic shape": "a noisy mask or number decides on a shape",
+    "setup_context staticmethod": "it calls an autograd Function, or has a full backward hook, which torch.vmap does not take",
+    "vmap staticmethod": "it calls an autograd Function without a rule for torch.vmap",
+}
+
+
+def reason_of(error: Exception) -> str:
+    """Why a module cannot run on the axis, in few words."""
+    text = (str(error).splitlines() or [""])[0]
+    known = next((words for part, words in _REASONS.items() if part in text), None)
+    return known or f"{type(error).__name__}: {text[:160]}"

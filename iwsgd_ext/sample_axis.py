@@ -1,0 +1,155 @@
+"""The sample axis: a model's forward for all noise samples at once, in a dimension that the model cannot see.
+
+The forward runs once, under torch's batching (what torch.vmap is made of). Each lane is an ordinary forward of one noise sample: shapes,
+rows and positions are those of B examples, whatever the model makes of them. Tensors that no noise has touched hold no lanes and are
+computed once; a noise layer reads its input once and writes all samples, in one kernel call (:mod:`iwsgd_ext.transforms`).
+
+What torch's batching does not do, or does slowly, has a rule of its own (:mod:`iwsgd_ext.lane_rules`). What has no rule, because it asks
+for values (``.item()``, ``if tensor:``) or draws a number for all, runs lane by lane: the module in which it stands is called once for
+each noise sample, below the axis, by :func:`one_by_one`.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import (
+    _add_batch_dim,
+    _remove_batch_dim,
+    _unwrap_batched,
+    _vmap_decrement_nesting,
+    _vmap_increment_nesting,
+    is_batchedtensor,
+    maybe_get_level,
+)
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+
+from .lane_outputs import Output
+from .sampling import sampling
+
+
+class SampleAxis:
+    """One run's axis.
+
+    Attributes:
+        ids: of its noise samples, int64 [K] or [K, B], without lanes.
+        samples: K, its length.
+        level: torch's number for it.
+        randomness: "different" or "same": torch's own random numbers, in the lanes.
+    """
+
+    def __init__(self, ids: Tensor, level: int, randomness: str):
+        self.ids, self.samples, self.level, self.randomness = ids, ids.shape[0], level, randomness
+        self.pending: set[int] = set()  # the running statistics that wait for these
+        self.counts: list[Tensor] = []  # of batches, that a run advances by K
+        self.updates: dict[int, list] = {}  # of running statistics, by layer: applied when the run is over, sample by sample
+
+    def holds(self, v: Any) -> bool:
+        """Whether ``v`` is a tensor with lanes of this axis."""
+        return isinstance(v, Tensor) and is_batchedtensor(v) and maybe_get_level(v) == self.level
+
+    def unwrap(self, v: Any) -> tuple[Any, int | None]:
+        """(a tensor as memory holds it, the dimension of its lanes), or (v, None)."""
+        return _unwrap_batched(v, self.level) if self.holds(v) else (v, None)
+
+    def wrap(self, x: Tensor, dim: int = 0) -> Tensor:
+        return _add_batch_dim(x, dim, self.level)
+
+    def below(self):
+        """A context in which tensors that :meth:`unwrap` gives are computed with."""
+        return temporarily_pop_interpreter_stack()
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """The axis entered once more, for a recompute after its run; tensors with lanes that the run has left are valid there."""
+        level = _vmap_increment_nesting(self.samples, self.randomness)
+        try:
+            if level != self.level:
+                raise RuntimeError(
+                    "A part of a converted model is computed again inside of torch.func's transforms, out of its sample axis."
+                )
+            yield
+        finally:
+            _vmap_decrement_nesting()
+            self.end()
+
+    def end(self) -> None:
+        """After a run."""
+        for count in self.counts:
+            count.add_(self.samples - 1)  # each layer has counted one
+        updates, self.updates, self.pending, self.counts = self.updates, {}, set(), []
+        for of_layer in updates.values():
+            of_layer[0].apply(of_layer)
+
+
+def all_lanes(axis: SampleAxis, x: Tensor) -> Tensor:
+    """[K, ...], without lanes, of a tensor x that holds lanes or is the same in all."""
+    if torch.compiler.is_compiling():
+        return torch.ops.iwsgd_graph.all_lanes(x, axis.samples)
+    x, d = axis.unwrap(x)
+    return x.unsqueeze(0).expand(axis.samples, *x.shape) if d is None else x.movedim(d, 0)
+
+
+torch.library.define("iwsgd_graph::all_lanes", "(Tensor x, int samples) -> Tensor")
+torch.library.impl("iwsgd_graph::all_lanes", "CompositeExplicitAutograd", lambda x, samples: x.repeat(samples, *[1] * x.dim()))
+torch.library.register_fake("iwsgd_graph::all_lanes", lambda x, samples: x.new_empty(samples, *x.shape))
+torch.library.register_vmap("iwsgd_graph::all_lanes", lambda info, dims, x, samples: (x.movedim(dims[0], 0).clone(), None))
+
+
+def run(model: nn.Module, forward: Callable, args: tuple, kwargs: dict, context: sampling, mode: Any, batch_dim: int, batch: int | None):
+    """``forward(*args, **kwargs)`` for the context's K samples: its output with K times the rows, sample-major.
+
+    Rows are in dimension ``batch_dim`` of an output, or, where that does not have ``batch`` entries, in the first that has, or in
+    dimension 0. A scalar becomes [K].
+    """
+    ids = context.sample_ids
+    if ids is None:
+        ids = torch.arange(context.samples, device=context._origin.device)
+    if torch.compiler.is_compiling():
+        tensors, output = _traced(model, forward, args, kwargs, context, mode, ids)
+    else:
+        tensors, output = _eager(model, forward, args, kwargs, context, mode, ids)
+    context.scalar_output = any(x.dim() == 1 and x.requires_grad for x in tensors)
+    return output.replaced([rows(x, batch_dim, batch) for x in tensors])
+
+
+def _eager(model, forward, args, kwargs, context: sampling, mode, ids: Tensor) -> tuple[list[Tensor], Output]:
+    """What torch.vmap does, for any output, and with less of Python around it."""
+    level = _vmap_increment_nesting(ids.shape[0], context.torch_noise)
+    try:
+        axis = SampleAxis(ids, level, context.torch_noise)
+        with context.lane(axis.wrap(ids).unsqueeze(0), axis), mode:
+            output = Output(forward(*args, **kwargs), model)
+        output.add_attributes(model, axis.holds)
+        tensors = [_remove_batch_dim(x, level, axis.samples, 0) for x in output.tensors]
+    finally:
+        _vmap_decrement_nesting()
+    axis.end()
+    return tensors, output
+
+
+def _traced(model, forward, args, kwargs, context: sampling, mode, ids: Tensor) -> tuple[list[Tensor], Output]:
+    """The same, as torch.compile takes it."""
+    outputs = []
+
+    def lane(of_lane: Tensor) -> tuple[Tensor, ...]:
+        with context.lane(of_lane.unsqueeze(0), SampleAxis(ids, 0, context.torch_noise)), mode:
+            outputs.append(Output(forward(*args, **kwargs), model, look_into=False))
+        return tuple(outputs[0].tensors)
+
+    return list(torch.vmap(lane, randomness=context.torch_noise)(ids)), outputs[0]
+
+
+def rows(x: Tensor, batch_dim: int, batch: int | None) -> Tensor:
+    """[K * B, ...] of lanes [K, B, ...]."""
+    if x.dim() == 1:
+        return x
+    sizes = x.shape[1:]
+    dim = batch_dim
+    if dim >= len(sizes) or sizes[dim] != batch:
+        dim = next((d for d, n in enumerate(sizes) if n == batch), dim if dim < len(sizes) and batch_dim == 0 else 0)
+    sizes = [*sizes[:dim], x.shape[0] * sizes[dim], *sizes[dim + 1 :]]
+    # Not a view: FSDP wants none of a module, and users write into outputs.
+    return torch.ops.aten._unsafe_view.default(x.movedim(0, dim).contiguous(), sizes)
