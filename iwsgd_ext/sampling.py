@@ -109,7 +109,7 @@ class sampling:
         self.expand = expand
         self.batch_dim = batch_dim
         self.stream = 0
-        self.watch = None  # in a dry run: what notes the calls that draw noise
+        self.watch = None  # in a verification or an evaluation: what notes the calls that draw noise
         self.batch: int | None = None  # B, once the first noise call has fixed it
         self.task = NO_TASK  # the backward pass inside which it was entered
         self.evaluating = False  # noise is on although models are in eval mode
