@@ -13,7 +13,7 @@ from torch import Tensor
 
 import iwsgd_ext as iw
 
-CHUNK, NETWORKS = 25, 600
+CHUNK, NETWORKS = 25, 300
 SEED = 5
 # What is documented to be other than in a loop over samples (docs/swap.md, Pitfalls): state that a forward advances by values which no
 # noise has touched, gradients that are no derivatives, BatchNorm's running statistics inside of checkpoints, memory shared with NumPy.

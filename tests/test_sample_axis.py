@@ -701,7 +701,9 @@ def test_running_statistics_that_the_forward_reads(name):
 
 def test_embedding_by_frequency():
     """The gradient of a row is divided by how often one sample looks it up, not all."""
-    assert_equal_to_loop(Model(lambda m, x: m.h(m.t(noisy(m, x).topk(3, 1).indices).mean(1)), t=nn.Embedding(W, W, scale_grad_by_freq=True)), (X,))
+    assert_equal_to_loop(
+        Model(lambda m, x: m.h(m.t(noisy(m, x).topk(3, 1).indices).mean(1)), t=nn.Embedding(W, W, scale_grad_by_freq=True)), (X,)
+    )
 
 
 def test_hooks_on_gradients_of_what_samples_share():
