@@ -82,7 +82,6 @@ RANDOM: frozenset[Callable] = frozenset(
         *(getattr(Tensor, name) for name in ("log_normal_", "normal_", "random_", "uniform_")),
     ]
 )
-RANDOM_METHODS = frozenset(f.__name__ for f in RANDOM if f.__name__.endswith("_")) | {"bernoulli"}
 
 
 _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
