@@ -363,7 +363,7 @@ class Conversion:
                     "the model eagerly, or convert it with rows (expand='input') and compile that."
                 )
             return sample_axis.run(model, own, args, kwargs, context, LaneRules(), dim, batch)
-        before, stream, tried = None if self.looked else Snapshot(model), context.stream, []
+        before, stream, tried = None if self.looked else Snapshot(model, inputs), context.stream, []
         while True:
             try:
                 if "" in self.lane_by_lane:

@@ -118,6 +118,7 @@ def loop(model: nn.Module, forward: Callable, args: tuple, kwargs: dict, context
     start, streams, outputs, kept, attributes = context.stream, [], [], [], Attributes(model)
     random = RandomState(context._origin.device) if context.torch_noise == "same" else None
     ids = context.sample_ids if context.sample_ids is not None else torch.arange(context.samples)
+    given = [(v, v._version) for v in tree_flatten((args, kwargs))[0] if isinstance(v, Tensor) and not v.is_inference()]
     with mode:
         for s in range(context.samples):
             if random is not None:
@@ -127,6 +128,8 @@ def loop(model: nn.Module, forward: Callable, args: tuple, kwargs: dict, context
                 outputs.append(Output(forward(*args, **kwargs), model, look_into=False))
             kept.append(attributes.taken())
             streams.append(context.stream)
+            if any(v._version != version for v, version in given):
+                raise RuntimeError("The model changes its inputs in place, which its noise samples share: let its forward clone them.")
     context.stream = max(streams)
     first = outputs[0]
     values = [[v for v in o.leaves if isinstance(v, str | int | float)] for o in outputs]

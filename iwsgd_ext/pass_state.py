@@ -106,7 +106,8 @@ class Snapshot:
     """What a forward and a backward may change of a model and around it, for :meth:`restore`, any number of times: attributes of modules,
     their lists and dicts, buffers, gradients, and random generators."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, inputs: Sequence[Any] = ()):
+        self.inputs = [(v, v.detach().clone()) for v in inputs if isinstance(v, Tensor) and not v.is_inference()]
         self.modules = [(m, dict(vars(m)), _copied(vars(m))) for m in model.modules()]
         self.buffers = [(b, b._version, b.clone()) for b in model.buffers()]
         self.gradients = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
@@ -127,6 +128,9 @@ class Snapshot:
                 holder = attributes[name]
                 holder.clear()
                 holder.extend(content) if isinstance(holder, list) else holder.update(content)
+        for v, values in self.inputs:
+            if not torch.equal(v.detach(), values):
+                v.data.copy_(values)
         with torch.no_grad():
             for buffer, version, values in self.buffers:
                 # F.batch_norm writes running statistics and counts no version; by .data neither does this, for graphs that are kept.

@@ -723,3 +723,30 @@ def test_hooks_on_gradients_of_what_samples_share():
     with pytest.raises(RuntimeError, match="one_by_one"):
         model(X).sum().backward()
     assert_equal_to_loop(clamped, (X,), one_by_one=[""])
+
+
+@pytest.mark.parametrize("expand", ["axis", "first"])
+@pytest.mark.parametrize("branches", [False, True])
+def test_inputs_that_a_forward_changes(expand, branches):
+    """Runs that look at the model, or that are begun again, leave the inputs as the one forward alone would."""
+
+    class Branch(nn.Module):
+        def forward(self, h):
+            return h if h.sum() > -1e9 else -h
+
+    model = Model(lambda m, x: m.h(m.branch(noisy(m, x.mul_(2)))), branch=Branch() if branches else nn.Identity()).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        iw.convert(model, S, expand=expand)
+        x, given = X.clone(), X.clone()
+        with iw.sampling(S, seed=SEED):
+            together = model(x)
+    assert torch.equal(x, 2 * X)
+    with iw.sampling(1, seed=SEED, sample_ids=[1]):
+        torch.testing.assert_close(together.view(S, B, 3)[1], model(given), rtol=1e-9, atol=1e-10)
+
+
+def test_a_loop_over_samples_does_not_change_inputs_for_the_next():
+    model = iw.convert(Model(lambda m, x: m.h(noisy(m, x.mul_(2)))).double(), S, one_by_one=[""])
+    with pytest.raises(RuntimeError, match="changes its inputs in place"):
+        model(X.clone())
