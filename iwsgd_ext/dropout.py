@@ -21,8 +21,7 @@ class _Dropout(nn.modules.dropout._DropoutNd):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        self._check(x)
-        return draw(x, self.law(), self.unit, self.batch_dim, self)
+        return draw(x, self.law(), self.unit, self.batch_dim, self, self._check)
 
     def law(self) -> Law:
         """What the noise makes of an element."""
@@ -185,10 +184,9 @@ class IWAdaptiveDropout(_Dropout):
     def forward(self, x: Tensor, p: Tensor) -> Tensor:
         if not self.training:
             return x
-        self._check(x)
         if not isinstance(p, Tensor):
             raise TypeError(f"p: expected a tensor of probabilities, got {type(p).__name__}; IWDropout takes a number")
-        return draw(x, p, self.unit, self.batch_dim, self)
+        return draw(x, p, self.unit, self.batch_dim, self, self._check)
 
     def extra_repr(self) -> str:
         return f"batch_dim={self.batch_dim}" if self.batch_dim is not None else ""

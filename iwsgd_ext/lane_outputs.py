@@ -50,9 +50,11 @@ class Output:
     def add_attributes(self, model: nn.Module, holds: Callable[[Any], bool]) -> None:
         """Tensors with lanes that modules keep: an attribute (an auxiliary loss, attention weights) becomes rows as an output does."""
         for module in modules_of(model):
-            for key, v in vars(module).items():
-                if type(v) not in _SIMPLE and key not in _TABLES and not key.startswith("_iw_"):
-                    self._item(vars(module), key, v, holds, 1)
+            own = vars(module)
+            for key in sorted(own.keys() - _TABLES):
+                v = own[key]
+                if type(v) not in _SIMPLE and not key.startswith("_iw_"):
+                    self._item(own, key, v, holds, 1)
             for key, v in module._buffers.items():
                 if v is not None and holds(v):
                     raise LanesInBuffer(module, f"the buffer {key!r} of a {type(module).__name__} was replaced by noisy values")

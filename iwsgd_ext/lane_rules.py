@@ -129,7 +129,7 @@ def by_rows(axis: SampleAxis, function: Callable[[Tensor], Tensor], x: Tensor, d
 
 
 def _linear(_, axis: SampleAxis, func, args, kwargs):
-    x, weight, bias = _arguments(("input", "weight", "bias"), args, kwargs).values()
+    x, weight, bias = args if len(args) == 3 and not kwargs else _arguments(("input", "weight", "bias"), args, kwargs).values()
     if not axis.holds(x) or axis.holds(weight) or axis.holds(bias):
         return NotImplemented
     x, d = axis.unwrap(x)

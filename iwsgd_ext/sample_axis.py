@@ -24,10 +24,10 @@ from torch._C._functorch import (
     is_batchedtensor,
     maybe_get_level,
 )
-from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 
 from .lane_outputs import Output
 from .sampling import sampling
+from .transforms import Below
 
 
 class SampleAxis:
@@ -57,9 +57,9 @@ class SampleAxis:
     def wrap(self, x: Tensor, dim: int = 0) -> Tensor:
         return _add_batch_dim(x, dim, self.level)
 
-    def below(self):
-        """A context in which tensors that :meth:`unwrap` gives are computed with."""
-        return temporarily_pop_interpreter_stack()
+    def below(self) -> Below:
+        """A block in which tensors that :meth:`unwrap` gives are computed with."""
+        return Below()
 
     @contextmanager
     def again(self) -> Iterator[None]:

@@ -209,7 +209,7 @@ class sampling:
                 hint += "take ids [samples], or in iw.backward a strategy other than 'resampled'"
                 got = f"{tuple(ids.shape)}{hint if rows > 1 and not rest else ''}"
                 raise ValueError(f"sample_ids: expected [{self.samples}, {examples}] for {examples} examples, got {got}")
-        if transforms.active():
+        if transforms.active() and not (self.axis is not None and self.axis.holds(x)):  # whose lanes have ids of their own
             transforms.check_noise_of_lanes(x, origin, ids)
         first = self.first_example
         return {
@@ -369,13 +369,25 @@ def ambient(layer: nn.Module | Callable | None = None) -> sampling:
     return sampling(1) if context is None else context
 
 
-def draw(x: Tensor, law: Law | Tensor, unit: Unit, batch_dim: int | None, layer: nn.Module | Callable | None = None) -> Tensor:
-    """A layer's dropout noise: as the context says, or, outside of any, one fresh noise sample."""
-    context = ambient(layer)
-    if torch.compiler.is_compiling() or not torch._C._len_torch_function_stack():
-        return noise(x, law, unit, **context.place(x, batch_dim))
-    with torch._C.DisableTorchFunction():  # a converted model's rules are for its functions, not for ours
-        return noise(x, law, unit, **context.place(x, batch_dim))
+def draw(
+    x: Tensor,
+    law: Law | Tensor,
+    unit: Unit,
+    batch_dim: int | None,
+    layer: nn.Module | Callable,
+    check: Callable[[Tensor], None] | None = None,
+) -> Tensor:
+    """A layer's dropout noise: as the context says, or, outside of any, one fresh noise sample. ``check`` raises where x does not suit."""
+    if not torch.compiler.is_compiling() and torch._C._len_torch_function_stack():
+        with torch._C.DisableTorchFunction():  # a converted model's rules are for its functions, not for ours
+            return _draw(x, law, unit, batch_dim, layer, check)
+    return _draw(x, law, unit, batch_dim, layer, check)
+
+
+def _draw(x, law, unit, batch_dim, layer, check) -> Tensor:
+    if check is not None:
+        check(x)
+    return noise(x, law, unit, **ambient(layer).place(x, batch_dim))
 
 
 def _rank() -> int:

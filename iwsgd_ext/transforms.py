@@ -27,8 +27,9 @@ from torch._C._functorch import (
     is_functorch_wrapped_tensor,
     maybe_get_level,
     peek_interpreter_stack,
+    pop_dynamic_layer_stack,
+    push_dynamic_layer_stack,
 )
-from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 
 from . import backend
 
@@ -36,6 +37,18 @@ SAME_NOISE = (
     "Noise inside of torch.vmap: its lanes have one address, so that all would draw the same. Give each lane its own, in a context that is "
     "opened inside: iw.sampling(S, seed=0, first_example=i), where vmap maps i = torch.arange(...) (or sample_ids)."
 )
+
+
+class Below:
+    """A block that computes below the innermost transform. (A class: torch's own is a generator, which takes several times as long.)"""
+
+    __slots__ = ("transform",)
+
+    def __enter__(self) -> None:
+        self.transform = pop_dynamic_layer_stack()
+
+    def __exit__(self, *_) -> None:
+        push_dynamic_layer_stack(self.transform)
 
 
 def active() -> bool:
@@ -50,8 +63,8 @@ def apply(function: type[torch.autograd.Function], arguments: tuple) -> Tensor:
         return _form_of(function).apply(*arguments)
     # By hand: torch's own road for Functions under vmap costs five times as much.
     level = interpreter.level()
-    values, dims = zip(*(_unwrapped(v, level) for v in arguments), strict=True)
-    with temporarily_pop_interpreter_stack():
+    values, dims = zip(*[_unwrapped(v, level) if isinstance(v, Tensor) else (v, None) for v in arguments], strict=True)
+    with Below():
         if all(d is None for d in dims):
             return backend.apply(function, *values)
         lanes = next(v.shape[d] for v, d in zip(values, dims, strict=True) if d is not None)
@@ -66,7 +79,8 @@ def merged(function, lanes: int, dims: tuple, values: tuple, run: Callable | Non
         each = [[v if d is None else v.select(d, lane) for v, d in zip(values, dims, strict=True)] for lane in range(lanes)]
         return torch.stack([run(*arguments) for arguments in each]), 0
     arguments, dim = function.merge(lanes, dims, *values)
-    return run(*arguments).unflatten(dim, (lanes, -1)), dim
+    y = run(*arguments)
+    return y.view(*y.shape[:dim], lanes, y.shape[dim] // lanes, *y.shape[dim + 1 :]), dim
 
 
 def merge_rows(
@@ -76,7 +90,9 @@ def merge_rows(
     ids = merge_ids(lanes, ids, di, samples, x.device)
     if dx is None and (expand or samples == 1):
         return x, ids, lanes * samples, True
-    x = x.expand(lanes, *x.shape).movedim(0, k) if dx is None else x.movedim(dx, k)
+    if dx is None:
+        x, dx = x.expand(lanes, *x.shape), 0
+    x = x if dx == k else x.movedim(dx, k)
     if expand and samples > 1:
         x = x.unsqueeze(k + 1).expand(*x.shape[: k + 1], samples, *x.shape[k + 1 :]).flatten(k + 1, k + 2)
     return x.flatten(k, k + 1), ids, lanes * samples, False
@@ -85,7 +101,7 @@ def merge_rows(
 def merge_ids(lanes: int, ids: Tensor | None, di: int | None, samples: int, device: torch.device) -> Tensor:
     """The ids of all lanes' samples, lane by lane; the same ones in each where they hold no lanes."""
     if di is not None:
-        return ids.movedim(di, 0).flatten(0, 1)
+        return (ids if di == 0 else ids.movedim(di, 0)).flatten(0, 1)
     ids = torch.arange(samples, device=device) if ids is None else ids
     return ids.repeat(lanes, *[1] * (ids.dim() - 1))
 
@@ -122,10 +138,8 @@ def plain(x: Tensor) -> Tensor:
     return x.detach()
 
 
-def _unwrapped(v: Any, level: int) -> tuple[Any, int | None]:
-    if isinstance(v, Tensor) and is_batchedtensor(v) and maybe_get_level(v) == level:
-        return _unwrap_batched(v, level)
-    return v, None
+def _unwrapped(x: Tensor, level: int) -> tuple[Tensor, int | None]:
+    return _unwrap_batched(x, level) if is_batchedtensor(x) and maybe_get_level(x) == level else (x, None)
 
 
 @functools.cache
