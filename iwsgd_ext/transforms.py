@@ -13,7 +13,6 @@ An autograd Function of this package is ``compute(*arguments)``, ``save(ctx, *ar
 import functools
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
