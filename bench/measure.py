@@ -130,9 +130,10 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds of each variant's runs, one list per variant, equally long: value i of all of them is from round i.
 
-    The variants take turns, and each round starts with another one, so that a slow moment of the machine, and what a variant leaves in
-    the caches, falls on all of them. Rounds go on for ``seconds`` per variant, within ``least`` and ``most``. ``times`` is filled with
-    whole rounds as they are done: an interrupt leaves them there.
+    The variants take turns, and each round starts with another one, so that a slow moment of the machine falls on all of them. The caches
+    are emptied by ``flush`` before each run, or hold what the same variant's run before it has left there, as in training: after another
+    one's even the interpreter's code would come from memory. Rounds go on for ``seconds`` per variant, within ``least`` and ``most``.
+    ``times`` is filled with whole rounds as they are done: an interrupt leaves them there.
     """
     names = list(variants)
     times = {} if times is None else times
@@ -146,14 +147,21 @@ def interleave(
         for name in names[first:] + names[:first]:
             variant = variants[name]
             with forced(variant.backend):
-                if variant.before is not None:
-                    variant.before()
+                if flush is None:
+                    _prepared(variant)
+                    variant.run()
+                _prepared(variant)
                 if flush is not None:
                     flush()
                 measured[name] = watch(_repeated(variant.run, inner)) / inner
         for name in names:
             times[name].append(measured[name])
     return times
+
+
+def _prepared(variant: Variant) -> None:
+    if variant.before is not None:
+        variant.before()
 
 
 def _repeated(run: Callable[[], Any], times: int) -> Callable[[], Any]:

@@ -33,13 +33,16 @@ def test_variants_take_turns_and_an_unfinished_round_is_left_out():
     order, clock = [], iter(range(10**6))
     variants = {name: Variant(lambda name=name: order.append(name), lambda: None) for name in "abc"}
     watch = lambda f: (f(), 0.5)[1]  # noqa: E731
-    times = measure.interleave(variants, watch, seconds=1, least=3, now=lambda: next(clock))
+    times = measure.interleave(variants, watch, seconds=1, least=3, flush=lambda: None, now=lambda: next(clock))
     assert order[:9] == [*"abc", *"bca", *"cab"]
     assert {name: len(t) for name, t in times.items()} == dict.fromkeys("abc", len(order) // 3)
+    order.clear()
+    measure.interleave(variants, watch, seconds=0, least=2, most=2)
+    assert order == [*"aabbcc", *"bbccaa"]  # without a flush, each after a run of its own
 
     prepared = []
     one = {"a": Variant(lambda: None, lambda: None, before=lambda: prepared.append(1))}
-    times = measure.interleave(one, watch, seconds=0, least=2, most=2, inner=5)
+    times = measure.interleave(one, watch, seconds=0, least=2, most=2, inner=5, flush=lambda: None)
     assert times == {"a": [0.1, 0.1]} and len(prepared) == 2
 
 
@@ -151,12 +154,12 @@ def test_a_compiler_is_not_begun_too_late(monkeypatch):
 
 
 def test_interrupt_while_timing_keeps_whole_rounds(monkeypatch):
-    """One call comes before the timing; the third round is interrupted after the baseline's part of it."""
+    """One call comes before the timing, two in each round; the third round is interrupted after the baseline's part of it."""
     calls = []
 
     def run_once():
         calls.append(1)
-        if len(calls) > 3:
+        if len(calls) > 5:
             raise KeyboardInterrupt
 
     providers = {BASELINE: fine, "interrupted": lambda _: Variant(run_once, lambda: None)}
