@@ -5,7 +5,7 @@
 "frozen"      the running statistics normalise in training too, and nothing is written.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -75,7 +75,7 @@ class _PerSample(_BatchNormMode):
             if torch.compiler.is_compiling() or self.momentum is None:
                 self.num_batches_tracked.add_(context.axis.samples - 1)
             else:
-                context.axis.counts.append(self.num_batches_tracked)
+                context.axis.count(self.num_batches_tracked)
         return y
 
 
@@ -98,13 +98,13 @@ def normalize_lanes(context: sampling, arguments: dict, call: Callable[[], Tenso
     momentum, eps, n = arguments["momentum"], arguments["eps"], x.numel() // x.shape[1]
     y, *of_batch = _normalized(axis, x, arguments["weight"], arguments["bias"], momentum, eps)
     with torch.no_grad():
-        means, deviations = (all_lanes(axis, v.detach()) for v in of_batch)
+        means, deviations = (_by_sample(axis, v.detach()) for v in of_batch)
         statistics = means, (deviations**-2 - eps) * (n / (n - 1))
         # Update s goes from r to r + f[s] (statistic[s] - r), f the momentum, or, of an average over all batches so far, 1 / their number.
         factors = [1 / (1 / momentum + s) if context.cumulative else momentum for s in range(axis.samples)]
         update = _Update((mean, arguments["running_var"]), statistics, factors)
     if torch.compiler.is_compiling() or context.cumulative:  # an average does not depend on the order
-        _Update.apply([update])
+        _Update.apply([[update]])
     else:
         axis.updates.setdefault(id(mean), []).append(update)
         axis.pending |= {id(v) for v in update.running}
@@ -115,21 +115,36 @@ class _Update(NamedTuple):
     """What one call does to running statistics: mean and variance."""
 
     running: tuple[Tensor, Tensor]
-    statistics: tuple[Tensor, Tensor]  # [K, C] of the samples
+    statistics: tuple[Tensor, Tensor]  # [K, C] of the samples, or [C] where all have the same
     factors: list[float]
 
     @staticmethod
     @torch.no_grad()
-    def apply(updates: "list[_Update]") -> None:
-        """The updates of a layer's calls, sample by sample, in one step for each statistic."""
-        order = [(i, s) for s in range(len(updates[0].factors)) for i in range(len(updates))]
-        weights, kept = [[0.0] * len(u.factors) for u in updates], 1.0
-        for i, s in reversed(order):
-            weights[i][s] = updates[i].factors[s] * kept
-            kept *= 1 - updates[i].factors[s]
-        for which, running in enumerate(updates[0].running):
-            added = [u.statistics[which].new_tensor(w) @ u.statistics[which] for u, w in zip(updates, weights, strict=True)]
-            running.mul_(kept).add_(sum(added).to(running.dtype))
+    def apply(by_layer: "Iterable[list[_Update]]") -> None:
+        """The updates of each layer's calls, sample by sample, in one step for all statistics."""
+        running, kept, added = [], [], []
+        for updates in by_layer:
+            order = [(i, s) for s in range(len(updates[0].factors)) for i in range(len(updates))]
+            weights, rest = [[0.0] * len(u.factors) for u in updates], 1.0
+            for i, s in reversed(order):
+                weights[i][s] = updates[i].factors[s] * rest
+                rest *= 1 - updates[i].factors[s]
+            for which, x in enumerate(updates[0].running):
+                parts = [_weighted(u.statistics[which], w) for u, w in zip(updates, weights, strict=True)]
+                running.append(x)
+                kept.append(rest)
+                added.append(sum(parts[1:], start=parts[0]).to(x.dtype))
+        torch._foreach_mul_(running, kept)
+        torch._foreach_add_(running, added)
+
+
+def _weighted(statistic: Tensor, weights: list[float]) -> Tensor:
+    return statistic * sum(weights) if statistic.dim() == 1 else statistic.new_tensor(weights) @ statistic
+
+
+def _by_sample(axis, x: Tensor) -> Tensor:
+    """[K, C] of a tensor with lanes, [C] of one without."""
+    return x if not torch.compiler.is_compiling() and not axis.holds(x) else all_lanes(axis, x)
 
 
 def _normalized(axis, x: Tensor, weight: Tensor | None, bias: Tensor | None, momentum: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:

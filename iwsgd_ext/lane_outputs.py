@@ -53,7 +53,8 @@ class Output:
             own = vars(module)
             for key in sorted(own.keys() - _TABLES):
                 v = own[key]
-                if type(v) not in _SIMPLE and not key.startswith("_iw_"):
+                simple = _SIMPLE.issuperset(map(type, v)) if type(v) is tuple else type(v) in _SIMPLE
+                if not simple and not key.startswith("_iw_"):
                     self._item(own, key, v, holds, 1)
             for key, v in module._buffers.items():
                 if v is not None and holds(v):

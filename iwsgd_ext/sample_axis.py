@@ -43,7 +43,7 @@ class SampleAxis:
     def __init__(self, ids: Tensor, level: int, randomness: str):
         self.ids, self.samples, self.level, self.randomness = ids, ids.shape[0], level, randomness
         self.pending: set[int] = set()  # the running statistics that wait for these
-        self.counts: list[Tensor] = []  # of batches, that a run advances by K
+        self.counts: dict[int, tuple[Tensor, int]] = {}  # of batches, and how often a lane advances them by 1
         self.updates: dict[int, list] = {}  # of running statistics, by layer: applied when the run is over, sample by sample
 
     def holds(self, v: Any) -> bool:
@@ -75,13 +75,19 @@ class SampleAxis:
             _vmap_decrement_nesting()
             self.end()
 
+    def count(self, batches: Tensor) -> None:
+        """Notes that a layer has counted one batch, as the end of the run does for the other lanes."""
+        self.counts[id(batches)] = batches, self.counts.get(id(batches), (batches, 0))[1] + 1
+
     def end(self) -> None:
         """After a run."""
-        for count in self.counts:
-            count.add_(self.samples - 1)  # each layer has counted one
-        updates, self.updates, self.pending, self.counts = self.updates, {}, set(), []
-        for of_layer in updates.values():
-            of_layer[0].apply(of_layer)
+        updates, counts = list(self.updates.values()), self.counts.values()
+        self.updates, self.pending, self.counts = {}, set(), {}
+        if counts:
+            tensors, calls = zip(*counts, strict=True)
+            torch._foreach_add_(tensors, [n * (self.samples - 1) for n in calls])  # each call has counted one
+        if updates:
+            updates[0][0].apply(updates)
 
 
 def all_lanes(axis: SampleAxis, x: Tensor) -> Tensor:
