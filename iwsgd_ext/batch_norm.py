@@ -5,7 +5,7 @@
 "frozen"      the running statistics normalise in training too, and nothing is written.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,9 +15,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from . import transforms
 from .class_swap import Behaviour, behaving
 from .one_by_one import NotOnAxis, one_by_one
-from .sample_axis import all_lanes
+from .sample_axis import all_lanes, memory_of
 from .sampling import check_not_recomputed, current, sampling
 
 
@@ -69,14 +70,27 @@ class _PerSample(_BatchNormMode):
     def _on_axis(self, forward, x: Tensor, context: sampling) -> Tensor:
         if isinstance(self, _InstanceNorm):
             return one_by_one(self, forward, (x,), {}, context)
+        count, compiling = self.num_batches_tracked, torch.compiler.is_compiling()
+        if self.momentum is None and (compiling or context.axis.level == 0):
+            raise RuntimeError(
+                "torch.compile: a BatchNorm with momentum=None reads its number of batches, which breaks the graph inside of a converted "
+                "model. Give it a momentum, or run the model eagerly."
+            )
+        before = None if compiling else _version(count)
         with context.changed(cumulative=self.momentum is None):
             y = forward(x)
-        if self.track_running_stats and self.num_batches_tracked is not None:
-            if torch.compiler.is_compiling() or self.momentum is None:
-                self.num_batches_tracked.add_(context.axis.samples - 1)
-            else:
-                context.axis.count(self.num_batches_tracked)
+        if count is None or not self.track_running_stats or (before is not None and _version(count) == before):
+            return y  # no count, or a subclass that does not
+        if compiling or self.momentum is None:
+            count.add_(context.axis.samples - 1)
+        else:
+            context.axis.count(count)
         return y
+
+
+def _version(count: Tensor | None) -> int | None:
+    with torch._C.DisableTorchFunction():
+        return None if count is None or count.is_inference() else count._version
 
 
 def normalize_lanes(context: sampling, arguments: dict, call: Callable[[], Tensor]) -> Tensor:
@@ -84,10 +98,11 @@ def normalize_lanes(context: sampling, arguments: dict, call: Callable[[], Tenso
     axis, x, mean = context.axis, arguments["input"], arguments["running_mean"]
     if axis is None or mean is None:
         return call().to(x.dtype)
+    compiling = torch.compiler.is_compiling()
     if not arguments["training"]:
-        if id(mean) in axis.pending:
-            raise NotOnAxis("running statistics are read in the forward that updates them, where each sample's are others")
-        if torch.compiler.is_compiling() or not axis.holds(x) or any(axis.holds(v) for v in (arguments["weight"], arguments["bias"])):
+        if not compiling and memory_of(mean) in axis.statistics | axis.written:
+            raise NotOnAxis(READ)
+        if compiling or not axis.holds(x) or any(axis.holds(v) for v in (arguments["weight"], arguments["bias"])):
             return call()
         x, d = axis.unwrap(x)
         with axis.below():
@@ -95,69 +110,115 @@ def normalize_lanes(context: sampling, arguments: dict, call: Callable[[], Tenso
             y = F.batch_norm(rows, mean, *(arguments[n] for n in ("running_var", "weight", "bias")), False, eps=arguments["eps"])
             return axis.wrap(y.unflatten(0, (axis.samples, -1)))
     F._verify_batch_size(x.size())
-    momentum, eps, n = arguments["momentum"], arguments["eps"], x.numel() // x.shape[1]
-    y, *of_batch = _normalized(axis, x, arguments["weight"], arguments["bias"], momentum, eps)
-    with torch.no_grad():
-        means, deviations = (_by_sample(axis, v.detach()) for v in of_batch)
-        statistics = means, (deviations**-2 - eps) * (n / (n - 1))
-        # Update s goes from r to r + f[s] (statistic[s] - r), f the momentum, or, of an average over all batches so far, 1 / their number.
-        factors = [1 / (1 / momentum + s) if context.cumulative else momentum for s in range(axis.samples)]
-        update = _Update((mean, arguments["running_var"]), statistics, factors)
-    if torch.compiler.is_compiling() or context.cumulative:  # an average does not depend on the order
-        _Update.apply([[update]])
-    else:
-        axis.updates.setdefault(id(mean), []).append(update)
-        axis.pending |= {id(v) for v in update.running}
+    momentum, running = arguments["momentum"], (mean, arguments["running_var"])
+    if not compiling:
+        memory = {memory_of(v) for v in running}
+        if memory & axis.below_axis:
+            raise NotOnAxis("running statistics are updated on the axis and by a module that is called once for each noise sample")
+        axis.written |= memory
+    y, *statistics = _normalized(axis, x, arguments["weight"], arguments["bias"], arguments["eps"], mean.dtype)
+    # Update s goes from r to r + f[s] (statistic[s] - r), f the momentum, or, of an average over all batches so far, 1 / their number.
+    average = context.cumulative and momentum > 0
+    factors = [1 / (1 / momentum + s) if average else momentum for s in range(axis.samples)]
+    axis.apply = _apply
+    axis.updates += [_Update(*pair, factors, average) for pair in zip(running, statistics, strict=True)]
     return y
 
 
+READ = "running statistics are read in the forward that updates them, where each sample's are others"
+
+
 class _Update(NamedTuple):
-    """What one call does to running statistics: mean and variance."""
+    """What one call does to a running statistic."""
 
-    running: tuple[Tensor, Tensor]
-    statistics: tuple[Tensor, Tensor]  # [K, C] of the samples, or [C] where all have the same
+    running: Tensor
+    statistic: Tensor  # [K, C] of the samples, or [C] where all have the same
     factors: list[float]
+    average: bool  # over all batches so far, which does not depend on their order
 
-    @staticmethod
-    @torch.no_grad()
-    def apply(by_layer: "Iterable[list[_Update]]") -> None:
-        """The updates of each layer's calls, sample by sample, in one step for all statistics."""
-        running, kept, added = [], [], []
-        for updates in by_layer:
-            order = [(i, s) for s in range(len(updates[0].factors)) for i in range(len(updates))]
-            weights, rest = [[0.0] * len(u.factors) for u in updates], 1.0
-            for i, s in reversed(order):
-                weights[i][s] = updates[i].factors[s] * rest
-                rest *= 1 - updates[i].factors[s]
-            for which, x in enumerate(updates[0].running):
-                parts = [_weighted(u.statistics[which], w) for u, w in zip(updates, weights, strict=True)]
-                running.append(x)
-                kept.append(rest)
-                added.append(sum(parts[1:], start=parts[0]).to(x.dtype))
+
+@torch.no_grad()
+def _apply(updates: list[_Update]) -> None:
+    """The updates of all calls of a run, sample by sample, in one step."""
+    running, kept, added = [], [], []
+    for calls in _by_statistic(updates):
+        samples, weights, rest = len(calls[0].factors), [[0.0] * len(u.factors) for u in calls], 1.0
+        order = [(i, s) for s in range(samples) for i in range(len(calls))]
+        if any(u.average for u in calls):
+            if not all(u.average for u in calls) or any(
+                abs(1 / u.factors[0] - (1 / calls[0].factors[0] + i * samples)) > 1e-6 for i, u in enumerate(calls)
+            ):
+                raise NotOnAxis("layers of another momentum, or another count of batches, share running statistics")
+            order.sort()
+        for i, s in reversed(order):
+            weights[i][s] = calls[i].factors[s] * rest
+            rest *= 1 - calls[i].factors[s]
+        parts = [_weighted(u.statistic, w) for u, w in zip(calls, weights, strict=True)]
+        # By .data, as torch's op writes them: autograd keeps them, but backward of batch statistics reads none of their values.
+        running.append(calls[0].running.data)
+        kept.append(rest)
+        added.append(sum(parts[1:], start=parts[0]).to(running[-1].dtype))
+    if transforms.active():  # a user's vmap, which does not take these functions
+        for r, k, a in zip(running, kept, added, strict=True):
+            r.mul_(k).add_(a)
+    else:
         torch._foreach_mul_(running, kept)
         torch._foreach_add_(running, added)
 
 
+def _by_statistic(updates: list[_Update]) -> list[list[_Update]]:
+    """The calls that update the same running statistic, in their order."""
+    if torch.compiler.is_compiling():
+        return [
+            [v for v in updates if v.running is u.running]
+            for i, u in enumerate(updates)
+            if not any(v.running is u.running for v in updates[:i])
+        ]
+    groups: dict[tuple, list[_Update]] = {}
+    for u in updates:
+        x = transforms.plain(u.running)
+        groups.setdefault((memory_of(x), x.storage_offset(), x.shape, x.stride()), []).append(u)
+    return list(groups.values())
+
+
 def _weighted(statistic: Tensor, weights: list[float]) -> Tensor:
-    return statistic * sum(weights) if statistic.dim() == 1 else statistic.new_tensor(weights) @ statistic
+    # (Not a matrix product: under autocast that is one in 16 bits.)
+    return statistic * sum(weights) if statistic.dim() == 1 else (statistic * statistic.new_tensor(weights)[:, None]).sum(0)
 
 
-def _by_sample(axis, x: Tensor) -> Tensor:
-    """[K, C] of a tensor with lanes, [C] of one without."""
-    return x if not torch.compiler.is_compiling() and not axis.holds(x) else all_lanes(axis, x)
-
-
-def _normalized(axis, x: Tensor, weight: Tensor | None, bias: Tensor | None, momentum: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, mean, inverse deviation), each with the lanes of x."""
-    if torch.compiler.is_compiling() or not axis.holds(x) or axis.holds(weight) or axis.holds(bias):
-        y, *of_batch = torch.native_batch_norm(x, weight, bias, None, None, True, momentum, eps)
-        return y.to(x.dtype), *of_batch  # torch's batching multiplies by the weight in its own type
-    x, d = axis.unwrap(x)
-    with axis.below():  # lanes become more channels of one call
-        wide = [v if v is None else v.repeat(axis.samples) for v in (weight, bias)]
+def _normalized(
+    axis, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y with the lanes of x, mean, unbiased variance), the latter [K, C], or [C] where no noise has touched them."""
+    compiling = torch.compiler.is_compiling()
+    if not compiling and axis.is_covered():
+        raise NotOnAxis("a BatchNorm runs inside of a transform of torch.func's")
+    if compiling or axis.level > 1 or axis.holds(weight) or axis.holds(bias):
+        return _normalized_by_torch(axis, x, weight, bias, eps)
+    channels, d = x, None
+    if axis.holds(x):  # lanes become more channels of one call
+        x, d = axis.unwrap(x)
         channels = x.movedim(d, 1).flatten(1, 2)
-        y, *of_batch = torch.native_batch_norm(channels, *wide, None, None, True, momentum, eps)
-        return axis.wrap(y.unflatten(1, (axis.samples, -1)), 1), *(axis.wrap(v.unflatten(0, (axis.samples, -1))) for v in of_batch)
+        weight, bias = (v if v is None else v.repeat(axis.samples) for v in (weight, bias))
+    with axis.below():
+        # The kernel tells its statistics where it updates running ones: by a momentum of 1, to these, in the precision of a loop's.
+        found = [torch.zeros(channels.shape[1], dtype=dtype if weight is None else weight.dtype, device=x.device) for _ in range(2)]
+        y, *_ = torch.native_batch_norm(channels, weight, bias, *found, True, 1.0, eps)
+        if d is None:
+            return y, *found
+        return axis.wrap(y.unflatten(1, (axis.samples, -1)), 1), *(v.unflatten(0, (axis.samples, -1)) for v in found)
+
+
+def _normalized_by_torch(axis, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by torch's own batching, which updates no running statistics."""
+    y, mean, deviation = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+    with torch.no_grad():
+        if x.dtype in (torch.float32, torch.float64):
+            n = x.numel() // x.shape[1]
+            mean, variance = mean.detach(), (deviation.detach() ** -2 - eps) * (n / (n - 1))
+        else:  # whose statistics torch gives in 16 bits
+            variance, mean = torch.var_mean(x.detach().float(), [0, *range(2, x.dim())])
+        return y.to(x.dtype), all_lanes(axis, mean), all_lanes(axis, variance)  # torch's batching multiplies by the weight in its own type
 
 
 class _Frozen(_BatchNormMode):

@@ -22,10 +22,10 @@ from torch._functorch.autograd_function import custom_function_call
 from torch.compiler import is_compiling
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .batch_norm import normalize_lanes
+from .batch_norm import READ, normalize_lanes
 from .functional_dropout import FunctionalDropout, Watch, probability
 from .one_by_one import NotOnAxis, one_by_one
-from .sample_axis import SampleAxis
+from .sample_axis import SampleAxis, memory_of
 from .sampling import current
 
 
@@ -54,8 +54,13 @@ class LaneRules(FunctionalDropout):
                 y = rule(self, axis, func, args, kwargs or {})
                 if y is not NotImplemented:
                     return y
-            if axis.pending and any(id(v) in axis.pending for v in args) and func not in _SHAPES:
-                raise NotOnAxis("running statistics are read in the forward that updates them, where each sample's are others")
+            if (axis.statistics or axis.written) and func not in _READ_NO_VALUES and not is_compiling():
+                read = axis.reads(args, kwargs)
+                if read is not None:
+                    y = super().__torch_function__(func, types, args, kwargs)
+                    if func in IN_PLACE or not isinstance(y, Tensor) or axis.holds(y) or memory_of(y) != read:  # no view
+                        raise NotOnAxis(READ) if read in axis.written else RuntimeError(READ)
+                    return y
             if self.widened and not is_compiling():
                 self._widen_views(axis, tree_leaves((args, kwargs)))
         return super().__torch_function__(func, types, args, kwargs)
@@ -68,7 +73,7 @@ class LaneRules(FunctionalDropout):
 
     def widen(self, axis: SampleAxis, x: Tensor) -> None:
         """Gives a tensor lanes, all with its values; whoever holds it holds the same object. NOTE [Views of what got lanes]"""
-        base, memory = x if x._base is None else x._base, _memory(x)
+        base, memory = x if x._base is None else x._base, memory_of(x)
         self._check_not_shared(memory)
         wide = _copies(axis, base)
         if memory is None or wide.stride()[1:] != base.stride():
@@ -83,7 +88,7 @@ class LaneRules(FunctionalDropout):
         for x in tensors:
             if not isinstance(x, Tensor) or is_batchedtensor(x):
                 continue
-            wide, base, start = self.widened.get(_memory(x), (None, None, 0))
+            wide, base, start = self.widened.get(memory_of(x), (None, None, 0))
             if wide is None:
                 continue
             if x.dtype != wide.dtype:
@@ -94,7 +99,7 @@ class LaneRules(FunctionalDropout):
         """A pass of one sample must not change what the next one reads."""
         named = () if self.model is None else (*self.model.named_buffers(), *self.model.named_parameters())
         for words, v in (*(("an input", v) for v in self.inputs), *((repr(name), v) for name, v in named)):
-            if isinstance(v, Tensor) and _memory(v) == memory:
+            if isinstance(v, Tensor) and memory_of(v) == memory:
                 raise RuntimeError(f"noisy values are written in place into {words}, which all noise samples share")
 
 
@@ -102,11 +107,6 @@ def _swap_for_view(axis: SampleAxis, x: Tensor, wide: Tensor, start: int) -> Non
     """Makes x, a view of memory that began at ``start``, the same view of its form with lanes."""
     view = wide.as_strided((axis.samples, *x.shape), (wide.stride(0), *x.stride()), x.storage_offset() - start)
     torch.utils.swap_tensors(x, axis.wrap(view))
-
-
-def _memory(x: Tensor) -> int | None:
-    """What tensors have in common that are views of one another, or aliases (``detach``, ``data``)."""
-    return x.untyped_storage()._cdata if x.layout == torch.strided and not is_batchedtensor(x) else None
 
 
 # NOTE [Views of what got lanes]
@@ -325,8 +325,14 @@ def _arguments(names: tuple[str, ...], args: tuple, kwargs: dict) -> dict[str, A
     return {name: defaults.get(name) for name in names} | dict(zip(names, args, strict=False)) | kwargs
 
 
-_SHAPES = frozenset(
-    [Tensor.dim, Tensor.size, Tensor.numel, *(getattr(Tensor, n).__get__ for n in ("shape", "dtype", "device", "is_meta", "requires_grad"))]
+_READ_NO_VALUES = frozenset(
+    [
+        custom_function_call,
+        Tensor.dim,
+        Tensor.size,
+        Tensor.numel,
+        *(getattr(Tensor, n).__get__ for n in ("shape", "dtype", "device", "is_meta", "requires_grad")),
+    ]
 )
 
 

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .class_swap import Behaviour
-from .lane_outputs import Attributes, LanesInBuffer, Output
+from .lane_outputs import Attributes, LanesInBuffer, Output, modules_of
 from .pass_state import RandomState
-from .sample_axis import rows
+from .sample_axis import memory_of, rows
 from .sampling import current, sampling
 
 _PLAIN = str | bytes | int | float | complex | type | Callable | torch.dtype | torch.device | None
@@ -46,12 +47,18 @@ class LaneByLane(Behaviour):
 def one_by_one(module: nn.Module | None, forward: Callable, args: tuple, kwargs: dict, context: sampling) -> Any:
     """``forward`` called once for each lane of the context's axis, results stacked."""
     axis = context.axis
+    if axis.is_covered():
+        raise NotOnAxis("a part that is called once for each noise sample stands inside of a transform of torch.func's")
     leaves, spec = tree_flatten((args, kwargs))
     for v in leaves:
         if not isinstance(v, Tensor | _PLAIN):
             raise NotByLane(f"an argument is a {type(v).__name__}")
     unwrapped = [axis.unwrap(v) for v in leaves]
-    shared = [(v, v._version) for v, d in unwrapped if isinstance(v, Tensor) and d is None and not v.is_inference()]
+    with torch._C.DisableTorchFunction():  # who looks here reads no values
+        shared = [(v, v._version) for v, d in unwrapped if isinstance(v, Tensor) and d is None and not v.is_inference()]
+        state = _State(module)
+        if (state.memory | {memory_of(v) for v, _ in shared}) & (axis.written | (axis.statistics - state.memory)):
+            raise NotOnAxis("state that one part of the forward writes is used by another, where each sample's is another")
     attributes = Attributes(module)
     each, kept, streams = [], [], []
     with axis.below(), context.below():
@@ -64,13 +71,38 @@ def one_by_one(module: nn.Module | None, forward: Callable, args: tuple, kwargs:
             each.append(tree_flatten(forward(*a, **k)))
             kept.append(attributes.taken())
             streams.append(context.stream)
-        if any(v._version != version for v, version in shared):
-            raise NotByLane("it writes into an argument that all noise samples share")
+        with torch._C.DisableTorchFunction():
+            if any(v._version != version for v, version in shared):
+                raise NotByLane("it writes into an argument that all noise samples share")
+            axis.below_axis |= state.memory
+            axis.written |= state.written()
         if len(set(streams)) > 1:
             raise NotByLane("samples draw noise a different number of times")
         results, kept = _stacked(each), _attributes_stacked(kept)
     attributes.put({key: axis.wrap(v) for key, v in kept.items()})
     return tree_unflatten([v if same else axis.wrap(v) for v, same in results], each[0][1])
+
+
+class _State:
+    """The buffers of a module, and tensors that it holds as attributes: what one call may leave to the next.
+
+    Attributes:
+        memory: theirs.
+    """
+
+    def __init__(self, module: nn.Module | None):
+        self.modules = [] if module is None else modules_of(module)
+        held = [(v, m) for m in self.modules for v in (*m._buffers.values(), *vars(m).values()) if isinstance(v, Tensor)]
+        self.held = [(memory_of(v), v, None if v.is_inference() else v._version, m) for v, m in held]
+        self.memory = {memory for memory, *_ in self.held}
+
+    def written(self) -> set[int]:
+        """The memory of those that calls have written. (Running statistics count no version.)"""
+        return {
+            memory
+            for memory, v, version, m in self.held
+            if (version is not None and v._version != version) or (isinstance(m, _NormBase) and m.training and m.running_mean is not None)
+        }
 
 
 def _stacked(each: list[tuple[list, Any]]) -> list[tuple[Any, bool]]:
@@ -178,10 +210,10 @@ def blamed(model: nn.Module, error: Exception, lane_by_lane: dict[str, str]) -> 
         if isinstance(module, nn.Module) and id(module) in names:
             path.append(names[id(module)])
         traceback = traceback.tb_next
-    if below and not isinstance(error, NotByLane):
-        return None
     if isinstance(error, NotOnAxis):
         return "" if "" not in lane_by_lane else None
+    if below and not isinstance(error, NotByLane) and "escaped from inside" not in str(error):  # a tensor of the axis that is no argument
+        return None
     # One that is called lane by lane already did not help: the error arose in a method other than its forward.
     return next((name for name in reversed(path) if name not in lane_by_lane and (name or len(path) > 0)), None)
 

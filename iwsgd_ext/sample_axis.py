@@ -11,6 +11,7 @@ each noise sample, below the axis, by :func:`one_by_one`.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,11 +22,15 @@ from torch._C._functorch import (
     _unwrap_batched,
     _vmap_decrement_nesting,
     _vmap_increment_nesting,
+    get_unwrapped,
     is_batchedtensor,
+    is_functorch_wrapped_tensor,
     maybe_get_level,
+    peek_interpreter_stack,
 )
+from torch.nn.modules.batchnorm import _NormBase
 
-from .lane_outputs import Output
+from .lane_outputs import Output, modules_of
 from .sampling import sampling
 from .transforms import Below
 
@@ -42,9 +47,12 @@ class SampleAxis:
 
     def __init__(self, ids: Tensor, level: int, randomness: str):
         self.ids, self.samples, self.level, self.randomness = ids, ids.shape[0], level, randomness
-        self.pending: set[int] = set()  # the running statistics that wait for these
+        self.statistics: set[int] = set()  # memory of running statistics that BatchNorm layers of the model may update
+        self.written: set[int] = set()  # memory of state that is written so far, which for the next sample of a loop would be other values
+        self.below_axis: set[int] = set()  # memory of the state of modules that were called once for each sample
         self.counts: dict[int, tuple[Tensor, int]] = {}  # of batches, and how often a lane advances them by 1
-        self.updates: dict[int, list] = {}  # of running statistics, by layer: applied when the run is over, sample by sample
+        self.updates: list = []  # of running statistics: applied when the run is over, sample by sample ...
+        self.apply: Callable[[list], None] | None = None  # ... by this
 
     def holds(self, v: Any) -> bool:
         """Whether ``v`` is a tensor with lanes of this axis."""
@@ -56,6 +64,15 @@ class SampleAxis:
 
     def wrap(self, x: Tensor, dim: int = 0) -> Tensor:
         return _add_batch_dim(x, dim, self.level)
+
+    def is_covered(self) -> bool:
+        """Whether another transform runs inside of this one: torch.func.grad, or vmap, in the model."""
+        if self.level == 0:
+            raise RuntimeError(
+                "torch.compile left its graph inside of a converted model's forward, and what is called there needs the whole of it: see by "
+                "fullgraph=True where, or run the model eagerly."
+            )
+        return peek_interpreter_stack().level() != self.level
 
     def below(self) -> Below:
         """A block in which tensors that :meth:`unwrap` gives are computed with."""
@@ -75,19 +92,36 @@ class SampleAxis:
             _vmap_decrement_nesting()
             self.end()
 
+    def reads(self, args: tuple, kwargs: dict | None) -> int | None:
+        """The memory of state of the model, as :attr:`statistics` and :attr:`written` have it, that a function is given, if any."""
+        for v in chain(args, kwargs.values()) if kwargs else args:
+            for x in v if isinstance(v, list | tuple) else (v,):
+                if isinstance(x, Tensor) and not is_batchedtensor(x):
+                    memory = memory_of(x)
+                    if memory in self.statistics or memory in self.written:
+                        return memory
+        return None
+
     def count(self, batches: Tensor) -> None:
         """Notes that a layer has counted one batch, as the end of the run does for the other lanes."""
         self.counts[id(batches)] = batches, self.counts.get(id(batches), (batches, 0))[1] + 1
 
     def end(self) -> None:
         """After a run."""
-        updates, counts = list(self.updates.values()), self.counts.values()
-        self.updates, self.pending, self.counts = {}, set(), {}
+        updates, counts = self.updates, list(self.counts.values())
+        self.updates, self.counts = [], {}
         if counts:
             tensors, calls = zip(*counts, strict=True)
             torch._foreach_add_(tensors, [n * (self.samples - 1) for n in calls])  # each call has counted one
         if updates:
-            updates[0][0].apply(updates)
+            self.apply(updates)
+
+
+def memory_of(x: Tensor) -> int | None:
+    """What tensors have in common that are views of one another, or aliases (``detach``, ``data``)."""
+    while is_functorch_wrapped_tensor(x):
+        x = get_unwrapped(x)
+    return x.untyped_storage()._cdata if x.layout == torch.strided else None
 
 
 def all_lanes(axis: SampleAxis, x: Tensor) -> Tensor:
@@ -126,6 +160,9 @@ def _eager(model, forward, args, kwargs, context: sampling, mode, ids: Tensor) -
     level = _vmap_increment_nesting(ids.shape[0], context.torch_noise)
     try:
         axis = SampleAxis(ids, level, context.torch_noise)
+        for module in modules_of(model):
+            if isinstance(module, _NormBase) and module.training and module.running_mean is not None:
+                axis.statistics |= {memory_of(module.running_mean), memory_of(module.running_var)}
         with context.lane(axis.wrap(ids).unsqueeze(0), axis), mode:
             output = Output(forward(*args, **kwargs), model)
         output.add_attributes(model, axis.holds)
@@ -139,13 +176,16 @@ def _eager(model, forward, args, kwargs, context: sampling, mode, ids: Tensor) -
 def _traced(model, forward, args, kwargs, context: sampling, mode, ids: Tensor) -> tuple[list[Tensor], Output]:
     """The same, as torch.compile takes it."""
     outputs = []
+    axis = SampleAxis(ids, 0, context.torch_noise)
 
     def lane(of_lane: Tensor) -> tuple[Tensor, ...]:
-        with context.lane(of_lane.unsqueeze(0), SampleAxis(ids, 0, context.torch_noise)), mode:
+        with context.lane(of_lane.unsqueeze(0), axis), mode:
             outputs.append(Output(forward(*args, **kwargs), model, look_into=False))
         return tuple(outputs[0].tensors)
 
-    return list(torch.vmap(lane, randomness=context.torch_noise)(ids)), outputs[0]
+    tensors = list(torch.vmap(lane, randomness=context.torch_noise)(ids))
+    axis.end()
+    return tensors, outputs[0]
 
 
 def rows(x: Tensor, batch_dim: int, batch: int | None) -> Tensor:
