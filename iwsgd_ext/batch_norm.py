@@ -125,7 +125,7 @@ def normalize_lanes(context: sampling, arguments: dict, call: Callable[[], Tenso
     return y
 
 
-READ = "running statistics are read in the forward that updates them, where each sample's are others"
+READ = "state that a forward writes (running statistics, a buffer) is read in the same forward, where each sample has its own"
 
 
 class _Update(NamedTuple):

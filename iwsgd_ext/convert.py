@@ -3,7 +3,7 @@
 import functools
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -343,11 +343,14 @@ class Conversion:
                 except RuntimeError as error:
                     context.explain(error)  # here, where it knows B
                     raise
+                _check_not_later(output)
                 context.scalar_output = any(isinstance(v, Tensor) and v.dim() == 0 and v.requires_grad for v in tree_leaves(output))
                 return output
         if context.samples == 1:
             with context.changed(batch=None, batch_dim=dim, logical=True, expand="none"), FunctionalDropout(watch):
-                return own(*args, **kwargs)
+                output = own(*args, **kwargs)
+                _check_not_later(output)
+                return output
         with context.changed(batch=None, batch_dim=dim, logical=True):
             return self._on_axis(model, own, args, kwargs, context, watch, dim)
 
@@ -369,13 +372,14 @@ class Conversion:
                 if "" in self.lane_by_lane:
                     output = loop(model, own, args, kwargs, context, FunctionalDropout(watch), dim, batch)
                 else:
-                    output = sample_axis.run(model, own, args, kwargs, context, LaneRules(watch, model, inputs), dim, batch)
+                    rules = LaneRules(watch, model, inputs, () if before is None else before.kept())
+                    output = sample_axis.run(model, own, args, kwargs, context, rules, dim, batch)
                 break
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
                 name = blamed(model, error, self.lane_by_lane)
-                if name is None or before is None:
+                if name is None or before is None or any(isinstance(v, Iterator) for v in inputs):  # half used up
                     for tried_name in tried:
                         self.run_on_axis(model, tried_name)
                     if name is not None and hasattr(error, "add_note"):
@@ -434,6 +438,13 @@ class Conversion:
             for key in [k for k, hook in pre.items() if getattr(hook, "__self__", None) is self]:
                 del pre[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _check_not_later(output: Any) -> None:
+    if not torch.compiler.is_compiling() and isinstance(output, Iterator):
+        raise RuntimeError(
+            f"The model returns a {type(output).__name__}, whose body would run when the context of its noise is over: return a list."
+        )
 
 
 _ADVICE = (

@@ -1,15 +1,17 @@
 """What a forward returns or leaves behind, taken apart into tensors and put together again."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 _TABLES = frozenset(vars(nn.Module()))  # a module's own attributes
 _ITEMS = (dict, list, deque)  # a tuple, which the compiler takes
+_CONTAINERS = (*_ITEMS, set)
 _SIMPLE = frozenset((bool, int, float, str, type(None), torch.dtype, torch.device))
 _PLAIN = str | bytes | int | float | complex | type | nn.Module | Callable | torch.dtype | torch.device | torch.Size | None
 
@@ -22,6 +24,17 @@ class LanesInBuffer(RuntimeError):
         self.module = module
 
 
+def check_returned(output: Any) -> None:
+    """Raises where a forward's output cannot hold the rows of several samples."""
+    for v in tree_flatten(output, is_leaf=lambda v: isinstance(v, PackedSequence))[0]:
+        if isinstance(v, PackedSequence):
+            raise RuntimeError("a PackedSequence is returned, whose sequences are those of one sample: return pad_packed_sequence(...)[0]")
+        if isinstance(v, Iterator):
+            raise RuntimeError(f"a {type(v).__name__} is returned, which computes when the forward is over: return a list or a tuple")
+        if isinstance(v, set | frozenset) and any(isinstance(x, Tensor) for x in v):
+            raise RuntimeError("a set of tensors is returned: return a list or a tuple, which keep an order")
+
+
 class Output:
     """A forward's output, of any structure.
 
@@ -32,6 +45,8 @@ class Output:
 
     def __init__(self, output: Any, model: nn.Module, look_into: bool = True):
         self.leaves, self.spec = tree_flatten(output)
+        if look_into:
+            check_returned(output)
         self.tensors: list[Tensor] = []
         self.places: list[Callable[[Tensor], None]] = []
         self.after: list[Callable[[], None]] = []  # tuples are made anew
@@ -50,12 +65,8 @@ class Output:
     def add_attributes(self, model: nn.Module, holds: Callable[[Any], bool]) -> None:
         """Tensors with lanes that modules keep: an attribute (an auxiliary loss, attention weights) becomes rows as an output does."""
         for module in modules_of(model):
-            own = vars(module)
-            for key in sorted(own.keys() - _TABLES):
-                v = own[key]
-                simple = _SIMPLE.issuperset(map(type, v)) if type(v) is tuple else type(v) in _SIMPLE
-                if not simple and not key.startswith("_iw_"):
-                    self._item(own, key, v, holds, 1)
+            for key in _kept_by(module):
+                self._item(vars(module), key, vars(module)[key], holds, 1)
             for key, v in module._buffers.items():
                 if v is not None and holds(v):
                     raise LanesInBuffer(module, f"the buffer {key!r} of a {type(module).__name__} was replaced by noisy values")
@@ -74,7 +85,7 @@ class Output:
 
     def _look_into(self, v: Any, wanted: Callable[[Tensor], bool], depth: int = 0) -> None:
         """Containers and objects that are no pytree: caches, distributions, dataclasses."""
-        if id(v) in self.seen or depth > 5:
+        if id(v) in self.seen or depth > 12:
             return
         self.seen.add(id(v))
         if isinstance(v, dict):
@@ -126,25 +137,63 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
 
 
 class Attributes:
-    """The tensors that modules hold as attributes, before each of several calls that may put others there."""
+    """What modules keep as attributes, looked at after each of several calls: a call of one sample may put something else there."""
 
     def __init__(self, module: nn.Module | None):
-        modules = [] if module is None else modules_of(module)
-        self.before = [(m, {key: v for key, v in vars(m).items() if isinstance(v, Tensor)}) for m in modules]
+        self.modules = [] if module is None else modules_of(module)
+        self.seen = self._now()
 
-    def taken(self) -> dict[tuple[int, str], Tensor]:
-        """Those that a call has put there; what was there before is back."""
-        found = {}
-        for i, (module, before) in enumerate(self.before):
-            new = {key: v for key, v in vars(module).items() if isinstance(v, Tensor) and before.get(key) is not v}
-            for key, v in new.items():
-                found[i, key] = v
-                if key in before:
-                    vars(module)[key] = before[key]
-                else:
-                    del vars(module)[key]
-        return found
+    def _now(self) -> list[dict[str, Any]]:
+        return [{key: vars(m)[key] for key in _kept_by(m)} for m in self.modules]
 
-    def put(self, tensors: dict[tuple[int, str], Tensor]) -> None:
-        for (i, key), v in tensors.items():
-            vars(self.before[i][0])[key] = v
+    def taken(self) -> dict[tuple[int, str], Any]:
+        """What the last call has put there."""
+        before, self.seen = self.seen, self._now()
+        pairs = enumerate(zip(before, self.seen, strict=True))
+        return {(i, key): v for i, (old, new) in pairs for key, v in new.items() if old.get(key) is not v}
+
+    def contents(self) -> list[list[Any]]:
+        """Of the containers there: what a call changes in place differs from what it was."""
+        containers = [v for m in self.modules for key, v in vars(m).items() if isinstance(v, _CONTAINERS) and key not in _TABLES]
+        return [[v, *(v.values() if isinstance(v, dict) else v)] for v in containers]
+
+    def put(self, taken: list[dict[tuple[int, str], Any]], together: Callable[[list[Tensor]], Tensor]) -> None:
+        """Attributes that every call has put there hold all samples; what the first alone has put there (a table, made once) stays.
+
+        Raises:
+            ValueError: samples leave different attributes.
+        """
+        for i, key in {place: None for found in taken for place in found}:
+            values = [found[i, key] for found in taken if (i, key) in found]
+            if len(values) < len(taken):
+                if len(values) > 1 or (i, key) not in taken[0]:
+                    raise ValueError(f"samples leave another attribute {key!r}")
+                continue
+            each = [Output(v, self.modules[i]) for v in values]
+            if len({len(o.tensors) for o in each}) > 1:
+                raise ValueError(f"samples leave other tensors in the attribute {key!r}")
+            if each[0].tensors:
+                tensors = [together(list(of_lanes)) for of_lanes in zip(*(o.tensors for o in each), strict=True)]
+                vars(self.modules[i])[key] = each[-1].replaced(tensors)
+
+
+def changed(before: list[list[Any]], now: list[list[Any]]) -> bool:
+    """Whether containers that were there before hold other things now."""
+    held = {id(v[0]): v for v in before}
+    return any(
+        len(v) != len(held[id(v[0])]) or any(a is not b for a, b in zip(v, held[id(v[0])], strict=True)) for v in now if id(v[0]) in held
+    )
+
+
+def _kept_by(module: nn.Module) -> list[str]:
+    """The attributes of a module in which a forward may leave tensors."""
+    own = vars(module)
+    return [key for key in sorted(own.keys() - _TABLES) if not _is_simple(own[key]) and not key.startswith("_iw_")]
+
+
+def _is_simple(v: Any) -> bool:
+    if type(v) in (tuple, list):
+        return _SIMPLE.issuperset(map(type, v))
+    if type(v) is dict:
+        return _SIMPLE.issuperset(map(type, v.values()))
+    return type(v) in _SIMPLE

@@ -6,6 +6,7 @@ Each rule is called with tensors of which some hold lanes, and computes with the
                 sample, autocast included)
     recurrent   the fused kernels, packed sequences too: likewise
     batch_norm  statistics of each lane, running statistics as successive updates
+    each        functions whose batching differs from a call for each sample: so called
     in place    noisy values written into a tensor without lanes: it gets lanes first
 """
 
@@ -32,13 +33,13 @@ from .sampling import current
 class LaneRules(FunctionalDropout):
     """Active while a converted model runs on its axis; functional dropout is noise of the context there, too."""
 
-    def __init__(self, watch: Watch | None = None, model: nn.Module | None = None, inputs: Sequence[Any] = ()):
+    def __init__(self, watch: Watch | None = None, model: nn.Module | None = None, inputs: Sequence[Any] = (), kept: Sequence[Tensor] = ()):
         super().__init__(watch)
-        self.model, self.inputs = model, inputs
+        self.model, self.inputs, self.kept = model, inputs, kept
         self.widened: dict[int, tuple[Tensor, Tensor, int]] = {}  # memory -> (its form with lanes, what it was, where that begins)
 
     def unwatched(self) -> "LaneRules":
-        return LaneRules(None, self.model, self.inputs)
+        return LaneRules(None, self.model, self.inputs, self.kept)
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if not is_compiling():
@@ -98,7 +99,8 @@ class LaneRules(FunctionalDropout):
     def _check_not_shared(self, memory: int) -> None:
         """A pass of one sample must not change what the next one reads."""
         named = () if self.model is None else (*self.model.named_buffers(), *self.model.named_parameters())
-        for words, v in (*(("an input", v) for v in self.inputs), *((repr(name), v) for name, v in named)):
+        shared = (("an input", self.inputs), ("an attribute of a module", self.kept))
+        for words, v in (*((words, v) for words, tensors in shared for v in tensors), *((repr(name), v) for name, v in named)):
             if isinstance(v, Tensor) and memory_of(v) == memory:
                 raise RuntimeError(f"noisy values are written in place into {words}, which all noise samples share")
 
@@ -128,9 +130,11 @@ def by_rows(axis: SampleAxis, function: Callable[[Tensor], Tensor], x: Tensor, d
         return axis.wrap(function(x.flatten(0, 1)).unflatten(0, x.shape[:2]), d)
 
 
-def _linear(_, axis: SampleAxis, func, args, kwargs):
+def _linear(rules, axis: SampleAxis, func, args, kwargs):
     x, weight, bias = args if len(args) == 3 and not kwargs else _arguments(("input", "weight", "bias"), args, kwargs).values()
-    if not axis.holds(x) or axis.holds(weight) or axis.holds(bias):
+    if axis.holds(weight) or axis.holds(bias):
+        return _each_under_autocast(rules, axis, func, args, kwargs)
+    if not axis.holds(x):
         return NotImplemented
     x, d = axis.unwrap(x)
     if d == x.dim() - 1:
@@ -303,6 +307,32 @@ def _embedding(_, axis: SampleAxis, func, args, kwargs):
     return one_by_one(None, func, args, kwargs, current())  # frequencies are those of one sample
 
 
+def _select_scatter(_, axis: SampleAxis, func, args, kwargs):
+    x, src, dim, index = _arguments(("input", "src", "dim", "index"), args, kwargs).values()
+    if not axis.holds(src):
+        return NotImplemented
+    index %= x.shape[dim]  # torch's batching gives another gradient than for one sample
+    return torch.slice_scatter(x, src.unsqueeze(dim), dim, index, index + 1)
+
+
+def _each(_, axis: SampleAxis, func, args, kwargs):
+    """A function that is called once for each lane."""
+    return one_by_one(None, func, args, kwargs, current()) if any(axis.holds(v) for v in tree_leaves((args, kwargs))) else NotImplemented
+
+
+def _each_number(rules, axis: SampleAxis, func, args, kwargs):
+    """Of functions that take a number in a lane for a tensor with a dimension."""
+    tensors = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
+    numbers = any(v.dim() == 0 and axis.holds(v) for v in tensors)
+    alone = len(tensors) == 1 or func in _OF_NUMBERS or len({v.dtype for v in tensors}) > 1
+    return _each(rules, axis, func, args, kwargs) if numbers and alone else NotImplemented
+
+
+def _each_under_autocast(rules, axis: SampleAxis, func, args, kwargs):
+    """Of functions that autocast computes in another type than those that torch's batching makes of them."""
+    return _each(rules, axis, func, args, kwargs) if torch.is_autocast_enabled(axis.ids.device.type) else NotImplemented
+
+
 def _saved_inputs(_, axis: SampleAxis, func, args, kwargs):
     """Torch 2.11's checkpoint keeps its arguments by an autograd Function that has no rule for batching, and needs none."""
     function, *arguments = args
@@ -357,8 +387,18 @@ _BATCH_NORMS = {
     F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
     torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled"),
 }
+_OF_NUMBERS = frozenset((torch.index_fill, Tensor.index_fill))
+_PROMOTING = (torch.where, Tensor.where, torch.clamp, Tensor.clamp, torch.clip, Tensor.clip)
+_PROMOTING += (torch.addcmul, Tensor.addcmul, torch.addcdiv, Tensor.addcdiv)
+_CAST = [F.cross_entropy, F.nll_loss, F.l1_loss, F.cosine_embedding_loss, F.group_norm, F.prelu]
+_CAST += [getattr(torch, n) for n in ("trace", "mv", "dot", "inner", "addmv", "tensordot", "cdist", "pinverse", "baddbmm", "prelu")]
+_CAST += [getattr(Tensor, n) for n in ("trace", "mv", "dot", "inner", "addmv", "pinverse", "baddbmm", "prelu")]
 RULES: dict[Callable, Callable] = {
     **dict.fromkeys(IN_PLACE, _write),
+    **dict.fromkeys(_CAST, _each_under_autocast),
+    **dict.fromkeys((*_OF_NUMBERS, *_PROMOTING, torch.roll, Tensor.roll), _each_number),
+    **dict.fromkeys((torch.select_scatter, Tensor.select_scatter), _select_scatter),
+    **({F.linear_cross_entropy: _each} if hasattr(F, "linear_cross_entropy") else {}),
     F.linear: _linear,
     **dict.fromkeys((F.conv1d, torch.conv1d, F.conv_transpose1d, torch.conv_transpose1d, F.adaptive_avg_pool1d), _rowwise(3)),
     **dict.fromkeys((F.conv2d, torch.conv2d, F.conv_transpose2d, torch.conv_transpose2d, F.adaptive_avg_pool2d), _rowwise(4)),

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .class_swap import Behaviour
-from .lane_outputs import Attributes, LanesInBuffer, Output, modules_of
+from .lane_outputs import Attributes, LanesInBuffer, Output, changed, check_returned, modules_of
 from .pass_state import RandomState
 from .sample_axis import memory_of, rows
 from .sampling import current, sampling
@@ -60,6 +60,7 @@ def one_by_one(module: nn.Module | None, forward: Callable, args: tuple, kwargs:
         if (state.memory | {memory_of(v) for v, _ in shared}) & (axis.written | (axis.statistics - state.memory)):
             raise NotOnAxis("state that one part of the forward writes is used by another, where each sample's is another")
     attributes = Attributes(module)
+    contents = attributes.contents()
     each, kept, streams = [], [], []
     with axis.below(), context.below():
         start, random = context.stream, RandomState(axis.ids.device) if axis.randomness == "same" else None
@@ -68,7 +69,9 @@ def one_by_one(module: nn.Module | None, forward: Callable, args: tuple, kwargs:
                 random.restore()
             context.stream, context.sample_ids = start, axis.ids[s : s + 1]
             a, k = tree_unflatten([v if d is None else v.select(d, s) for v, d in unwrapped], spec)
-            each.append(tree_flatten(forward(*a, **k)))
+            result = forward(*a, **k)
+            check_returned(result)
+            each.append(tree_flatten(result))
             kept.append(attributes.taken())
             streams.append(context.stream)
         with torch._C.DisableTorchFunction():
@@ -78,8 +81,13 @@ def one_by_one(module: nn.Module | None, forward: Callable, args: tuple, kwargs:
             axis.written |= state.written()
         if len(set(streams)) > 1:
             raise NotByLane("samples draw noise a different number of times")
-        results, kept = _stacked(each), _attributes_stacked(kept)
-    attributes.put({key: axis.wrap(v) for key, v in kept.items()})
+        if changed(contents, attributes.contents()):
+            raise NotByLane("it changes what a list or dict that it keeps holds")
+        results = _stacked(each)
+    try:
+        attributes.put(kept, lambda of_lanes: axis.wrap(_stack(of_lanes)))
+    except ValueError as error:
+        raise NotByLane(str(error)) from None
     return tree_unflatten([v if same else axis.wrap(v) for v, same in results], each[0][1])
 
 
@@ -122,12 +130,6 @@ def _stacked(each: list[tuple[list, Any]]) -> list[tuple[Any, bool]]:
     return results
 
 
-def _attributes_stacked(each: list[dict]) -> dict[Any, Tensor]:
-    if any(found.keys() != each[0].keys() for found in each):
-        raise NotByLane("samples leave different attributes")
-    return {key: _stack([found[key] for found in each]) for key in each[0]}
-
-
 def _is_same(x: Any, v: Any) -> bool:
     return x is v or (type(x) is type(v) and isinstance(v, str | int | float) and x == v)
 
@@ -157,7 +159,9 @@ def loop(model: nn.Module, forward: Callable, args: tuple, kwargs: dict, context
                 random.restore()
             context.stream = start
             with context.changed(samples=1, sample_ids=ids[s : s + 1], expand="none", batch=None):
-                outputs.append(Output(forward(*args, **kwargs), model, look_into=False))
+                output = forward(*args, **kwargs)
+                check_returned(output)
+                outputs.append(Output(output, model, look_into=False))
             kept.append(attributes.taken())
             streams.append(context.stream)
             if any(v._version != version for v, version in given):
@@ -177,9 +181,9 @@ def loop(model: nn.Module, forward: Callable, args: tuple, kwargs: dict, context
         return [rows(x, batch_dim, batch) for x in stacked]
 
     try:
-        attributes.put({key: rows(v, batch_dim, batch) for key, v in _attributes_stacked(kept).items()})
+        attributes.put(kept, lambda of_lanes: rows(_stack(of_lanes), batch_dim, batch))
         tensors = together(outputs)
-    except NotByLane as error:
+    except (NotByLane, ValueError) as error:
         raise RuntimeError(f"The noise samples of this model cannot be returned together: {error}.") from None
     for i, v in enumerate(first.leaves):
         if not isinstance(v, Tensor | _PLAIN):  # an object: one for all samples, or, where they differ (caches of layers left out), all

@@ -110,8 +110,17 @@ class Snapshot:
         self.inputs = [(v, v.detach().clone()) for v in inputs if isinstance(v, Tensor) and not v.is_inference()]
         self.modules = [(m, dict(vars(m)), _copied(vars(m))) for m in model.modules()]
         self.buffers = [(b, b._version, b.clone()) for b in model.buffers()]
+        self.buffers += [(v, v._version, v.detach().clone()) for v in self.kept() if not v.is_inference() and v.layout == torch.strided]
         self.gradients = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
         self.random = RandomState.of(model)
+
+    def kept(self) -> list[Tensor]:
+        """The tensors that modules hold as attributes, and in lists and dicts of theirs."""
+        values = [v for _, attributes, _ in self.modules for v in attributes.values()]
+        tables = ("_parameters", "_buffers", "_modules")
+        contents = [c for *_, contents in self.modules for name, c in contents.items() if name not in tables]
+        values += [v for c in contents for v in (c.values() if isinstance(c, dict) else c)]
+        return [v for v in values if isinstance(v, Tensor) and not isinstance(v, nn.Parameter)]
 
     def written(self, model: nn.Module) -> list[str]:
         """The names of buffers that were written since, other than BatchNorm's."""

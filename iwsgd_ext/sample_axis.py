@@ -69,8 +69,8 @@ class SampleAxis:
         """Whether another transform runs inside of this one: torch.func.grad, or vmap, in the model."""
         if self.level == 0:
             raise RuntimeError(
-                "torch.compile left its graph inside of a converted model's forward, and what is called there needs the whole of it: see by "
-                "fullgraph=True where, or run the model eagerly."
+                "torch.compile left its graph inside of a converted model's forward, and what is called there needs the whole of it: "
+                "see by fullgraph=True where, or run the model eagerly."
             )
         return peek_interpreter_stack().level() != self.level
 

@@ -1,6 +1,7 @@
 """Which layer takes the place of which: by class, so that a swapped layer stays the object that it was."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .attention import IWMultiheadAttention
 from .batch_norm import swapped_class
@@ -18,6 +19,7 @@ from .dropout import (
 )
 from .gaussian import IWGaussianDropout, IWGaussianNoise
 from .multinomial import IWMultinomialDropout
+from .pass_state import RandomState
 from .recurrent import IWGRU, IWLSTM, IWRNN
 
 
@@ -49,12 +51,38 @@ def swapped_to(module: nn.Module) -> type[nn.Module] | None:
     kind = type(module)
     if kind in SWAPS:
         return SWAPS[kind]
-    # Stochastic depth of other libraries, by what they have in common: a row is dropped, or kept and divided by 1 - p.
-    if kind.__name__.endswith("DropPath") and hasattr(module, "drop_prob") and getattr(module, "scale_by_keep", True):
-        return None if isinstance(module, IWDropPath) else _NamedRate
-    if kind.__name__ == "StochasticDepth" and getattr(module, "mode", None) == "row" and hasattr(module, "p"):
-        return IWDropPath
+    # Stochastic depth of other libraries goes by these names.
+    if kind.__name__.endswith("DropPath") and hasattr(module, "drop_prob") and not isinstance(module, IWDropPath):
+        return _NamedRate if _drops_rows(module, "drop_prob") else None
+    if kind.__name__ == "StochasticDepth" and hasattr(module, "p"):
+        return IWDropPath if _drops_rows(module, "p") else None
     return None
+
+
+def _drops_rows(module: nn.Module, rate: str) -> bool:
+    """Whether, tried on rows of ones, a module drops each or keeps it and divides it by 1 - p, and is the identity in eval mode."""
+    if [*module.parameters(), *module.buffers()] or rate not in vars(module):
+        return False
+    given, random, tried = dict(vars(module)), RandomState(torch.device("cpu")), []
+    for shape in ((64, 6), (64, 3, 2), (64, 3, 2, 2)):
+        try:
+            tried.append(_drops_rows_of(module, torch.ones(shape), rate))
+        except Exception:  # it takes other shapes
+            continue
+        finally:
+            vars(module).clear()
+            vars(module).update(given)
+            random.restore()
+    return bool(tried) and all(tried)
+
+
+def _drops_rows_of(module: nn.Module, ones: Tensor, rate: str) -> bool:
+    vars(module).update({rate: 0.75, "training": True})
+    y = module.forward(ones)
+    rows = y.flatten(1)[:, :1]
+    vars(module)["training"] = False
+    dropped = torch.equal(y.flatten(1), rows.expand(-1, y[0].numel())) and rows.unique().tolist() == [0.0, 4.0]
+    return dropped and torch.equal(module.forward(ones), ones)
 
 
 def swap(model: nn.Module, batch_norm: str) -> None:

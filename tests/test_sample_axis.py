@@ -686,7 +686,7 @@ READS_STATISTICS = {"in eval mode": toggled, "by name": lambda m, x: m.h(m.n(noi
 def test_running_statistics_that_the_forward_reads(name):
     """They are each sample's own, after its update and before the next one's: the model is called one by one."""
     model = Model(READS_STATISTICS[name], n=nn.BatchNorm1d(W)).double()
-    with pytest.warns(UserWarning, match="running statistics are read"):
+    with pytest.warns(UserWarning, match="state that a forward writes"):
         iw.convert(model, S, example_inputs=X)
     twin = copy.deepcopy(model)
     with iw.sampling(S, seed=SEED):
