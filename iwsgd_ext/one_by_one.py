@@ -54,6 +54,7 @@ def one_by_one(module: nn.Module | None, forward: Callable, args: tuple, kwargs:
         if not isinstance(v, Tensor | _PLAIN):
             raise NotByLane(f"an argument is a {type(v).__name__}")
     unwrapped = [axis.unwrap(v) for v in leaves]
+    axis.ids.dim()  # any function: a checkpoint around this is mended by the first that is seen in it, which must be on the axis
     with torch._C.DisableTorchFunction():  # who looks here reads no values
         shared = [(v, v._version) for v, d in unwrapped if isinstance(v, Tensor) and d is None and not v.is_inference()]
         state = _State(module)

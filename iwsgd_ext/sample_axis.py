@@ -109,7 +109,7 @@ class SampleAxis:
     def end(self) -> None:
         """After a run."""
         updates, counts = self.updates, list(self.counts.values())
-        self.updates, self.counts = [], {}
+        self.updates, self.counts, self.written, self.below_axis = [], {}, set(), set()
         if counts:
             tensors, calls = zip(*counts, strict=True)
             torch._foreach_add_(tensors, [n * (self.samples - 1) for n in calls])  # each call has counted one
@@ -119,9 +119,10 @@ class SampleAxis:
 
 def memory_of(x: Tensor) -> int | None:
     """What tensors have in common that are views of one another, or aliases (``detach``, ``data``)."""
-    while is_functorch_wrapped_tensor(x):
-        x = get_unwrapped(x)
-    return x.untyped_storage()._cdata if x.layout == torch.strided else None
+    with torch._C.DisableTorchFunction():  # which a mode would take for a use of x
+        while is_functorch_wrapped_tensor(x):
+            x = get_unwrapped(x)
+        return x.untyped_storage()._cdata if x.layout == torch.strided else None
 
 
 def all_lanes(axis: SampleAxis, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import iwsgd_ext as iw
 
@@ -256,7 +257,8 @@ KEPT = {
         o=Branches(lambda m, h: (m.kept.copy_(h.detach()), h)[1], kept=torch.zeros(B, W, dtype=torch.float64)),
     ),
     "a workspace in a list": lambda: Model(
-        lambda m, x, h: (m.o.kept[0].copy_(h.detach()), h * m.o.kept[0].clone())[1], o=Branches(kept=[torch.zeros(B, W, dtype=torch.float64)])
+        lambda m, x, h: (m.o.kept[0].copy_(h.detach()), h * m.o.kept[0].clone())[1],
+        o=Branches(kept=[torch.zeros(B, W, dtype=torch.float64)]),
     ),
     "a closure over noise": lambda: Model(solved, solve=Solver()),
 }
@@ -266,6 +268,25 @@ KEPT = {
 def test_what_a_forward_keeps(name):
     torch.manual_seed(0)
     assert_is_loop(KEPT[name]().double())
+
+
+@pytest.mark.parametrize("make", [lambda: nn.BatchNorm1d(W), lambda: Branches(lambda m, h: m.n(h), n=nn.BatchNorm1d(W))])
+def test_checkpointed_parts(make):
+    """A part with state, computed again in backward: gradients are those without a checkpoint."""
+    torch.manual_seed(0)
+    gradients, part = [], make()
+    for again in (False, True):
+        forward = (lambda m, x, h: checkpoint(m.o, h, use_reentrant=False)) if again else (lambda m, x, h: m.o(h))
+        torch.manual_seed(1)
+        model = Model(forward, o=copy.deepcopy(part)).double()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            iw.convert(model, S)
+            with iw.sampling(S, seed=2):
+                (model(X) ** 3).sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("kind", ["part", "model"])
