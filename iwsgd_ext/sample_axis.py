@@ -48,11 +48,15 @@ class SampleAxis:
     def __init__(self, ids: Tensor, level: int, randomness: str):
         self.ids, self.samples, self.level, self.randomness = ids, ids.shape[0], level, randomness
         self.statistics: set[int] = set()  # memory of running statistics that BatchNorm layers of the model may update
+        self.apply: Callable[[list], None] | None = None  # what applies the updates of running statistics
+        self.begin()
+
+    def begin(self) -> None:
+        """Before a run, and before a recompute of a part of it."""
         self.written: set[int] = set()  # memory of state that is written so far, which for the next sample of a loop would be other values
         self.below_axis: set[int] = set()  # memory of the state of modules that were called once for each sample
         self.counts: dict[int, tuple[Tensor, int]] = {}  # of batches, and how often a lane advances them by 1
-        self.updates: list = []  # of running statistics: applied when the run is over, sample by sample ...
-        self.apply: Callable[[list], None] | None = None  # ... by this
+        self.updates: list = []  # of running statistics: applied when the run is over, sample by sample
 
     def holds(self, v: Any) -> bool:
         """Whether ``v`` is a tensor with lanes of this axis."""
@@ -81,6 +85,7 @@ class SampleAxis:
     @contextmanager
     def again(self) -> Iterator[None]:
         """The axis entered once more, for a recompute after its run; tensors with lanes that the run has left are valid there."""
+        self.begin()  # a run may have failed
         level = _vmap_increment_nesting(self.samples, self.randomness)
         try:
             if level != self.level:
@@ -109,7 +114,7 @@ class SampleAxis:
     def end(self) -> None:
         """After a run."""
         updates, counts = self.updates, list(self.counts.values())
-        self.updates, self.counts, self.written, self.below_axis = [], {}, set(), set()
+        self.begin()
         if counts:
             tensors, calls = zip(*counts, strict=True)
             torch._foreach_add_(tensors, [n * (self.samples - 1) for n in calls])  # each call has counted one
