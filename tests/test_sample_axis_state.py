@@ -281,7 +281,8 @@ def test_checkpointed_parts(make):
         model = Model(forward, o=copy.deepcopy(part)).double()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            iw.convert(model, S)
+            # Asked for: torch 2.11 keeps the hooks of a checkpoint that a first try has left by an error.
+            iw.convert(model, S, one_by_one=["o"] if isinstance(part, Branches) else [])
             with iw.sampling(S, seed=2):
                 (model(X) ** 3).sum().backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
