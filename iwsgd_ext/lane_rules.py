@@ -315,6 +315,12 @@ def _select_scatter(_, axis: SampleAxis, func, args, kwargs):
     return torch.slice_scatter(x, src.unsqueeze(dim), dim, index, index + 1)
 
 
+def _as_strided_in_place(_, axis: SampleAxis, func, args, kwargs):
+    if axis.holds(args[0]):
+        raise RuntimeError("the sizes and strides of a noisy tensor are set in place")
+    return NotImplemented
+
+
 def _each(_, axis: SampleAxis, func, args, kwargs):
     """A function that is called once for each lane."""
     return one_by_one(None, func, args, kwargs, current()) if any(axis.holds(v) for v in tree_leaves((args, kwargs))) else NotImplemented
@@ -405,6 +411,7 @@ RULES: dict[Callable, Callable] = {
     **dict.fromkeys((F.conv3d, torch.conv3d, F.conv_transpose3d, torch.conv_transpose3d, F.adaptive_avg_pool3d), _rowwise(5)),
     F.scaled_dot_product_attention: _attention,
     torch.addmm: _addmm,
+    Tensor.as_strided_: _as_strided_in_place,
     F.embedding: _embedding,
     **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _recurrent),
     **dict.fromkeys((torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell), _cell),

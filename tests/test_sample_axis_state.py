@@ -367,6 +367,7 @@ FUNCTIONS = {
     "roll": lambda m, x, h: torch.roll(h.sum(), 1) * m.l(x),
     "where": lambda m, x, h: torch.where(x > 0, h.float().sum(), m.l(x)),
     "clamp": lambda m, x, h: torch.clamp(h.float(), max=h.std() * 0.1),
+    "as_strided_": lambda m, x, h: (h * 2).as_strided_((B, 2), (W, 2), 1),
     "addcmul": lambda m, x, h: torch.addcmul(x.float(), h.float(), h.sum()),
 }
 
