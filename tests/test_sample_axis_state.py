@@ -378,6 +378,18 @@ def test_functions_whose_batching_differs(name):
     assert_is_loop(Model(FUNCTIONS[name]).double(), tolerance=1e-6)
 
 
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="this torch has none")
+def test_linear_cross_entropy_in_chunks():
+    from torch.nn.modules.linear_cross_entropy_options import LinearCrossEntropyOptions
+
+    options = LinearCrossEntropyOptions(batch_chunk_size=2, allow_retain_graph=True)
+
+    def function(m, x, h):
+        return F.linear_cross_entropy(h, m.m.weight[:, None] * m.l.weight, torch.arange(B) % W, options=options)[None]
+
+    assert_is_loop(Model(function).double())
+
+
 CAST = {
     "cross_entropy": lambda m, x, h: F.cross_entropy(h, torch.arange(B) % W, reduction="none"),
     "l1_loss": lambda m, x, h: F.l1_loss(h, m.l(x), reduction="none"),
