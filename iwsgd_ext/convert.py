@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from . import class_swap, sample_axis
 from .class_swap import Behaviour
 from .functional_dropout import Call, FunctionalDropout, Watch, _model_forward_is
+from .lane_outputs import check_not_later
 from .lane_rules import LaneRules
 from .one_by_one import LaneByLane, blamed, loop, reason_of
 from .pass_state import RandomState, Snapshot
@@ -343,13 +344,15 @@ class Conversion:
                 except RuntimeError as error:
                     context.explain(error)  # here, where it knows B
                     raise
-                _check_not_later(output)
+                if not torch.compiler.is_compiling():
+                    check_not_later(output)
                 context.scalar_output = any(isinstance(v, Tensor) and v.dim() == 0 and v.requires_grad for v in tree_leaves(output))
                 return output
         if context.samples == 1:
             with context.changed(batch=None, batch_dim=dim, logical=True, expand="none"), FunctionalDropout(watch):
                 output = own(*args, **kwargs)
-                _check_not_later(output)
+                if not torch.compiler.is_compiling():
+                    check_not_later(output)
                 return output
         with context.changed(batch=None, batch_dim=dim, logical=True):
             return self._on_axis(model, own, args, kwargs, context, watch, dim)
@@ -438,13 +441,6 @@ class Conversion:
             for key in [k for k, hook in pre.items() if getattr(hook, "__self__", None) is self]:
                 del pre[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
-
-
-def _check_not_later(output: Any) -> None:
-    if not torch.compiler.is_compiling() and isinstance(output, Iterator):
-        raise RuntimeError(
-            f"The model returns a {type(output).__name__}, whose body would run when the context of its noise is over: return a list."
-        )
 
 
 _ADVICE = (

@@ -27,12 +27,17 @@ class LanesInBuffer(RuntimeError):
 def check_returned(output: Any) -> None:
     """Raises where a forward's output cannot hold the rows of several samples."""
     for v in tree_flatten(output, is_leaf=lambda v: isinstance(v, PackedSequence))[0]:
+        check_not_later(v)
         if isinstance(v, PackedSequence):
             raise RuntimeError("a PackedSequence is returned, whose sequences are those of one sample: return pad_packed_sequence(...)[0]")
-        if isinstance(v, Iterator):
-            raise RuntimeError(f"a {type(v).__name__} is returned, which computes when the forward is over: return a list or a tuple")
         if isinstance(v, set | frozenset) and any(isinstance(x, Tensor) for x in v):
             raise RuntimeError("a set of tensors is returned: return a list or a tuple, which keep an order")
+
+
+def check_not_later(output: Any) -> None:
+    """Raises where a forward returns what computes after it, when the context of its noise is over."""
+    if isinstance(output, Iterator):
+        raise RuntimeError(f"a {type(output).__name__} is returned, which computes when the forward is over: return a list or a tuple")
 
 
 class Output:
@@ -45,8 +50,6 @@ class Output:
 
     def __init__(self, output: Any, model: nn.Module, look_into: bool = True):
         self.leaves, self.spec = tree_flatten(output)
-        if look_into:
-            check_returned(output)
         self.tensors: list[Tensor] = []
         self.places: list[Callable[[Tensor], None]] = []
         self.after: list[Callable[[], None]] = []  # tuples are made anew

@@ -3,7 +3,9 @@
 Below the axis a module is called as in a forward of one noise sample, K times. Its streams start anew for each; tensors come in as slices,
 so that what it writes in place is written; tensors that it leaves as attributes get lanes as its results do. Where that would not be what a
 forward of each sample alone does, the module around it is called instead, at last the model itself: its argument is an object that it may
-change (a cache), it writes into what all samples share, or samples differ in what is no tensor or in how often they draw noise.
+change (a cache), it writes into what all samples share, or samples differ in what is no tensor or in how often they draw noise. Where it
+has state that another call or the axis uses in the same forward, calls would come in another order than in a loop over samples: that loop
+is what runs then.
 """
 
 from collections.abc import Callable
@@ -54,7 +56,8 @@ def one_by_one(module: nn.Module | None, forward: Callable, args: tuple, kwargs:
         if not isinstance(v, Tensor | _PLAIN):
             raise NotByLane(f"an argument is a {type(v).__name__}")
     unwrapped = [axis.unwrap(v) for v in leaves]
-    axis.ids.dim()  # any function: a checkpoint around this is mended by the first that is seen in it, which must be on the axis
+    # A checkpoint around this computes again in the context of the first function that is seen in it: of this one, still on the axis.
+    axis.ids.dim()
     with torch._C.DisableTorchFunction():  # who looks here reads no values
         shared = [(v, v._version) for v, d in unwrapped if isinstance(v, Tensor) and d is None and not v.is_inference()]
         state = _State(module)

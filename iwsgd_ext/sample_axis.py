@@ -30,7 +30,7 @@ from torch._C._functorch import (
 )
 from torch.nn.modules.batchnorm import _NormBase
 
-from .lane_outputs import Output, modules_of
+from .lane_outputs import Output, check_returned, modules_of
 from .sampling import sampling
 from .transforms import Below
 
@@ -170,7 +170,9 @@ def _eager(model, forward, args, kwargs, context: sampling, mode, ids: Tensor) -
             if isinstance(module, _NormBase) and module.training and module.running_mean is not None:
                 axis.statistics |= {memory_of(module.running_mean), memory_of(module.running_var)}
         with context.lane(axis.wrap(ids).unsqueeze(0), axis), mode:
-            output = Output(forward(*args, **kwargs), model)
+            returned = forward(*args, **kwargs)
+            check_returned(returned)
+            output = Output(returned, model)
         output.add_attributes(model, axis.holds)
         tensors = [_remove_batch_dim(x, level, axis.samples, 0) for x in output.tensors]
     finally:

@@ -1,6 +1,7 @@
 """What every model has to show: S*B rows, the loop's outputs, gradients and running statistics, and eval mode bit for bit as before."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -58,3 +59,33 @@ def assert_equal_to_loop(
     audit = iw.audit(model, *args, gradients=True, **kwargs)
     assert audit.complete and audit.verification.gradients, str(audit)
     return audit
+
+
+def assert_is_loop(
+    model: nn.Module, x: Tensor, forward: Callable[[nn.Module], Callable] = lambda m: m, tolerance: float = 1e-10, **options
+) -> nn.Module:
+    """The converted model, after one training forward without example inputs: outputs, gradients and buffers are those of the same model
+    called for one noise sample after another. ``forward`` makes what is called of the converted model: compiled, say."""
+    model = model.train()
+    twin = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of parts that are called one by one
+        iw.convert(model, S, **options), iw.convert(twin, S, **options)
+        with iw.sampling(S, seed=SEED):
+            got = forward(model)(x)
+        each = []
+        for s in range(S):
+            with iw.sampling(1, seed=SEED, sample_ids=[s]):
+                each.append(twin(x))
+    want = torch.cat(each)
+    close = {"rtol": tolerance, "atol": tolerance}
+    torch.testing.assert_close(got, want, **close)
+    for y in (got, want):
+        (y * torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).view(y.shape)).sum().backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None)
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, **close)
+    for (name, p), q in zip(model.named_buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(p, q, **close, msg=lambda text, name=name: f"{name}: {text}")
+    return model

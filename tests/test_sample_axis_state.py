@@ -9,12 +9,13 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from equal_to_loop import S, assert_is_loop
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import iwsgd_ext as iw
 
-S, B, W = 3, 6, 5
+B, W = 6, 5
 X = torch.randn(B, W, dtype=torch.float64)
 
 
@@ -43,33 +44,6 @@ class Branches(nn.Module):
     def forward(self, h):
         h = self.function(self, h)
         return h * 2 if h.sum().item() > -1e9 else h
-
-
-def assert_is_loop(model, x=X, forward=lambda m: m, tolerance=1e-10):
-    """(the converted model after one forward, its copy after a loop)."""
-    model = model.train()
-    twin = copy.deepcopy(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of parts that are called one by one
-        iw.convert(model, S), iw.convert(twin, S)
-        with iw.sampling(S, seed=2):
-            got = forward(model)(x)
-        each = []
-        for s in range(S):
-            with iw.sampling(1, seed=2, sample_ids=[s]):
-                each.append(twin(x))
-    want = torch.cat(each)
-    close = {"rtol": tolerance, "atol": tolerance}
-    torch.testing.assert_close(got, want, **close)
-    for y in (got, want):
-        (y * torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype).view(y.shape)).sum().backward()
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        assert (p.grad is None) == (q.grad is None)
-        if p.grad is not None:
-            torch.testing.assert_close(p.grad, q.grad, **close)
-    for (name, p), q in zip(model.named_buffers(), twin.buffers(), strict=True):
-        torch.testing.assert_close(p, q, **close, msg=lambda text, name=name: f"{name}: {text}")
-    return model, twin
 
 
 class Domains(nn.Module):
@@ -146,13 +120,13 @@ STATISTICS = {
 @pytest.mark.parametrize("name", STATISTICS)
 def test_running_statistics(name):
     torch.manual_seed(0)
-    assert_is_loop(STATISTICS[name]().double())
+    assert_is_loop(STATISTICS[name]().double(), X)
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 @pytest.mark.parametrize("name", ["a layer before and behind the noise", "a layer three times", "momentum 0 and 1"])
 def test_compiled_running_statistics(name, compiler):
-    assert_is_loop(STATISTICS[name]().double(), forward=lambda m: torch.compile(m, backend=compiler, fullgraph=True))
+    assert_is_loop(STATISTICS[name]().double(), X, forward=lambda m: torch.compile(m, backend=compiler, fullgraph=True))
 
 
 def test_statistics_of_16_bits_do_not_overflow():
@@ -267,7 +241,7 @@ KEPT = {
 @pytest.mark.parametrize("name", KEPT)
 def test_what_a_forward_keeps(name):
     torch.manual_seed(0)
-    assert_is_loop(KEPT[name]().double())
+    assert_is_loop(KEPT[name]().double(), X)
 
 
 @pytest.mark.parametrize("make", [lambda: nn.BatchNorm1d(W), lambda: Branches(lambda m, h: m.n(h), n=nn.BatchNorm1d(W))])
@@ -336,7 +310,7 @@ def test_transforms_inside_of_a_model(name):
     """What cannot run there is called as in a forward of one sample, and refused as that is."""
     if name == "gru":
         model = Model(lambda m, x, h: torch.func.grad(lambda z: (m.o(z[:, None])[0] ** 3).sum())(h), o=nn.GRU(W, W, batch_first=True))
-        assert_is_loop(model.double())
+        assert_is_loop(model.double(), X)
     elif name == "gradient":
         model = iw.convert(Model(lambda m, x, h: torch.func.grad(lambda z: m.n(z).pow(3).sum())(h)).double(), S)
         with pytest.raises(RuntimeError, match="attempted to call in-place operation"):
@@ -375,7 +349,7 @@ FUNCTIONS = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_whose_batching_differs(name):
     torch.manual_seed(0)
-    assert_is_loop(Model(FUNCTIONS[name]).double(), tolerance=1e-6)
+    assert_is_loop(Model(FUNCTIONS[name]).double(), X, tolerance=1e-6)
 
 
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="this torch has none")
@@ -387,7 +361,7 @@ def test_linear_cross_entropy_in_chunks():
     def function(m, x, h):
         return F.linear_cross_entropy(h, m.m.weight[:, None] * m.l.weight, torch.arange(B) % W, options=options)[None]
 
-    assert_is_loop(Model(function).double())
+    assert_is_loop(Model(function).double(), X)
 
 
 CAST = {
@@ -427,7 +401,7 @@ def test_outputs_that_cannot_be_rows(name):
 @pytest.mark.parametrize("expand", ["axis", "first"])
 def test_a_generator_under_one_sample_and_in_rows(expand):
     model = iw.convert(Model(lambda m, x, h: (v for v in [h])).double(), S, expand=expand, verify=False)
-    with iw.sampling(1 if expand == "axis" else S), pytest.raises(RuntimeError, match="when the context of its noise is over"):
+    with iw.sampling(1 if expand == "axis" else S), pytest.raises(RuntimeError, match="computes when the forward is over"):
         model(X)
 
 
