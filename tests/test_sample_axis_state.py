@@ -224,6 +224,7 @@ KEPT = {
     "a moving average that is no buffer": lambda: Model(lambda m, x, h: m.o(h), o=Average(buffer=False)),
     "a list that is added to": lambda: Model(sums_what_is_kept, o=Branches(appends, kept=[])),
     "a tuple": lambda: Model(lambda m, x, h: m.o(h) + m.o.kept[0], o=Branches(keeps(lambda h: (h * 2, h)))),
+    "an iterator": lambda: Model(lambda m, x, h: m.o(h), o=Branches(keeps(lambda h: iter([1, 2])))),
     "a dict": lambda: Model(lambda m, x, h: m.o(h) + m.o.kept["h"], o=Branches(keeps(lambda h: {"h": h}))),
     "a tensor carried from call to call": lambda: Model(carried, o=Branches(carries, kept=None)),
     "a workspace": lambda: Model(
