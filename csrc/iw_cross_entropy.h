@@ -3,11 +3,13 @@
 // logits [S*B, C, T], row s*B + b; a unit is what has importance weights of its own: an example, or a position of one.
 // For a position: u[s] = sum_c q[c] v[c] log p[s, c],  c = sum_c q[c] v[c],  d = v[y] (1 for probabilities); a position weight
 // multiplies all three, an ignored position has zeros.
-//   unit = position:  l[s] = u[s] / c,             outer weight c
+//   unit = position:  l[s] = u[s] / c,             outer weight c, of any sign
 //   unit = example:   l[s] = sum_t u[s,t] / cbar,  outer weight cbar = sum_t c / (number of positions not ignored)
 //   L = (1/alpha) (logsumexp_s(alpha l) - log S),  w = softmax_s(alpha l),  loss = -sum outer L / sum d
 //   dloss / dlogits[s] = w[s] / (sum d) * (c softmax(logits[s]) - q v)
 #pragma once
+#include <cmath>
+
 #include "philox.h"  // IWSGD_HD
 
 namespace iwsgd {
@@ -64,6 +66,21 @@ struct LossArguments {
   }
   IWSGD_HD bool ignored(int64_t position) const { return labels != nullptr && labels[position] == ignore_index; }
 };
+
+// l of a unit of outer weight c, which may have any sign. Without any weight u is 0, or NaN. Terms that are not 0 and add up to 0 have no
+// log-likelihood: NaN. An infinite weight makes the loss infinite, as torch's: not the NaN of inf / inf.
+template <class A>
+IWSGD_HD A unit_log_likelihood(A u, A c) {
+  constexpr A inf = static_cast<A>(HUGE_VAL);
+  if (c == inf || c == -inf) return u * c;
+  if (c != A(0)) return u / c;
+  return u == A(0) ? u : static_cast<A>(NAN);
+}
+
+// 1 / (what the loss is divided by), which is 0 where nothing counts. kCancelled is a denominator whose terms are not 0 and add up to 0: 1
+// over it is infinite, as torch's 1 / 0.
+constexpr double kCancelled = 4.9e-324;
+IWSGD_HD double reciprocal(double denominator) { return denominator == 0 ? 0.0 : 1.0 / denominator; }
 
 // What is kept of every row between the steps. max and sum, for softmax = exp(z - max) / sum: [S, positions of a block], the
 // block beginning at position `first`. u: [S, ...] likewise, with its own beginning, because where the unit is the position it is

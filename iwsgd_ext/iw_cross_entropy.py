@@ -79,7 +79,8 @@ class _IWCrossEntropy(torch.autograd.Function):
             bounds = torch.stack(ranks)
             share = reference.importance_weights(bounds, alpha)[process_group.rank()]
             bound, weights = reference.logmeanexp(bounds, alpha), weights * share
-            loss = -outer * bound if reduction == 0 else -(outer * bound).sum()
+            loss = reference.costs(outer, bound)
+            loss = loss if reduction == 0 else loss.sum()
             if need_gradient:
                 dlogits = _scale(dlogits, share, samples, out=dlogits)
         ctx.mark_non_differentiable(log_p, weights, bound, outer)
@@ -177,23 +178,28 @@ def iw_cross_entropy(
     ``level="example"`` an example's positions share them: outer weight cbar[b] = mean of c over its positions that are not ignored,
     l[s, b] = sum_t u[s, t] / cbar[b]. Without positions both levels are the same.
 
-    With samples=1 this is :func:`torch.nn.functional.cross_entropy`, value and gradient, for every option, with two exceptions: a
-    denominator of 0 (everything ignored, an empty batch) gives loss 0 and gradient 0 instead of NaN, and reduction "none" at level
-    "example" gives [B].
+    Weights may be negative, as rewards and advantages are: the gradient then lowers the likelihood. Two kinds raise a ValueError on the
+    CPU; on a GPU the first gives a loss of NaN and the second stops the kernel by an assertion: an outer weight whose terms are not 0
+    and add up to 0, and, at level "example" with samples > 1, positions of both signs in one example, as these share importance weights.
+    Weights of both signs may add up to nearly 0: give ``reduction="sum"`` or ``normalizer`` then, not the mean over their sum.
+
+    With samples=1 this is :func:`torch.nn.functional.cross_entropy`, value and gradient, for every option, with three exceptions: where
+    nothing counts (everything ignored, an empty batch), the mean's loss and gradient are 0 instead of NaN; reduction "none" at level
+    "example" gives [B]; and terms that add up to an outer weight of 0 raise, as above.
 
     Args:
         logits: [S*B, C] or [S*B, C, d1, ...], float32, float64, bfloat16 or float16. Sample-major: row s*B + b. Any strides.
         target: class indices int64 [B] or [B, d1, ...], or class probabilities [B, C] or [B, C, d1, ...]. Not repeated over samples.
         samples: S, the number of noise samples of each example.
-        weight: [C] class weights, not negative.
+        weight: [C] class weights.
         ignore_index: class index of positions that do not count. Their logits get a gradient of exactly 0.
         reduction: "mean" (divided by the sum of d), "sum", or "none" ([B], or [B, d1, ...] at level "position").
         label_smoothing: e in [0, 1]: q becomes (1 - e) q + e / C.
         alpha: 1 is IWSGD; 0 the plain mean over samples (eq 9, 10: multi-sample dropout); inf the best sample; in between, and
             above, a temperature on the likelihoods.
         level: "example" or "position", what has importance weights of its own.
-        example_weight: [B], which multiplies outer weight and d; or [B, d1, ...], which multiplies u, c and d. A position of weight 0
-            still counts in the mean of c; use ``ignore_index`` for padding.
+        example_weight: [B], which multiplies outer weight and d; or [B, d1, ...], which multiplies u, c and d: rewards of positions
+            belong to level "position". A position of weight 0 still counts in the mean of c; use ``ignore_index`` for padding.
         normalizer: N of the mean, instead of the sum of d: for gradient accumulation and data parallelism. A number or a tensor of one
             element.
         inplace: the gradient is written over ``logits``, which then must not be used again. Saves their size in memory.
@@ -237,6 +243,9 @@ def iw_cross_entropy(
         level == "position",
         REDUCTIONS.index("sum" if late else reduction),
     )
+    if samples == 1 and process_group is not None and process_group.size() > 1 and level == "example" and alpha != 0:
+        acc = torch.promote_types(logits.dtype, torch.float32)
+        reference.check_signs(position_weights_of(target, weights[0], weights[2], ignore_index, label_smoothing, acc)[0])
     given = logits if torch.is_grad_enabled() else logits.detach()  # a Function does not know
     if transforms.active():  # any derivative, and lanes of any kind: in plain torch
         check(process_group is None and not inplace, "inplace, process_group", "neither inside of torch.func's transforms", "one")
@@ -250,7 +259,7 @@ def iw_cross_entropy(
         )
     if late:
         n = denominator_of(*operands[:-1], ignore_index, loss.dtype) if normalizer is None else normalizer
-        loss = loss * torch.where(n == 0, 0, 1 / n)
+        loss = loss * reference.reciprocal(n)
     shape = (target.shape[0], *logits.shape[2:]) if level == "position" else (target.shape[0],)
     if reduction == "none":
         loss = loss.view(shape)
@@ -281,6 +290,21 @@ def operands_of(logits, target, samples, weight, example_weight, normalizer) -> 
     return target, weight, example_weight, position_weight, normalizer
 
 
+def position_weights_of(target, weight, position_weight, ignore_index: int, smoothing: float, acc: torch.dtype) -> tuple[Tensor, Tensor]:
+    """c of positions [B, T], as the kernels have it, and whether they are not ignored."""
+    if target.dtype == torch.int64:
+        counted = target != ignore_index
+        c = counted.to(acc)
+        if weight is not None:
+            v = (1 - smoothing) * weight[torch.where(counted, target, 0)] + (smoothing * weight.mean() if smoothing else 0)
+            c = torch.where(counted, v, 0)
+    else:
+        counted = torch.ones(target.shape[0], target.shape[2], dtype=torch.bool, device=target.device)
+        q = (1 - smoothing) * target + smoothing / target.shape[1]
+        c = q.sum(1) if weight is None else (q * weight[:, None]).sum(1)
+    return c if position_weight is None else c * position_weight, counted
+
+
 def denominator_of(target, weight, example_weight, position_weight, ignore_index: int, acc: torch.dtype) -> Tensor:
     """The sum of d, as the kernels have it: weights of the labels that are not ignored; 1 for probabilities."""
     if target.dtype == torch.int64:
@@ -289,4 +313,4 @@ def denominator_of(target, weight, example_weight, position_weight, ignore_index
     else:
         d = torch.ones(target.shape[0], target.shape[2], dtype=acc, device=target.device)
     d = d if position_weight is None else d * position_weight
-    return (d if example_weight is None else d * example_weight[:, None]).sum()
+    return reference.total_of(d if example_weight is None else d * example_weight[:, None])

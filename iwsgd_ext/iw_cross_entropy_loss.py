@@ -2,11 +2,11 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from . import reference
 from .checks import check, check_loss_options
-from .iw_cross_entropy import Level, Reduction, denominator_of, iw_cross_entropy, operands_of
+from .iw_cross_entropy import Level, Reduction, denominator_of, iw_cross_entropy, operands_of, position_weights_of
 from .likelihood import _IWLoss, as_arguments
 from .stats import IWStats
 
@@ -99,8 +99,11 @@ class IWCrossEntropyLoss(_IWLoss):
         options = {"ignore_index": ignore_index, "label_smoothing": smoothing, "level": self.level}
         # Every row for itself, as an example with one sample: its cost is -outer * log p.
         cost = iw_cross_entropy(logits, rows, 1, weight=weight, reduction="none", example_weight=of_positions, **options)
-        outer = _outer_weight(operands[0], weight, position_weight, ignore_index, smoothing, per_position, cost.dtype)
-        log_p = (0 - cost.view(samples, -1)) / torch.where(outer > 0, outer, 1)  # NaN stays, of logits that weigh nothing, too
+        c, counted = position_weights_of(operands[0], weight, position_weight, ignore_index, smoothing, cost.dtype)
+        if not per_position and self.samples > 1 and self.alpha != 0:
+            reference.check_signs(c)
+        outer = c.flatten() if per_position else c.sum(1) / counted.sum(1).clamp(min=1)
+        log_p = reference.unit_log_likelihood(0 - cost.view(samples, -1), outer)
         if per_example is not None:
             outer = outer * (per_example.repeat_interleave(operands[0].shape[-1]) if per_position else per_example)
         if reduction != "mean":
@@ -109,18 +112,3 @@ class IWCrossEntropyLoss(_IWLoss):
 
     def extra_repr(self) -> str:
         return f"samples={self.samples}, " + ", ".join(f"{name}={getattr(self, name)!r}" for name in _OPTIONS)
-
-
-def _outer_weight(target, weight, position_weight, ignore_index: int, smoothing: float, per_position: bool, acc: torch.dtype) -> Tensor:
-    """The outer weight of each unit, without the weight of its example: c [B*T], or its mean over what counts [B]."""
-    if target.dtype == torch.int64:
-        counted = target != ignore_index
-        c = counted.to(acc)
-        if weight is not None:
-            c = c * ((1 - smoothing) * weight[torch.where(counted, target, 0)] + smoothing * weight.mean())
-    else:
-        counted = torch.ones(target.shape[0], target.shape[2], dtype=torch.bool, device=target.device)
-        q = (1 - smoothing) * target + smoothing / target.shape[1]
-        c = q.sum(1) if weight is None else (q * weight[:, None]).sum(1)
-    c = c if position_weight is None else c * position_weight
-    return c.flatten() if per_position else c.sum(1) / counted.sum(1).clamp(min=1)

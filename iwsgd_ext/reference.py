@@ -279,6 +279,55 @@ def importance_weights(l: Tensor, alpha: float) -> Tensor:
     return e / e.sum(0)
 
 
+def unit_log_likelihood(u: Tensor, c: Tensor) -> Tensor:
+    """l = u / c of units [..., units] with outer weights c [units] of any sign.
+
+    Without any weight u is 0, or NaN. Terms that are not 0 and add up to 0 have no log-likelihood: NaN. An infinite weight makes the
+    loss infinite, as torch's: not the NaN of inf / inf.
+    """
+    without = torch.where(u == 0, u, float("nan"))
+    return torch.where(c.isinf(), u * c, torch.where(c != 0, u / torch.where(c != 0, c, 1), without))
+
+
+def costs(outer: Tensor, bound: Tensor) -> Tensor:
+    """-outer * bound of each unit: 0, not 0 * infinity, where the weight is 0."""
+    return torch.where((outer == 0) & ~bound.isnan(), 0, -outer * bound)
+
+
+def total_of(d: Tensor) -> Tensor:
+    """What a mean is divided by: the sum of d, and where terms that are not 0 add up to 0 the smallest number there is."""
+    total = d.sum()
+    return torch.where((total == 0) & (d != 0).any(), 5e-324 if d.dtype == torch.float64 else 1.4e-45, total)
+
+
+def reciprocal(denominator: Tensor) -> Tensor:
+    """1 / denominator; 0 where nothing counts, and infinite, as torch's 1 / 0, where the weights of what counts add up to 0."""
+    return torch.where(denominator == 0, 0, 1 / denominator)
+
+
+def check_signs(c: Tensor) -> None:
+    """Raises where positions of one example, with outer weights c [B, T], are of both signs: they cannot share importance weights."""
+    both = (c > 0).any(1) & (c < 0).any(1)
+    if c.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(~both.any(), "weights: expected positions of one sign in each example at level 'example'")
+    elif both.any():
+        raise ValueError(
+            "weights: expected positions of one sign in each example at level 'example' (class weights, position weights and the target "
+            f"together), where they share importance weights, got both signs in example {int(both.nonzero()[0])}; level='position' takes "
+            "any"
+        )
+
+
+def check_cancelled(c: Tensor, size: Tensor) -> None:
+    """Raises where the outer weight of a unit, of c [B, units], is 0, and the terms of its sum, of size [B, units], are not."""
+    wrong = ((c == 0) & (size != 0)).any(1).nonzero()
+    if len(wrong):
+        raise ValueError(
+            "weights: expected an outer weight that is not 0 where there is a target (class weights, position weights and the target "
+            f"together), got terms that add up to 0 in example {int(wrong[0])}: no log-likelihood has such a weight"
+        )
+
+
 def check_labels(target: Tensor, ignore_index: int, classes: int) -> None:
     """Raises on the first class index of target [B, T] that is out of range."""
     wrong = ((target != ignore_index) & ((target < 0) | (target >= classes))).nonzero()
@@ -326,12 +375,14 @@ def iw_cross_entropy(
     m = torch.ones(batch, positions, dtype=acc, device=logits.device) if position_weight is None else position_weight
     e = torch.ones(batch, dtype=acc, device=logits.device) if example_weight is None else example_weight
 
+    looks = logits.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+
     # q v = hot (at the label) + soft (everywhere), [B, C, T]
     soft = None if smoothing == 0 else (smoothing / classes * v)[:, None].expand(batch, classes, positions)
     if target.dtype == torch.int64:
         counted = target != ignore_index
         label = torch.where(counted, target, 0)
-        if logits.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+        if looks:
             check_labels(target, ignore_index, classes)
         hot, d = (1 - smoothing) * v[label], v[label]
         u = hot * log_p.gather(2, label.expand(samples, batch, positions)[:, :, None])[:, :, 0]
@@ -341,11 +392,18 @@ def iw_cross_entropy(
         soft = ((1 - smoothing) * target + smoothing / classes) * v[:, None]
         d = torch.ones(batch, positions, dtype=acc, device=logits.device)
         hot, u, c = None, 0, 0
+    size = 0 if hot is None else hot.abs()  # of the terms of c
     if soft is not None:
         u = u + (soft * log_p).sum(2)
         c = c + soft.sum(1)
+        size = size + soft.abs().sum(1)
     zero = torch.zeros((), dtype=acc, device=logits.device)
     u, c, d = torch.where(counted, m * u, zero), torch.where(counted, m * c, zero), torch.where(counted, m * d * e[:, None], zero)
+    size = torch.where(counted, m * size, zero).abs()
+    if looks:
+        check_cancelled(c, size) if per_position else check_cancelled(c.sum(1, keepdim=True), size.sum(1, keepdim=True))
+    if not per_position and positions > 1 and samples > 1 and alpha != 0:
+        check_signs(c)
 
     if per_position:
         outer, l = c.flatten(), u.flatten(1)
@@ -353,13 +411,13 @@ def iw_cross_entropy(
     else:
         outer, l = c.sum(1) / counted.sum(1).clamp(min=1), u.sum(2)
         outer_example = e
-    l = torch.where(outer > 0, l / torch.where(outer > 0, outer, 1), l)
+    l = unit_log_likelihood(l, outer)
     bound, w = logmeanexp(l, alpha), importance_weights(l, alpha)
 
-    denominator = normalizer.reshape(()) if normalizer is not None else d.sum() if reduction == 1 else zero + 1
-    scale = torch.where(denominator == 0, zero, 1 / denominator)
+    denominator = normalizer.reshape(()) if normalizer is not None else total_of(d) if reduction == 1 else zero + 1
+    scale = reciprocal(denominator)
     outer = outer * outer_example * scale
-    of_unit = torch.where((outer == 0) & ~bound.isnan(), zero, -outer * bound)
+    of_unit = costs(outer, bound)
     loss = of_unit if reduction == 0 else of_unit.sum()
     if not need_gradient:
         return loss, l, w, bound, outer, logits.new_empty(0)
@@ -369,7 +427,7 @@ def iw_cross_entropy(
     if soft is not None:
         dlogits = dlogits - m[:, None] * soft
     if hot is not None:
-        dlogits = dlogits - (m * hot)[:, None] * torch.zeros_like(p[0]).scatter_(1, label[:, None], 1.0)
+        dlogits = dlogits - torch.zeros_like(p[0]).scatter_(1, label[:, None], (m * hot)[:, None])
     dlogits = torch.where(counted[:, None], inner[:, :, None] * dlogits, zero)
     return loss, l, w, bound, outer, dlogits.view(rows, classes, positions).to(logits.dtype)
 

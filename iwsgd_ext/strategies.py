@@ -249,8 +249,8 @@ class _Step:
         """Loss [], its derivative with respect to log_p [S, units], and the statistics."""
         alpha = getattr(self.loss_fn, "alpha", 1.0)
         bound, weights = reference.logmeanexp(log_p, alpha), reference.importance_weights(log_p, alpha)
-        outer = self.outer * torch.where(self.denominator == 0, 0, 1 / self.denominator)
-        loss = torch.where((outer == 0) & ~bound.isnan(), 0, -outer * bound).sum()
+        outer = self.outer * reference.reciprocal(self.denominator)
+        loss = reference.costs(outer, bound).sum()
         shape = _unit_shape(self.loss_fn, *as_arguments(self.targets)) if type(self.loss_fn) is IWCrossEntropyLoss else bound.shape
         return loss, -outer * weights, IWStats(*(v.unflatten(-1, shape) for v in (log_p, weights, bound, outer != 0)))
 

@@ -96,12 +96,12 @@ def loss_and_terms(
                     u = [(qv * l).sum() for l in log_p]
             denominator = denominator + e * d
             if level == "position":
-                units.append((e * c, [u_s / c if c > 0 else u_s for u_s in u]))
+                units.append((e * c, [u_s / c if c != 0 else u_s for u_s in u]))
             u_of_example = [a + u_s for a, u_s in zip(u_of_example, u, strict=True)]
             c_of_example = c_of_example + c
         if level == "example":
             cbar = c_of_example / max(counted, 1)
-            units.append((e * cbar, [u_s / cbar if cbar > 0 else u_s for u_s in u_of_example]))
+            units.append((e * cbar, [u_s / cbar if cbar != 0 else u_s for u_s in u_of_example]))
 
     given = denominator if normalizer is None else torch.as_tensor(normalizer).cpu().to(dtype).reshape(())
     n = given if reduction == "mean" else zero + 1

@@ -20,6 +20,8 @@ OPTIONS = [
     {"reduction": "none", "level": "example"},
     {"reduction": "mean", "level": "position", "inplace": True},
     {"reduction": "mean", "local": 1},
+    {"reduction": "sum", "example_weight": "example"},
+    {"reduction": "none", "level": "position", "example_weight": "position", "local": 1},
 ]
 
 
@@ -29,6 +31,7 @@ def data(local: int):
     logits = 2 * torch.randn(WORLD * local, BATCH, 10, 5, generator=generator)
     target = torch.randint(10, (BATCH, 5), generator=generator)
     target[2] = -100
+    logits[:, 4, 0], target[4] = -math.inf, 0  # impossible under every sample
     return logits, target, torch.rand(10, generator=generator), torch.randn(BATCH, 5, generator=generator)
 
 
@@ -37,6 +40,9 @@ def loss_and_gradient(logits, target, samples, weight, upstream, options, group=
     options = {name: value for name, value in options.items() if name != "local"}
     if "weight" in options:
         options["weight"] = weight
+    if "example_weight" in options:  # of any sign, and 0 where the target is impossible
+        of_examples = upstream[:, 0].index_fill(0, torch.tensor([4]), 0)
+        options["example_weight"] = upstream if options["example_weight"] == "position" else of_examples
     loss, stats = iw.iw_cross_entropy(leaf * 1, target, samples, return_stats=True, process_group=group, **options)
     factor = torch.tensor(3.0) if loss.dim() == 0 else upstream if loss.dim() == 2 else upstream[:, 0]
     (dlogits,) = torch.autograd.grad(loss, leaf, factor)
@@ -53,6 +59,9 @@ def work(rank: int, backend: str, file: str, folder: str) -> None:
         logits, target, *others = data(local)
         own = logits[rank * local : (rank + 1) * local]
         results += [loss_and_gradient(own, target, local, *others, {**options, "alpha": alpha}, dist.group.WORLD)]
+    with pytest.raises(ValueError, match="positions of one sign in each example"):  # though each rank has one sample alone
+        weight = {"reduction": "sum", "example_weight": "position", "alpha": 1.0}
+        loss_and_gradient(own[:1], target, 1, *others, weight, dist.group.WORLD)
     torch.save(results, os.path.join(folder, f"{rank}.pt"))
     dist.barrier()
     gc.collect()

@@ -60,6 +60,30 @@ SIZES = {"digits": (8, 5, 10, ()), "odd": (3, 3, 65, ()), "one-class": (1, 2, 1,
 
 @pytest.mark.parametrize("regime", REGIMES, indirect=True)
 @pytest.mark.parametrize("kind", ["labels", "smoothed", "probabilities"])
+@pytest.mark.parametrize("size", ["odd", "positions"])
+def test_weights_of_any_sign(regime, size, kind):
+    """Rewards of positions; of examples in any mixture, beside weights of all classes that are negative."""
+    logits, target, options = data(SIZES[size], torch.float32, kind)
+    samples, batch, classes, positions = SIZES[size]
+    rewards, negative = torch.randn(batch, *positions), -torch.rand(classes) - 0.25
+    check(logits, target, samples, **(options | {"example_weight": rewards, "level": "position", "reduction": "sum"}))
+    check(logits, target, samples, **(options | {"example_weight": rewards[(...,) + (0,) * len(positions)], "weight": negative}))
+
+
+@pytest.mark.parametrize("regime", REGIMES, indirect=True)
+def test_weights_that_are_special(regime):
+    """Terms that add up to 0 give NaN, an infinite weight an infinite loss, weights that cancel in the mean no finite one."""
+    logits, target = torch.randn(6, 5), torch.tensor([0, 1, 4])
+    soft = torch.zeros(3, 5)
+    soft[1, 0], soft[1, 1] = 1, -1
+    assert iw.iw_cross_entropy(logits, soft, 2, reduction="none").isnan().tolist() == [False, True, False]
+    weight = torch.tensor([math.inf, 1, 1, 1, -1])
+    assert iw.iw_cross_entropy(logits, target, 2, weight=weight, reduction="none")[0] == math.inf
+    assert not iw.iw_cross_entropy(logits[2:], target[1:], 2, weight=weight).isfinite()
+
+
+@pytest.mark.parametrize("regime", REGIMES, indirect=True)
+@pytest.mark.parametrize("kind", ["labels", "smoothed", "probabilities"])
 @pytest.mark.parametrize("size", SIZES)
 def test_loss(regime, size, kind):
     for dtype in DTYPES if kind == "smoothed" else DTYPES[:1]:

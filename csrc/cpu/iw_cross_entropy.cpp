@@ -32,20 +32,36 @@ struct Terms {
   double denominator = 0;
 };
 
+// A sum, and whether any of its terms was not 0.
+struct Sum {
+  double value = 0;
+  bool any = false;
+  void add(double x) { value += x, any |= x != 0; }
+  void times(double x) { value *= x, any &= x != 0; }
+  bool cancelled() const { return any && value == 0; }
+};
+
+void check_not_cancelled(const Sum& outer, int64_t example) {
+  if (outer.cancelled())
+    throw std::invalid_argument("weights: expected an outer weight that is not 0 where there is a target (class weights, position weights and the "
+                                "target together), got terms that add up to 0 in example " + std::to_string(example) +
+                                ": no log-likelihood has such a weight");
+}
+
 template <class T, class A>
 Terms<T, A> terms_of(const LossArguments<T, A>& a) {
   Terms<T, A> terms;
   terms.c.resize(a.positions());
   terms.outer.resize(a.units());
-  double all_weights = static_cast<double>(a.C);
-  if (a.class_weight != nullptr) {
-    all_weights = 0;
-    for (int64_t i = 0; i < a.C; ++i) all_weights += a.class_weight[i];
-  }
-  const double smoothing = a.smoothing, uniform = smoothing / static_cast<double>(a.C) * all_weights;
+  const auto class_weight = [&](int64_t i) { return a.class_weight != nullptr ? static_cast<double>(a.class_weight[i]) : 1.0; };
+  const double smoothing = a.smoothing, of_each = smoothing / static_cast<double>(a.C);
+  Sum uniform;
+  for (int64_t i = 0; i < a.C && smoothing > 0; ++i) uniform.add(of_each * class_weight(i));
+  Sum denominator;
   for (int64_t b = 0; b < a.B; ++b) {
     const double example = a.example_weight != nullptr ? a.example_weight[b] : 1.0;
-    double sum_c = 0;
+    Sum unit;
+    bool positive = false, negative = false;
     int64_t counted = 0;
     for (int64_t p = b * a.positions_each; p < (b + 1) * a.positions_each; ++p) {
       if (a.ignored(p)) {
@@ -53,28 +69,39 @@ Terms<T, A> terms_of(const LossArguments<T, A>& a) {
         if (a.per_position) terms.outer[p] = A(0);
         continue;
       }
-      double c = 0, d = 1;
+      Sum c = uniform;
+      double d = 1;
       if (a.labels != nullptr) {
         const int64_t y = a.labels[p];
         if (y < 0 || y >= a.C)
           throw std::invalid_argument("target: expected class indices in [0, " + std::to_string(a.C) + ") or ignore_index " +
                                       std::to_string(a.ignore_index) + ", got " + std::to_string(y) + " in example " + std::to_string(b));
-        d = a.class_weight != nullptr ? a.class_weight[y] : 1.0;
-        c = (1.0 - smoothing) * d + (smoothing > 0 ? uniform : 0.0);
+        d = class_weight(y);
+        c.add((1.0 - smoothing) * d);
       } else {
         const A* q = a.probabilities + b * a.C * a.positions_each + p % a.positions_each;
-        for (int64_t i = 0; i < a.C; ++i) c += q[i * a.positions_each] * (a.class_weight != nullptr ? double(a.class_weight[i]) : 1.0);
-        c = (1.0 - smoothing) * c + uniform;
+        for (int64_t i = 0; i < a.C; ++i) c.add((1.0 - smoothing) * q[i * a.positions_each] * class_weight(i));
       }
-      const double m = a.position_weight != nullptr ? a.position_weight[p] : 1.0;
-      terms.c[p] = static_cast<A>(m * c);
-      terms.denominator += m * d * example;
-      if (a.per_position) terms.outer[p] = static_cast<A>(m * c);
-      sum_c += m * c;
+      c.times(a.position_weight != nullptr ? a.position_weight[p] : 1.0);
+      terms.c[p] = static_cast<A>(c.value);
+      denominator.add((a.position_weight != nullptr ? a.position_weight[p] : 1.0) * d * example);
+      if (a.per_position) {
+        terms.outer[p] = static_cast<A>(c.value);
+        check_not_cancelled(c, b);
+      }
+      unit.add(c.value), unit.any |= c.any;
+      positive |= c.value > 0, negative |= c.value < 0;
       ++counted;
     }
-    if (!a.per_position) terms.outer[b] = static_cast<A>(counted > 0 ? sum_c / counted : 0.0);
+    if (a.per_position) continue;
+    terms.outer[b] = static_cast<A>(counted > 0 ? unit.value / static_cast<double>(counted) : 0.0);
+    check_not_cancelled(unit, b);
+    if (positive && negative && a.S > 1 && a.alpha != 0)
+      throw std::invalid_argument("weights: expected positions of one sign in each example at level 'example' (class weights, position weights and "
+                                  "the target together), where they share importance weights, got both signs in example " +
+                                  std::to_string(b) + "; level='position' takes any");
   }
+  terms.denominator = denominator.cancelled() ? kCancelled : denominator.value;
   return terms;
 }
 
@@ -86,7 +113,7 @@ void run(const LossArguments<T, A>& a) {
     denominator = *a.normalizer;
   else if (a.reduction == Reduction::mean)
     denominator = terms.denominator;
-  const double scale = denominator == 0 ? 0.0 : 1.0 / denominator;
+  const double scale = reciprocal(denominator);
 
   const A* c = terms.c.data();
   const A* outer = terms.outer.data();

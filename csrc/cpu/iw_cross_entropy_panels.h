@@ -11,7 +11,7 @@ struct Panel {
   Target<A> targets[L];
   alignas(64) A c[L], weight[L], hot[L], example_weight[L];
   vec_int<A> label;  // -1 where there is none
-  bool all_counted = true;
+  bool all_counted = true, ordinary = true;  // ordinary: every c is finite and not 0
 
   Panel(const LossArguments<T, A>& a, const A* c_of, int64_t p, int64_t last) : first(p) {
     const int64_t left = a.positions_each == 1 ? last - p : std::min(last - p, a.positions_each - p % a.positions_each);
@@ -24,6 +24,7 @@ struct Panel {
       example_weight[j] = a.example_weight_of(p + std::min(j, n - 1));
       label[j] = target.ignored ? -1 : static_cast<lane_int<A>>(target.label);
       all_counted = all_counted && !target.ignored;
+      ordinary = ordinary && std::isfinite(c[j]) && c[j] != A(0);
     }
   }
 
@@ -111,15 +112,17 @@ void panel_statistics(const LossArguments<T, A>& a, const Panel<T, A>& panel, co
     for (int j = 0; j < L; ++j) soft_likelihood[j] = static_cast<A>(weighted[j] - alone[j] * log_sum[j]);
     u += load(panel.weight) * load(soft_likelihood);
   }
-  if (!a.shares_weights()) u = select(load(panel.c) > splat<V>(A(0)), u / load(panel.c), u);
+  if (!a.shares_weights() && panel.ordinary) u = u / load(panel.c);
   const int64_t at = stats.at(s, panel.first);
   store_some(stats.max + at, most, panel.n);
   store_some(stats.sum + at, sum, panel.n);
   A* likelihood = &stats.likelihood(s, panel.first);
   store_some(likelihood, u, panel.n);
-  if (!panel.all_counted)
-    for (int j = 0; j < panel.n; ++j)
-      if (panel.targets[j].ignored) likelihood[j] = A(0);
+  if (panel.ordinary) return;  // an ignored position has no weight
+  for (int j = 0; j < panel.n; ++j) {
+    if (panel.targets[j].ignored) likelihood[j] = A(0);
+    else if (!a.shares_weights()) likelihood[j] = unit_log_likelihood(likelihood[j], panel.c[j]);
+  }
 }
 
 // Gradient of one noise sample of a panel whose tile holds exp(z - max).

@@ -59,8 +59,10 @@ IWSGD_HD void find_scale(const Block& block, const LossArguments<T, A>& a, const
     denominator = 0;
     for (int64_t i = block.thread(); i < work.denominator_blocks; i += block.threads()) denominator += block.fresh(work.denominators + i);
     denominator = block_sum(block, denominator, scratch);
+    for (int64_t i = 0; denominator == 0 && i < work.denominator_blocks && block.thread() == 0; ++i)
+      if (block.fresh(work.denominators + i) != 0) denominator = kCancelled;
   }
-  if (block.thread() == 0) *scale = denominator == 0 ? 0.0 : 1.0 / denominator;
+  if (block.thread() == 0) *scale = reciprocal(denominator);
 }
 
 // ---- weights ----
@@ -116,15 +118,17 @@ IWSGD_HD double finish_unit(const LossArguments<T, A>& a, int64_t unit, A bound,
 
 template <class T, class A, class Block>
 IWSGD_HD void loss_denominator(const Block& block, const LossArguments<T, A>& a, const LossWork<A>& work) {
-  double sum = 0;
+  double sum = 0, terms = 0;  // terms that are not 0
   for (int64_t p = block.index() * block.threads() + block.thread(); p < a.positions(); p += block.blocks() * block.threads()) {
     const RowTarget<A> target = row_target<true>(a, p);
     if (target.ignored) continue;
     const A v = a.labels != nullptr && a.class_weight != nullptr ? a.class_weight[target.label] : A(1);
-    sum += static_cast<double>(v * target.weight) * a.example_weight_of(p);
+    const double d = static_cast<double>(v * target.weight) * a.example_weight_of(p);
+    sum += d, terms += d != 0;
   }
   sum = block_sum(block, sum, reinterpret_cast<double*>(block.shared()));
-  if (block.thread() == 0) work.denominators[block.index()] = sum;
+  terms = block_sum(block, terms, reinterpret_cast<double*>(block.shared()));
+  if (block.thread() == 0) work.denominators[block.index()] = sum == 0 && terms != 0 ? kCancelled : sum;
 }
 
 template <class T, class A, class Block>
@@ -347,21 +351,27 @@ IWSGD_HD void loss_join(const Block& block, const LossArguments<T, A>& a, const 
   double loss = 0;
   for (int64_t i = block.index(); i < work.units; i += block.blocks()) {
     const int64_t unit = work.first_unit + i, from = i * slice.each;
-    double c = 0, counted = 0;
+    double c = 0, size = 0, counted = 0;  // size: the sum of |c|
     for (int64_t t = block.thread(); t < slice.each; t += block.threads()) {
       c += work.c[from + t];
+      size += std::fabs(work.c[from + t]);
       counted += a.ignored(slice.first + from + t) ? 0 : 1;
     }
     c = block_sum(block, c, scratch);
+    size = block_sum(block, size, scratch);
     counted = block_sum(block, counted, scratch);
-    if (block.thread() == 0) *shared_outer = counted > 0 ? c / counted : 0.0;
+    if (block.thread() == 0) {
+      *shared_outer = counted > 0 ? c / counted : 0.0;
+      const bool one_sign = std::fabs(c) == size || c != c;
+      assert((one_sign || a.S == 1 || a.alpha == 0) && "weights: expected positions of one sign in each example at level 'example'");
+    }
     for (int64_t s = 0; s < a.S; ++s) {
       const A* u = work.u + s * slice.positions + from;
       double l = 0;
       IWSGD_UNROLL_BY(8)
       for (int64_t t = block.thread(); t < slice.each; t += block.threads()) l += u[t];
       l = block_sum(block, l, scratch);
-      if (block.thread() == 0) a.log_p[s * a.B + unit] = static_cast<A>(*shared_outer > 0 ? l / *shared_outer : l);
+      if (block.thread() == 0) a.log_p[s * a.B + unit] = static_cast<A>(unit_log_likelihood<double>(l, *shared_outer));
     }
     block.sync();
     if (block.thread() < 32) {

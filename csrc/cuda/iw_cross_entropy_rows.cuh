@@ -211,11 +211,6 @@ IWSGD_HD void row_likelihood(const RowTarget<A>& target, const RowSum<A>& row, A
   c *= target.weight;
 }
 
-template <class A>
-IWSGD_HD A unit_log_likelihood(A u, A outer) {
-  return outer > A(0) ? u / outer : u;  // without any weight u is 0, or NaN
-}
-
 // ---- gradient ----
 
 template <class T>

@@ -74,6 +74,10 @@ void options() {
     k.alpha = k.S == 1 ? 1 : alphas[random.below(9)];
     k.reduction = static_cast<Reduction>(random.below(3));
     k.special = random.below(3) > 0 ? kOrdinary : static_cast<Special>(random.below(5));
+    k.signs = static_cast<Signs>(random.below(3));
+    // Both signs: of units that do not share importance weights, and over a denominator that does not cancel.
+    if (k.signs == kBoth && !k.per_position && k.T > 1 && k.S > 1 && k.alpha != 0) k.signs = kNegative;
+    if (k.signs == kBoth && k.reduction == Reduction::mean) k.normalizer = true;
     if (coin()) k.device = {random.below(4) + 1, 6000, 12000, random.below(4000)};
     k.device.most_ranks = coin() ? 1 : 1 << random.below(4);
     k.resident_blocks = random.below(5), k.resident_clusters = random.below(4);

@@ -86,6 +86,7 @@ struct HostLaunches {
 // ---- cases ----
 
 enum Layout { kClassLast, kClassFirst, kPadded, kApart };  // kApart: every second class
+enum Signs { kPositive, kNegative, kBoth };  // of class and position weights
 enum Special { kOrdinary, kInfinite, kDead, kNan, kAllIgnored };
 
 struct Case {
@@ -97,6 +98,7 @@ struct Case {
   double smoothing = 0, alpha = 1;
   Reduction reduction = Reduction::mean;
   Special special = kOrdinary;
+  Signs signs = kPositive;
   DeviceLimits device{2, 100000, 200000, 60000};
   int64_t resident_blocks = 3, resident_clusters = 2;
 };
@@ -105,7 +107,7 @@ inline std::ostream& operator<<(std::ostream& out, const Case& k) {
   return out << "S " << k.S << " B " << k.B << " C " << k.C << " T " << k.T << " layout " << k.layout << " offset " << k.offset << k.apart
              << " in place " << k.in_place << " position " << k.per_position << " probabilities " << k.probabilities << " weights "
              << k.class_weight << k.example_weight << k.position_weight << k.normalizer << " smoothing " << k.smoothing << " alpha "
-             << k.alpha << " reduction " << static_cast<int>(k.reduction) << " special " << k.special << " shared "
+             << k.alpha << " reduction " << static_cast<int>(k.reduction) << " special " << k.special << " signs " << k.signs << " shared "
              << k.device.shared_per_block << " ranks " << k.device.most_ranks << " resident " << k.resident_blocks << ' '
              << k.resident_clusters << ": ";
 }
@@ -146,6 +148,10 @@ class Problem {
     }
     for (int64_t i = 0; i < positions * k.C; ++i) probabilities.push_back(static_cast<A>(uniform() * 2 / static_cast<double>(k.C)));
     for (int64_t i = 0; i < k.C; ++i) class_weight.push_back(static_cast<A>(uniform() + 0.25));
+    const auto sign = [&] { return A(k.signs == kPositive || (k.signs == kBoth && random().below(2) == 0) ? 1 : -1); };
+    for (A& m : position_weight) m *= sign();
+    if (!k.position_weight && k.signs == kBoth && !k.probabilities)  // else terms of both signs nearly cancel
+      for (A& v : class_weight) v *= k.smoothing > 0 ? A(1) : sign();
     for (int64_t b = 0; b < k.B; ++b) example_weight.push_back(static_cast<A>(uniform() + 0.25));
     normalizer = A(3.5);
     if (k.special == kOrdinary || k.special == kAllIgnored || logits.size() == 2 * kAround) return;
@@ -259,7 +265,7 @@ void Problem<T>::compare(const Results<A>& got) const {
   if (k_.normalizer) denominator = normalizer;
   else if (k_.reduction != Reduction::mean) denominator = 1;
   const Wide scale = denominator == 0 ? 0 : 1 / denominator;
-  Wide loss = 0, most_gradient = 0;
+  Wide loss = 0, losses = 0, most_gradient = 0;  // losses: the sum of their sizes
   std::vector<Wide> gradient(logits.size());
   for (int64_t unit = 0; unit < units; ++unit) {
     Wide outer = 0, counts = 0, most = -std::numeric_limits<Wide>::infinity(), mean = 0, excess = 0;
@@ -269,7 +275,7 @@ void Problem<T>::compare(const Results<A>& got) const {
     int64_t best = 0;
     for (int64_t s = 0; s < S; ++s) {
       for (int64_t p = unit * each; p < (unit + 1) * each; ++p) l[s] += u[s * P + p];
-      if (outer > 0) l[s] /= outer;
+      if (outer != 0) l[s] /= outer;
       if (l[s] > l[best]) best = s;
       most = std::fmax(most, l[s]);
       mean += l[s] / static_cast<Wide>(S);
@@ -299,18 +305,19 @@ void Problem<T>::compare(const Results<A>& got) const {
     CHECK(near(got.bound[unit], bound, 8 * eps, 8 * eps * size), k_, "bound ", unit, ": ", got.bound[unit], " ", bound);
     CHECK(near(got.outer[unit], weight, 32 * eps, 0), k_, "outer ", unit, ": ", got.outer[unit], " ", weight);
     if (k_.reduction == Reduction::none)
-      CHECK(near(got.loss[unit], of_unit, 40 * eps, 8 * eps * size * weight), k_, "loss ", unit, ": ", got.loss[unit], " ", of_unit);
+      CHECK(near(got.loss[unit], of_unit, 40 * eps, 8 * eps * size * std::abs(weight)), k_, "loss ", unit, ": ", got.loss[unit], " ", of_unit);
     loss += of_unit;
+    losses += std::isfinite(of_unit) ? std::abs(of_unit) : 0;
     for (int64_t p = unit * each; p < (unit + 1) * each; ++p)
       for (int64_t s = 0; s < S; ++s)
         for (int64_t i = 0; i < C; ++i) {
           Wide g = 0;
           if (counted(p) && w[s] != 0) g = w[s] * scale * example * (c[p] * std::exp(log_p[(s * P + p) * C + i]) - qv(p, i));
           gradient[index(s, p, i)] = g;
-          if (std::isfinite(g)) most_gradient = std::max(most_gradient, w[s] * scale * example * c[p]);
+          if (std::isfinite(g)) most_gradient = std::max(most_gradient, std::abs(w[s] * scale * example * c[p]));
         }
   }
-  if (k_.reduction != Reduction::none) CHECK(near(got.loss[0], loss, 64 * eps, 1e-300), k_, "loss ", got.loss[0], " ", loss);
+  if (k_.reduction != Reduction::none) CHECK(near(got.loss[0], loss, 64 * eps, 64 * eps * losses + 1e-300), k_, "loss ", got.loss[0], " ", loss);
 
   std::vector<bool> written(logits.size());
   const Wide half_unit = std::is_same_v<T, bf16> ? 0x1p-8 : std::is_same_v<T, fp16> ? 0x1p-11 : 0.0;

@@ -12,6 +12,8 @@ import triton.language as tl
 
 from .iw_cross_entropy_rows import (
     INFINITY,
+    MEAN_ALPHA,
+    cancelled,
     factor_of,
     gradient_of,
     likelihood_of,
@@ -60,7 +62,7 @@ def iw_cross_entropy_denominator_kernel(
     BLOCK: tl.constexpr,
 ):
     """Partial sums of d; and the one place where labels are looked at before they are used."""
-    total = tl.zeros((BLOCK,), tl.float64)
+    total, terms = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.int32)  # terms: those that are not 0
     for first in range(tl.program_id(0) * BLOCK, P, tl.num_programs(0) * BLOCK):
         p = first + tl.arange(0, BLOCK).to(tl.int64)
         there = p < P
@@ -78,7 +80,8 @@ def iw_cross_entropy_denominator_kernel(
         if example_weight is not None:
             d *= tl.load(example_weight + p // T, there, 0.0).to(tl.float64)
         total += tl.where(there, d, 0.0)
-    tl.store(denominators + tl.program_id(0), tl.sum(total, 0))
+        terms |= (there & (d != 0)).to(tl.int32)
+    tl.store(denominators + tl.program_id(0), cancelled(tl.sum(total, 0), tl.max(terms, 0) != 0))
 
 
 @triton.jit
@@ -169,7 +172,7 @@ def iw_cross_entropy_fwd_kernel(
             weighted = tl.sum(tl.where(mask, soft[None, :, :] * (z - reference_of(top)[:, :, None]), 0.0), 2)
             alone = tl.sum(soft, 1)[None, :]
         u, its_c = likelihood_of(top, row_total, weighted, alone, z_label, hot[None, :], m[None, :], inside, labels is not None, SOFT)
-        its_c = tl.max(its_c, 0)  # the same under every sample
+        its_c = tl.sum(tl.where(s[:, None] == 0, its_c, 0.0), 0)  # the same under every sample
         l_unit = unit_log_likelihood(u, its_c[None, :], ACC)
         w, its_bound = weigh(l_unit, s[:, None], S, alpha, ACC, MODE)
         at = s.to(tl.int64)[:, None] * units + p[None, :]
@@ -230,7 +233,7 @@ def iw_cross_entropy_reread_kernel(
         z_label = tl.load(logits + row + label.to(tl.int64) * class_stride, inside & (label >= 0), 0.0).to(ACC)
         tl.debug_barrier()  # NOTE [In place]
         u, its_c = likelihood_of(top, row_total, weighted, alone, z_label, hot, m, inside, labels is not None, SOFT)
-        its_c = tl.max(its_c, 0) + tl.zeros((1,), ACC)
+        its_c = tl.sum(tl.where(s == 0, its_c, 0.0), 0) + tl.zeros((1,), ACC)
         l_unit = unit_log_likelihood(u, its_c, ACC)
         w, its_bound = weigh(l_unit[:, None], s[:, None], S, alpha, ACC, MODE)
         w = tl.sum(w, 1)
@@ -309,27 +312,34 @@ def iw_cross_entropy_statistics_kernel(
         tl.store(cs + p, c, there)
 
 
-@triton.jit(do_not_specialize=EXACT)
+@triton.jit(do_not_specialize=EXACT, debug=True)  # debug: with its assertion
 def iw_cross_entropy_join_kernel(
     labels,
     likelihoods,  # u [S, B * T]
     cs,  # [B * T]
     log_p,  # [S, B]
     outers,  # [B]: cbar
-    B, T, ignore_index, ACC: tl.constexpr, BLOCK: tl.constexpr,
+    S, B, T, ignore_index, ACC: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """An example's log-likelihood under one sample, from its positions."""
     s, b = (tl.program_id(0) // B).to(tl.int64), (tl.program_id(0) % B).to(tl.int64)
     u, c, counted = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
+    positive, negative = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int32)
     for first in range(0, T, BLOCK):
         t = first + tl.arange(0, BLOCK)
         there = t < T
         u += tl.load(likelihoods + (s * B + b) * T + t, there, 0.0).to(tl.float64)
-        c += tl.load(cs + b * T + t, there, 0.0).to(tl.float64)
+        its_c = tl.load(cs + b * T + t, there, 0.0).to(tl.float64)
+        c += its_c
+        positive |= (its_c > 0).to(tl.int32)
+        negative |= (its_c < 0).to(tl.int32)
         counts = there
         if labels is not None:
             counts = there & (tl.load(labels + b * T + t, there, ignore_index) != ignore_index)
         counted += tl.where(counts, 1.0, 0.0)
+    if MODE != MEAN_ALPHA:
+        both = (tl.max(positive, 0) != 0) & (tl.max(negative, 0) != 0)
+        tl.device_assert((both == 0) | (S == 1), "weights: expected positions of one sign in each example at level 'example'")
     n, cbar = tl.sum(counted, 0), tl.sum(c, 0)
     cbar = tl.where(n > 0, cbar / tl.where(n > 0, n, 1.0), 0.0)
     tl.store(log_p + s * B + b, unit_log_likelihood(tl.sum(u, 0), cbar, tl.float64).to(ACC))

@@ -9,6 +9,7 @@ from .launch import quotient
 
 MEAN_ALPHA, FINITE_ALPHA, BEST_ALPHA = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 INFINITY = tl.constexpr(float("inf"))
+CANCELLED = tl.constexpr(5e-324)
 
 
 def alpha_mode(alpha: float) -> int:
@@ -73,8 +74,15 @@ def scale_of(denominators, normalizer, MEAN: tl.constexpr, PARTIALS: tl.constexp
     if normalizer is not None:
         n = tl.load(normalizer).to(tl.float64)
     elif MEAN:
-        n = tl.sum(tl.load(denominators + tl.arange(0, PARTIALS)), 0)
+        parts = tl.load(denominators + tl.arange(0, PARTIALS))
+        n = cancelled(tl.sum(parts, 0), tl.max((parts != 0).to(tl.int32), 0) != 0)
     return tl.where(n == 0, 0.0, 1.0 / tl.where(n == 0, 1.0, n))
+
+
+@triton.jit
+def cancelled(total, any_term):
+    """A sum of d; the smallest number, 1 over which is infinite as torch's 1 / 0, where terms that are not 0 add up to 0."""
+    return tl.where((total == 0) & any_term, CANCELLED, total)
 
 
 # ---- a row, and a unit ----
@@ -150,7 +158,13 @@ def factor_of(top, outside, c, total):
 
 @triton.jit
 def unit_log_likelihood(u, c, ACC: tl.constexpr):
-    return tl.where(c > 0, quotient(u, tl.where(c > 0, c, 1.0), ACC), u)  # without any weight u is 0, or NaN
+    """l of outer weight c, of any sign. Without any weight u is 0, or NaN; terms that add up to 0 have no log-likelihood: NaN.
+
+    An infinite weight makes the loss infinite, as torch's: not the NaN of inf / inf.
+    """
+    infinite, weighs = tl.abs(c) == INFINITY, c != 0
+    without = tl.where(u == 0, u, float("nan"))
+    return tl.where(infinite, u * c, tl.where(weighs, quotient(u, tl.where(weighs & ~infinite, c, 1.0), ACC), without))
 
 
 @triton.jit
