@@ -1,8 +1,9 @@
 """Checks of what users give, each written once: a ValueError or TypeError that names the argument, what was expected and what came."""
 
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,10 +16,19 @@ def check(condition: bool, name: str, expected: str, got) -> None:
         raise ValueError(f"{name}: expected {expected}, got {got}")
 
 
-def check_samples(samples: int) -> None:
-    if isinstance(samples, bool) or not isinstance(samples, int | torch.SymInt):
-        raise TypeError(f"samples: expected an int, got {type(samples).__name__}")
+def as_int(name: str, value: int) -> int:
+    """An int as Python's (a compiler's stays), of any that a user gives: NumPy's, too."""
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    return int(value)
+
+
+def as_samples(samples: int) -> int:
+    samples = as_int("samples", samples)
     check(samples >= 1, "samples", "an integer >= 1", samples)
+    return samples
 
 
 def check_number(name: str, value: float) -> None:
@@ -77,21 +87,27 @@ def check_dtype(name: str, x: Tensor) -> None:
         raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {x.dtype}")
 
 
-def check_integer(name: str, value: int | Tensor) -> None:
-    """One part of an address, as a user gives it."""
-    got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-    of_tensor = isinstance(value, Tensor) and value.dtype == torch.int64 and value.numel() == 1
-    if not of_tensor and (isinstance(value, bool) or not isinstance(value, int | torch.SymInt)):
+def as_part(name: str, value: int | Tensor) -> int | Tensor:
+    """One part of an address, as a user gives it: an int, or a tensor of one element."""
+    if type(value) is int:
+        return value
+    if isinstance(value, Tensor) and value.dtype == torch.int64 and value.numel() == 1:
+        return value
+    if isinstance(value, Tensor | bool) or not isinstance(value, Integral | torch.SymInt):
+        got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name}: expected an int or an int64 tensor of one element, got {got}")
+    return as_int(name, value)
 
 
-def check_sample_ids(sample_ids: Tensor | Sequence[int], samples: int) -> Tensor:
+def as_sample_ids(sample_ids: Tensor | Sequence[int], samples: int) -> Tensor:
     """The ids of ``samples`` noise samples, int64 [K] or [K, B] and contiguous, as the kernels read them."""
+    if isinstance(sample_ids, np.ndarray) and np.issubdtype(sample_ids.dtype, np.integer):
+        sample_ids = torch.from_numpy(sample_ids.astype(np.int64))
     if not isinstance(sample_ids, Tensor):
         ids = list(sample_ids) if isinstance(sample_ids, Sequence) else [None]
-        if not all(isinstance(v, int) for v in ids):
+        if not all(isinstance(v, Integral) for v in ids):
             raise TypeError(f"sample_ids: expected an int64 tensor or a sequence of ints, got {sample_ids!r}")
-        sample_ids = torch.tensor(ids, dtype=torch.int64)
+        sample_ids = torch.tensor([int(v) for v in ids], dtype=torch.int64, device="cpu")
     if sample_ids.dtype != torch.int64:
         raise TypeError(f"sample_ids: expected int64, got {sample_ids.dtype}")
     if sample_ids.dim() not in (1, 2) or sample_ids.shape[0] != samples:
@@ -130,8 +146,7 @@ def check_rows(name: str, rows: int, samples: int, batch: int) -> None:
 
 
 def check_loss_options(ignore_index: int, reduction: str, label_smoothing: float, alpha: float, level: str) -> None:
-    if not isinstance(ignore_index, int | torch.SymInt):
-        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
+    as_int("ignore_index", ignore_index)
     check(reduction in REDUCTIONS, "reduction", "'none', 'mean' or 'sum'", repr(reduction))
     check(level in ("example", "position"), "level", "'example' or 'position'", repr(level))
     check_number("label_smoothing", label_smoothing)
@@ -156,10 +171,9 @@ def check_logits(logits: Tensor, target: Tensor, samples: int) -> None:
     check_dtype("logits", logits)
     if not isinstance(target, Tensor):
         raise TypeError(f"target: expected a tensor, got {type(target).__name__}")
-    if target.dtype != torch.int64 and not target.is_floating_point():
+    if target.dtype not in (torch.int64, torch.uint8) and not target.is_floating_point():
         hint = "" if target.dtype == torch.bool or target.dtype.is_complex else "; target.long() makes them"
-        raise TypeError(f"target: expected class indices of int64 or floating-point class probabilities, got {target.dtype}{hint}")
-    check_samples(samples)
+        raise TypeError(f"target: expected class indices of int64 or uint8 or floating-point class probabilities, got {target.dtype}{hint}")
     check(logits.dim() >= 2, "logits", "[samples * batch, classes, ...]", f"shape {tuple(logits.shape)}")
     check(logits.device == target.device, "target", f"a tensor on the logits' device {logits.device}", target.device)
     check(not target.requires_grad, "target", "a tensor that does not require grad", "one that does")

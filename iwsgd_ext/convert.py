@@ -91,7 +91,8 @@ def convert(
         (torch.Size([10, 3]), torch.Size([2, 3]))
     """
     check_convertible(model, expand, batch_norm, one_by_one)
-    sampling(samples, batch_dim=batch_dim or 0)  # checks them
+    context = sampling(samples, batch_dim=batch_dim or 0)
+    samples, batch_dim = context.samples, None if batch_dim is None else context.batch_dim
     conversion = install(model, samples, expand, batch_norm, batch_dim, one_by_one, strict, verify)
     try:
         if example_inputs is not None:

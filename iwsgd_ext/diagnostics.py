@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check
+from .checks import as_int, check
 from .likelihood import _IWLoss
 from .stats import IWStats, IWSummary
 
@@ -59,8 +59,7 @@ class StatsLogger:
     def __init__(self, criterion: _IWLoss, to: str | os.PathLike | Any, every: int = 50, *, prefix: str = "iw/"):
         if not isinstance(criterion, _IWLoss):
             raise TypeError(f"criterion: expected an IWCrossEntropyLoss or IWLoss, got {type(criterion).__name__}")
-        if isinstance(every, bool) or not isinstance(every, int):
-            raise TypeError(f"every: expected an int, got {type(every).__name__}")
+        every = as_int("every", every)
         check(every >= 1, "every", "a number of steps >= 1", every)
         if isinstance(to, str | os.PathLike):
             self.write = CsvFile(to)

@@ -11,7 +11,9 @@ class _Dropout(nn.modules.dropout._DropoutNd):
     """What the layers share: a probability, a unit of noise, and the dimension that holds the rows."""
 
     unit: Unit = "element"
-    dims: tuple[int, ...] | None = None  # of an input without and with rows' dimension, where that matters
+    dims: tuple[int, ...] | None = None  # how many an input may have, where that matters
+    namesake = ""  # torch's own, for messages
+    unbatched = 0  # how many it has where torch's layer takes it for one example without a dimension of rows
 
     def __init__(self, p: float = 0.5, *, batch_dim: int | None = None):
         check_probability(p)
@@ -31,7 +33,10 @@ class _Dropout(nn.modules.dropout._DropoutNd):
     def _check(self, x: Tensor) -> None:
         check_layer_input(self, x)
         if self.dims is not None and x.dim() not in self.dims:
-            raise ValueError(f"input of {type(self).__name__}: expected {self.expected}, got {x.dim()}-D {tuple(x.shape)}")
+            hint = f". {self.namesake} takes it for one example without a batch: give it one, x[None]" if x.dim() == self.unbatched else ""
+            raise ValueError(
+                f"input of {type(self).__name__} ({self.namesake}): expected {self.expected}, got {x.dim()}-D {tuple(x.shape)}{hint}"
+            )
 
     def extra_repr(self) -> str:
         return f"p={self.p}" + (f", batch_dim={self.batch_dim}" if self.batch_dim is not None else "")
@@ -77,12 +82,13 @@ class IWDropout1d(_Dropout):
     """
 
     unit, dims, expected = "channel", (3,), "[B, C, L]"
+    namesake, unbatched = "nn.Dropout1d", 2
 
 
 class IWDropout2d(_Dropout):
     """:class:`torch.nn.Dropout2d` with S noise samples per example: whole channels [H, W] of [B, C, H, W] are dropped.
 
-    A 3-D input raises: torch's own reading of it has changed between [C, H, W] and [B, C, L].
+    A 3-D input is [B, C, L], as torch reads it.
 
     Example:
         >>> import torch, iwsgd_ext as iw
@@ -92,7 +98,8 @@ class IWDropout2d(_Dropout):
         (torch.Size([8, 3, 5, 5]), True)
     """
 
-    unit, dims, expected = "channel", (4,), "[B, C, H, W]"
+    unit, dims, expected = "channel", (3, 4), "[B, C, H, W] or [B, C, L]"
+    namesake = "nn.Dropout2d"
 
 
 class IWDropout3d(_Dropout):
@@ -105,6 +112,7 @@ class IWDropout3d(_Dropout):
     """
 
     unit, dims, expected = "channel", (5,), "[B, C, D, H, W]"
+    namesake, unbatched = "nn.Dropout3d", 4
 
 
 class IWDropPath(_Dropout):
@@ -154,6 +162,7 @@ class IWFeatureAlphaDropout(IWAlphaDropout):
     """
 
     unit, dims, expected = "channel", (2, 3, 4, 5), "[B, C, ...]"
+    namesake = "nn.FeatureAlphaDropout"
 
 
 class IWAdaptiveDropout(_Dropout):

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
 from .batch_norm import _BatchNormMode
-from .checks import check, check_alpha, check_integer, check_samples
+from .checks import as_int, as_samples, check, check_alpha
 from .convert import Converted, conversion_of
 from .functional_dropout import Call, Watch
 from .iw_cross_entropy_loss import IWCrossEntropyLoss
@@ -193,7 +193,7 @@ def bound_curve(
         >>> bool((curve.bound.diff() >= 0).all())
         True
     """
-    check_samples(samples)
+    samples = as_samples(samples)
     own = loss_fn is None
     loss_fn = IWCrossEntropyLoss(samples) if own else loss_fn
     if not hasattr(loss_fn, "log_likelihood"):
@@ -231,7 +231,7 @@ def bound_curve(
     mean = ((curve * weight).sum(1) / weight.sum()).cummax(0).values  # but for rounding, it never falls
     n = weight.numel()
     spread = ((curve - mean[:, None]) * weight).square().sum(1) * (n / (n - 1) if n > 1 else math.nan)
-    return BoundCurve(torch.arange(1, samples + 1), mean, spread.sqrt() / weight.sum())
+    return BoundCurve(torch.arange(1, samples + 1, device="cpu"), mean, spread.sqrt() / weight.sum())
 
 
 @contextmanager
@@ -269,12 +269,8 @@ def _is_noise_layer(module: nn.Module) -> bool:
 
 def _passes(model: nn.Module, inputs: Any, samples: int, chunk: int | None, seed, first_example, look: bool):
     """(k, output of k*B rows) of each pass over at most ``chunk`` of the samples, all with one seed; ``look`` for noise that is off."""
-    check_samples(samples)
-    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int)):
-        raise TypeError(f"chunk: expected an int, got {type(chunk).__name__}")
+    samples, chunk = as_samples(samples), None if chunk is None else as_int("chunk", chunk)
     check(chunk is None or 1 <= chunk <= samples, "chunk", f"a number of samples in 1 .. samples={samples}", chunk)
-    if seed is not None:
-        check_integer("seed", seed)
     args, named = as_arguments(inputs)
     batch = _examples(model, inputs)
     origin = _origin(model, inputs, seed, first_example)
@@ -333,8 +329,7 @@ def _examples(model: nn.Module, inputs: Any) -> int:
 
 def _origin(model: nn.Module, inputs: Any, seed, first_example=None) -> Tensor:
     """The seed of a whole evaluation, on the device of its data."""
-    on = next((v for v in (*tree_leaves(as_arguments(inputs)), *model.parameters()) if isinstance(v, Tensor)), torch.empty(0))
-    return sampling(1, seed=seed, first_example=first_example)._origin_on(on.device)
+    return sampling(1, seed=seed, first_example=first_example).origin_for(tree_leaves(as_arguments(inputs)), model)
 
 
 def _with_bar(batches: Iterable) -> Iterable:

@@ -7,14 +7,15 @@ from torch import Tensor
 
 from .attention import attend, check_attention
 from .checks import (
+    as_int,
+    as_part,
+    as_sample_ids,
+    as_samples,
     check,
     check_dtype,
-    check_integer,
     check_probabilities,
     check_probability,
     check_rate,
-    check_sample_ids,
-    check_samples,
     check_std,
 )
 from .drop_connect import check_linear, product
@@ -90,7 +91,9 @@ dropout = _form(
     "dropout", "element", "Dropout of independent elements (eq 1, g multiplicative) under K noise samples.", "[B, ...]", None, "2, 6"
 )
 dropout1d = _form("dropout1d", "channel", "Dropout of whole channels under K noise samples.", "[B, C, L]", (3,), "2, 6, 3")
-dropout2d = _form("dropout2d", "channel", "Dropout of whole channels under K noise samples.", "[B, C, H, W]", (4,), "2, 6, 3, 3")
+dropout2d = _form(
+    "dropout2d", "channel", "Dropout of whole channels under K noise samples.", "[B, C, H, W] or [B, C, L]", (3, 4), "2, 6, 3, 3"
+)
 dropout3d = _form("dropout3d", "channel", "Dropout of whole channels under K noise samples.", "[B, C, D, H, W]", (5,), "2, 6, 2, 2, 2")
 drop_path = _form("drop_path", "row", "Stochastic depth: whole rows are dropped, under K noise samples.", "[B, ...]", None, "2, 6")
 alpha_dropout = _form(
@@ -123,17 +126,16 @@ def _noise(x, law, unit, shape, dims, samples, seed, stream, sample_ids, first_e
 
 def _place(x, samples, seed, stream, sample_ids, first_example, expand, batch_dim) -> dict:
     """The address of a call, checked: the arguments that the internal form of every law shares."""
-    check_samples(samples)
+    samples, batch_dim = as_samples(samples), as_int("batch_dim", batch_dim)
     if not -x.dim() <= batch_dim < x.dim():
         raise ValueError(f"batch_dim: expected a dimension of x in [{-x.dim()}, {x.dim()}), got {batch_dim}")
-    for name, value in (("seed", seed), ("stream", stream), ("first_example", first_example)):
-        check_integer(name, value)
+    seed, stream, first_example = as_part("seed", seed), as_part("stream", stream), as_part("first_example", first_example)
     batch_dim = batch_dim % x.dim()
     rows = x.shape[batch_dim]
     if not expand and rows % samples != 0:
         raise ValueError(f"x: expected a number of rows divisible by samples={samples} where expand=False, got {rows} rows")
     if sample_ids is not None:
-        sample_ids = check_sample_ids(sample_ids, samples)
+        sample_ids = as_sample_ids(sample_ids, samples)
         examples = rows if expand else rows // samples
         if sample_ids.dim() == 2 and sample_ids.shape[1] != examples:
             raise ValueError(f"sample_ids: expected [{samples}, {examples}], got {tuple(sample_ids.shape)}")
@@ -273,8 +275,7 @@ def multinomial_dropout(
         tensor([4., 4.])
     """
     _check_input(x)
-    if isinstance(draws, bool) or not isinstance(draws, int):
-        raise TypeError(f"draws: expected an int, got {type(draws).__name__}")
+    draws = as_int("draws", draws)
     check(1 <= draws < 2**31, "draws", "an integer in 1 .. 2^31 - 1", draws)
     address = _place(x, samples, seed, stream, sample_ids, first_example, expand, batch_dim)
     if probabilities is not None:
@@ -326,7 +327,7 @@ def scaled_dot_product_attention(
         torch.Size([6, 4, 5, 8])
     """
     check_attention(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
-    check_samples(samples)
+    samples = as_samples(samples)
     rows = max(x.shape[0] for x in (query, key, value))
     if not expand and rows % samples != 0:
         raise ValueError(f"query, key, value: expected rows divisible by samples={samples} where expand=False, got {rows} rows")
@@ -381,8 +382,8 @@ def drop_connect(
         >>> drop_connect(torch.ones(2, 6), torch.ones(5, 6), samples=4, seed=7).shape
         torch.Size([8, 5])
     """
-    check_samples(samples)
-    batch_dim = check_linear(x, weight, bias, batch_dim)
+    samples = as_samples(samples)
+    batch_dim = check_linear(x, weight, bias, as_int("batch_dim", batch_dim))
     if not expand and x.shape[batch_dim] % samples != 0:
         raise ValueError(f"x: expected a number of rows divisible by samples={samples} where expand=False, got {x.shape[batch_dim]} rows")
     if isinstance(sample_ids, Tensor) and sample_ids.dim() != 1:

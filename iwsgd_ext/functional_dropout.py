@@ -32,16 +32,10 @@ class Call:
         return f"{self.function}{p} in {self.module or 'the model'}, {self.place}"
 
 
-def _feature_dropout(p: float) -> Callable[[Tensor], Tensor]:
-    def draw(x: Tensor) -> Tensor:
-        layers = {3: IWDropout1d, 4: IWDropout2d, 5: IWDropout3d}
-        if x.dim() not in layers:
-            raise ValueError(
-                f"input of feature_dropout: expected [B, C, L], [B, C, H, W] or [B, C, D, H, W], got {x.dim()}-D {tuple(x.shape)}"
-            )
-        return layers[x.dim()](p)(x)
+class FeatureDropout(IWDropout2d):
+    """``torch.feature_dropout``: whole channels, of whatever form."""
 
-    return draw
+    dims, expected, namesake = (2, 3, 4, 5), "[B, C, ...]", "torch.feature_dropout"
 
 
 # What is replaced: the layer that draws it, and whether it draws where the caller does not say ``training``.
@@ -51,7 +45,7 @@ LAYERS: dict[Callable, tuple[Callable, bool]] = {
     F.dropout2d: (IWDropout2d, True),
     F.dropout3d: (IWDropout3d, True),
     torch.dropout: (IWDropout, True),
-    torch.feature_dropout: (_feature_dropout, True),
+    torch.feature_dropout: (FeatureDropout, True),
     F.alpha_dropout: (IWAlphaDropout, False),
     F.feature_alpha_dropout: (IWFeatureAlphaDropout, False),
     torch.alpha_dropout: (IWAlphaDropout, True),

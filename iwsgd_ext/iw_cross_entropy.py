@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import backend, reference, transforms
-from .checks import REDUCTIONS, check, check_inplace, check_logits, check_loss_options, check_number, check_option
+from .checks import REDUCTIONS, as_samples, check, check_inplace, check_logits, check_loss_options, check_number, check_option
 from .stats import IWStats
 
 Reduction = Literal["none", "mean", "sum"]
@@ -189,7 +189,8 @@ def iw_cross_entropy(
 
     Args:
         logits: [S*B, C] or [S*B, C, d1, ...], float32, float64, bfloat16 or float16. Sample-major: row s*B + b. Any strides.
-        target: class indices int64 [B] or [B, d1, ...], or class probabilities [B, C] or [B, C, d1, ...]. Not repeated over samples.
+        target: class indices int64 (or uint8) [B] or [B, d1, ...], or class probabilities [B, C] or [B, C, d1, ...]. Not
+            repeated over samples.
         samples: S, the number of noise samples of each example.
         weight: [C] class weights.
         ignore_index: class index of positions that do not count. Their logits get a gradient of exactly 0.
@@ -225,6 +226,7 @@ def iw_cross_entropy(
         (True, (4, 8))
     """
     check_loss_options(ignore_index, reduction, label_smoothing, alpha, level)
+    samples, ignore_index = as_samples(samples), int(ignore_index)
     check(normalizer is None or reduction == "mean", "normalizer", "None unless reduction is 'mean'", f"one with {reduction!r}")
     operands = operands_of(logits, target, samples, weight, example_weight, normalizer)
     if inplace:
@@ -274,7 +276,8 @@ def operands_of(logits, target, samples, weight, example_weight, normalizer) -> 
     acc = torch.promote_types(logits.dtype, torch.float32)
     batch, classes, spatial = target.shape[0], logits.shape[1], tuple(logits.shape[2:])
     positions = math.prod(spatial)
-    target = target.reshape(batch, positions) if target.dtype == torch.int64 else target.reshape(batch, classes, positions).to(acc)
+    labels = not target.is_floating_point()
+    target = target.reshape(batch, positions).long() if labels else target.reshape(batch, classes, positions).to(acc)
     weight = check_option("weight", weight, logits, acc, [(classes,)])
     example_weight = check_option("example_weight", example_weight, logits, acc, [(batch,), (batch, *spatial)])
     position_weight = None

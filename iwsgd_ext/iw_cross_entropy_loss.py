@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from . import reference
-from .checks import check, check_loss_options
+from .checks import as_samples, check, check_loss_options
 from .iw_cross_entropy import Level, Reduction, denominator_of, iw_cross_entropy, operands_of, position_weights_of
 from .likelihood import _IWLoss, as_arguments
 from .stats import IWStats
@@ -91,11 +91,12 @@ class IWCrossEntropyLoss(_IWLoss):
     def _log_likelihood(self, logits, samples, target, *, example_weight=None, normalizer=None):
         per_position, reduction = self.level == "position", self.reduction
         check(normalizer is None or reduction == "mean", "normalizer", "None unless reduction is 'mean'", f"one with {reduction!r}")
+        samples, ignore_index = as_samples(samples), int(self.ignore_index)
         operands = operands_of(logits, target, samples, self.weight, example_weight, normalizer)
         _, weight, per_example, position_weight, normalizer = operands
         of_positions = example_weight if position_weight is not None else None
         rows, of_positions = (None if x is None else x.expand(samples, *x.shape).flatten(0, 1) for x in (target, of_positions))
-        ignore_index, smoothing = self.ignore_index, self.label_smoothing
+        smoothing = self.label_smoothing
         options = {"ignore_index": ignore_index, "label_smoothing": smoothing, "level": self.level}
         # Every row for itself, as an example with one sample: its cost is -outer * log p.
         cost = iw_cross_entropy(logits, rows, 1, weight=weight, reduction="none", example_weight=of_positions, **options)

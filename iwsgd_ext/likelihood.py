@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from . import reference
-from .checks import check_alpha, check_rows, check_samples
+from .checks import as_samples, check_alpha, check_rows
 from .stats import IWStats
 
 
@@ -47,7 +47,7 @@ def iw_logmeanexp(log_p: Tensor, samples: int, alpha: float = 1.0) -> Tensor:
     """
     if not log_p.is_floating_point():
         raise TypeError(f"log_p: expected floating-point log-likelihoods, got {log_p.dtype}")
-    check_samples(samples)
+    samples = as_samples(samples)
     check_alpha(alpha)
     if log_p.dim() == 2 and log_p.shape[0] != samples:
         hint = "; one number for each example is wanted, summed over its parts: log_p.sum(1), or log_p.squeeze(1) of one part"
@@ -64,14 +64,14 @@ class _IWLoss(nn.Module):
 
     def __init__(self, samples: int, alpha: float, return_stats: bool):
         super().__init__()
-        self.samples = samples
+        self.samples = as_samples(samples)
         self.alpha = alpha
         self.return_stats = return_stats
         self.observers: list[Callable[[IWStats], None]] = []
 
     def check_options(self) -> None:
         """Raises where an option, which may have changed since, is not as it should be."""
-        check_samples(self.samples)
+        as_samples(self.samples)
         check_alpha(self.alpha)
 
     def _tell(self, loss: Tensor, stats: IWStats) -> Tensor | tuple[Tensor, IWStats]:

@@ -83,8 +83,29 @@ def draw_origin(device: torch.device) -> Tensor:
     """
     if not torch.compiler.is_compiling():
         return _draw_origin(0, device=device)
+    if _draws_are_recomputed():
+        return _draw_outside(device)
     return torch.ops.iwsgd_ext.draw_origin(_number_of_call(), device=device)
 
+
+@backend.constant_in_graphs
+def _draws_are_recomputed() -> bool:
+    """Whether the compiler may compute in backward again what it does not know to be cheap: a draw would give another seed there."""
+    config = torch._functorch.config
+    return config.activation_memory_budget < 1 or config.aggressive_recomputation or not config.ban_recompute_not_in_allowlist
+
+
+def _draw_outside(device: torch.device) -> Tensor:
+    return _draw_origin(0, device=device)
+
+
+# As torch.compiler.disable marks a function; see constant_in_graphs.
+_draw_outside._torchdynamo_disable = True
+_draw_outside._torchdynamo_disable_msg = (
+    "iwsgd_ext: the seed of this noise is drawn outside of the graph, as the compiler's settings (activation_memory_budget below 1, "
+    "aggressive_recomputation, or ban_recompute_not_in_allowlist=False) would draw another one in backward. To keep one graph, give the "
+    "seed: iw.sampling(S, seed=...)."
+)
 
 _calls = itertools.count()
 
@@ -99,7 +120,7 @@ def make_origin(seed: int | Tensor, stream: int | Tensor, first_example: int | T
     if isinstance(seed, int) and isinstance(stream, int) and isinstance(first_example, int):
         signed = [(v + 2**63) % 2**64 - 2**63 for v in (seed, stream, first_example)]
         if device.type == "cpu":
-            return torch.tensor(signed, dtype=torch.int64)
+            return torch.tensor(signed, dtype=torch.int64, device="cpu")
         # Filled by the device: a copy from the host would wait for it, and cannot be captured in a CUDA graph.
         origin = torch.zeros(3, dtype=torch.int64, device=device)
         for i, value in enumerate(signed):

@@ -155,7 +155,7 @@ def loop(model: nn.Module, forward: Callable, args: tuple, kwargs: dict, context
     context.scalar_output = False
     start, streams, outputs, kept, attributes = context.stream, [], [], [], Attributes(model)
     random = RandomState(context._origin.device) if context.torch_noise == "same" else None
-    ids = context.sample_ids if context.sample_ids is not None else torch.arange(context.samples)
+    ids = context.sample_ids if context.sample_ids is not None else torch.arange(context.samples, device=context._origin.device)
     given = [(v, v._version) for v in tree_flatten((args, kwargs))[0] if isinstance(v, Tensor) and not v.is_inference()]
     with mode:
         for s in range(context.samples):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import transforms
 from .backend import constant_in_graphs
-from .checks import check_integer, check_sample_ids, check_samples
+from .checks import as_int, as_part, as_sample_ids, as_samples
 from .noise import Law, Unit, draw_origin, make_origin, noise
 
 # The compiler takes integers that it reaches from globals for constants: it would compile a block anew for each stream. This names
@@ -95,19 +95,15 @@ class sampling:
         expand: str = "first",
         batch_dim: int = 0,
     ):
-        check_samples(samples)
-        for name, value in (("seed", seed), ("first_example", first_example)):
-            if value is not None:
-                check_integer(name, value)
+        samples = as_samples(samples)
+        seed, first_example = (None if v is None else as_part(name, v) for name, v in (("seed", seed), ("first_example", first_example)))
         if expand not in ("first", "none"):
             raise ValueError(f"expand: expected 'first' or 'none' (see iw.convert for the others), got {expand!r}")
-        if not isinstance(batch_dim, int):
-            raise TypeError(f"batch_dim: expected an int, got {type(batch_dim).__name__}")
         self.samples = samples
-        self.sample_ids = check_sample_ids(sample_ids, samples) if sample_ids is not None else None
+        self.sample_ids = as_sample_ids(sample_ids, samples) if sample_ids is not None else None
         self.first_example = first_example % 2**32 if isinstance(first_example, int) else first_example
         self.expand = expand
-        self.batch_dim = batch_dim
+        self.batch_dim = as_int("batch_dim", batch_dim)
         self.stream = 0
         self.watch = None  # in a verification or an evaluation: what notes the calls that draw noise
         self.batch: int | None = None  # B, once the first noise call has fixed it
@@ -170,12 +166,13 @@ class sampling:
             context._origin, context._replayed_origin = None, self._origin
         return context
 
-    def origin_for(self, inputs: Iterable[Any], model: nn.Module) -> None:
+    def origin_for(self, inputs: Iterable[Any], model: nn.Module) -> Tensor:
         """Draws the seed, if it is not there yet, on the device of the first tensor among inputs and parameters."""
         if self._origin is None:
             tensors = (v for v in chain(inputs, model.parameters(), model.buffers()) if isinstance(v, Tensor))
             on = next(tensors, None)
             self._origin_on(on.device if on is not None else torch.device("cpu"))
+        return self._origin
 
     def changed(self, **attributes) -> "_Changed":
         """Other values of attributes, inside of a with-block."""

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import reference
 from .batch_norm import _PerSample
-from .checks import check, check_number
+from .checks import as_int, check, check_number
 from .convert import conversion_of
 from .functional import dropout
 from .iw_cross_entropy_loss import IWCrossEntropyLoss
@@ -102,6 +102,7 @@ def backward(
     """
     check(isinstance(strategy, str) and strategy in STRATEGIES, "strategy", f"one of {', '.join(STRATEGIES)}", repr(strategy))
     sampling(samples, seed=seed, first_example=first_example)  # checks them
+    samples, chunk, keep = as_int("samples", samples), None if chunk is None else as_int("chunk", chunk), as_int("keep", keep)
     _check_counts(strategy, samples, chunk, keep)
     _check_loss(loss_fn)
     if isinstance(grad_scale, Tensor):
@@ -141,9 +142,6 @@ def backward(
 
 
 def _check_counts(strategy: str, samples: int, chunk: int | None, keep: int) -> None:
-    for name, value in (("chunk", 1 if chunk is None else chunk), ("keep", keep)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     check(chunk is None or 1 <= chunk <= samples, "chunk", f"a number of samples in 1 .. samples={samples}", chunk)
     check(chunk is None or strategy in ("streamed", "resampled"), "chunk", f"None with strategy={strategy!r}", chunk)
     check(keep >= 1, "keep", "an integer >= 1", keep)
@@ -169,9 +167,9 @@ class _Step:
         self.strategy, self.first_example, self.grad_scale = strategy, first_example, grad_scale
         self.given = [v for v in tree_leaves((self.inputs, targets)) if isinstance(v, Tensor) and not v.is_inference()]
         self.versions = [v._version for v in self.given]
-        on = next((v for v in (*tree_leaves(self.inputs), *model.parameters()) if isinstance(v, Tensor)), torch.empty(0))
-        self.device = on.device
-        self.origin = sampling(samples, seed=seed, first_example=first_example)._origin_on(self.device)  # one seed for all passes
+        # one seed for all passes
+        self.origin = sampling(samples, seed=seed, first_example=first_example).origin_for(tree_leaves(self.inputs), model)
+        self.device = self.origin.device
         self.states: list[RandomState] = []  # before each first pass
 
     # Passes

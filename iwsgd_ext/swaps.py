@@ -66,7 +66,7 @@ def _drops_rows(module: nn.Module, rate: str) -> bool:
     given, random, tried = dict(vars(module)), RandomState(torch.device("cpu")), []
     for shape in ((64, 6), (64, 3, 2), (64, 3, 2, 2)):
         try:
-            tried.append(_drops_rows_of(module, torch.ones(shape), rate))
+            tried.append(_drops_rows_of(module, torch.ones(shape, device="cpu"), rate))
         except Exception:  # it takes other shapes
             continue
         finally:

@@ -203,7 +203,9 @@ def _compare_gradients(model: nn.Module, result: Verification, one_pass, samples
         each = _named(one_pass(1, [s])[0], model)
         of_samples[s] = (_gradients(each, parameters, None), {name: x.shape for name, x in each.items()})
     for s, (want, shapes) in of_samples.items():
-        parts = {name: _part(x, torch.empty(shapes[name]), s, samples, dim) for name, x in together.items() if name in shapes}
+        parts = {
+            name: _part(x, torch.empty(shapes[name], device="meta"), s, samples, dim) for name, x in together.items() if name in shapes
+        }
         got = _gradients(parts, parameters, True)
         for name, g in got.items():
             w = want[name]

@@ -25,6 +25,16 @@ class Skip(nn.Module):
         return x + self.drop(torch.relu(self.linear(x)))
 
 
+class Sine(nn.Module):
+    def forward(self, x):
+        return x.sin()
+
+
+class Exponential(nn.Module):
+    def forward(self, x):
+        return x.exp()
+
+
 def network(device) -> nn.Module:
     return nn.Sequential(nn.Linear(6, 6), Skip(), nn.Dropout(0.25), nn.Linear(6, 63)).to(device)
 
@@ -186,6 +196,44 @@ def test_every_draw_of_a_seed_is_one_of_its_own(device, compiler):
     for i, (eager, compiled) in enumerate(zip(*results, strict=True)):
         assert torch.equal(eager, compiled)
         assert not any(torch.equal(compiled, other) for other in results[1][:i])
+
+
+RECOMPUTES = {
+    "all": {"activation_memory_budget": 0.0},
+    "half": {"activation_memory_budget": 0.5},
+    "aggressive": {"aggressive_recomputation": True},
+    "denylist": {"ban_recompute_not_in_allowlist": False},
+}
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["drawn", "given"])
+@pytest.mark.parametrize("settings", RECOMPUTES.values(), ids=RECOMPUTES.keys())
+def test_a_draw_is_not_recomputed(device, settings, given):
+    """Where the compiler computes in backward again what it can, the gradient's masks are those of the forward."""
+    x = torch.randn(8, 32, device=device, requires_grad=True)
+    drop = iw.IWDropout(0.5)
+
+    def within(x):
+        with iw.sampling(S, seed=7 if given else None):
+            return drop(x.sin()).exp()
+
+    functions = [within] if given else [within, iw.convert(nn.Sequential(Sine(), nn.Dropout(0.5), Exponential()), S, example_inputs=x)]
+    for function in functions:
+        with torch._functorch.config.patch(**settings):
+            y = torch.compile(function, backend="aot_eager", fullgraph=given)(x)
+            (dx,) = torch.autograd.grad(y.sum(), x)
+        kept = (y.detach() != 1) * 2.0
+        torch.testing.assert_close(dx, (kept * y.detach()).view(S, 8, 32).sum(0) * x.detach().cos())
+
+
+def test_a_draw_that_would_be_recomputed_breaks_the_graph(device):
+    def within(x):
+        with iw.sampling(S):
+            return iw.IWDropout(0.5)(x)
+
+    x = torch.randn(8, 32, device=device, requires_grad=True)
+    with torch._functorch.config.patch(activation_memory_budget=0.5), pytest.raises(Exception, match=r"iw.sampling\(S, seed=...\)"):
+        torch.compile(within, backend="aot_eager", fullgraph=True)(x)
 
 
 def test_export_of_the_eval_model(device):

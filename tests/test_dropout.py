@@ -1,5 +1,6 @@
 """The layers: in place of torch.nn's, and inside a sampling context the noise of the address that the context gives."""
 
+import warnings
 from fractions import Fraction
 
 import naive
@@ -113,12 +114,29 @@ class TestEachLayer:
                 layer()(torch.ones(shape, device=device).to(dtype))
 
 
-@pytest.mark.parametrize(("layer", "dims"), [(iw.IWDropout1d, 3), (iw.IWDropout2d, 4), (iw.IWDropout3d, 5)])
-def test_channel_layers_take_one_number_of_dimensions(layer, dims):
-    """torch reads a Dropout2d's 3-D input in two ways; here it raises, and so does all else."""
-    for dim in {2, 3, 4, 5, 6} - {dims}:
-        with pytest.raises(ValueError, match=rf"input of {layer.__name__}: expected \[B, C, .*\], got {dim}-D"):
+@pytest.mark.parametrize(("layer", "dims"), [(iw.IWDropout1d, {3}), (iw.IWDropout2d, {3, 4}), (iw.IWDropout3d, {5})])
+def test_channel_layers_take_inputs_with_rows_and_channels(layer, dims):
+    for dim in {2, 3, 4, 5, 6} - dims:
+        namesake = f"nn.{layer.__name__[2:]}"
+        with pytest.raises(ValueError, match=rf"input of {layer.__name__} \({namesake}\): expected \[B, C, .*\], got {dim}-D") as error:
             layer()(torch.ones([2] * dim))
+        # what torch takes for one example has no rows
+        unbatched = dim == min(dims) - 1 and layer is not iw.IWDropout2d
+        assert ("one example without a batch: give it one, x[None]" in str(error.value)) == unbatched
+
+
+def test_dropout2d_takes_three_dimensions_as_torch_does(device, backend):
+    """[B, C, L]: whole channels, as nn.Dropout1d."""
+    x = torch.randn(5, 6, 7, device=device)
+    with iw.sampling(3, seed=4):
+        y = iw.IWDropout2d(0.4)(x)
+    with iw.sampling(3, seed=4):
+        assert torch.equal(y, iw.IWDropout1d(0.4)(x))
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that torch will read it otherwise
+        kept = nn.Dropout2d(0.5)(torch.ones(50, 6, 7))
+    assert torch.equal(kept.amax(2), kept.amin(2)) and len(kept.unique()) == 2
 
 
 def test_a_layers_batch_dim_rules_over_the_contexts(device, backend):

@@ -65,6 +65,8 @@ CASES = {
     "dropout2d": (lambda h, m: F.dropout2d(wide(h, 2, 2, 2), 0.4).flatten(1), (2, 2, 2), "channel", 0.4),
     "dropout3d": (lambda h, m: F.dropout3d(wide(h, 4, 2, 1, 1), 0.4).flatten(1), (4, 2, 1, 1), "channel", 0.4),
     "feature_dropout": (lambda h, m: torch.feature_dropout(wide(h, 2, 4), 0.4, True).flatten(1), (2, 4), "channel", 0.4),
+    "feature_dropout of features": (lambda h, m: torch.feature_dropout(h, 0.4, True), (), "element", 0.4),
+    "dropout2d of three dimensions": (lambda h, m: F.dropout2d(wide(h, 2, 4), 0.4).flatten(1), (2, 4), "channel", 0.4),
     "in place, result used": (lambda h, m: F.dropout(h + 0, 0.5, True, inplace=True), (), "element", 0.5),
     "built in forward": (lambda h, m: nn.Dropout(0.5)(h), (), "element", 0.5),
     "alpha_dropout": (lambda h, m: F.alpha_dropout(h, 0.3, training=True), (), "alpha", 0.3),
@@ -348,7 +350,7 @@ def test_bad_input(expand):
     model = iw.convert(Net(lambda h, m: F.dropout(h, 1.5)), S, expand=expand)
     with pytest.raises(ValueError, match="p: expected a probability"):
         model(torch.ones(B, 6))
-    model = iw.convert(Net(lambda h, m: torch.feature_dropout(h, 0.5, True)), S, expand=expand)
-    with pytest.raises(ValueError, match=r"feature_dropout: expected \[B, C, L\]"):
+    model = iw.convert(Net(lambda h, m: F.dropout1d(h, 0.5)), S, expand=expand)
+    with pytest.raises(ValueError, match=r"nn.Dropout1d\): expected \[B, C, L\]"):
         model(torch.ones(B, 6))
     assert current() is None
