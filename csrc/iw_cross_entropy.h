@@ -77,6 +77,12 @@ IWSGD_HD A unit_log_likelihood(A u, A c) {
   return u == A(0) ? u : static_cast<A>(NAN);
 }
 
+// How far l is below the largest: 0 for the largest itself, which may be infinite.
+template <class A>
+IWSGD_HD A below(A l, A most) {
+  return l == most ? A(0) : l - most;
+}
+
 // 1 / (what the loss is divided by), which is 0 where nothing counts. kCancelled is a denominator whose terms are not 0 and add up to 0: 1
 // over it is infinite, as torch's 1 / 0.
 constexpr double kCancelled = 4.9e-324;

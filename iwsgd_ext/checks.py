@@ -107,7 +107,8 @@ def as_sample_ids(sample_ids: Tensor | Sequence[int], samples: int) -> Tensor:
         ids = list(sample_ids) if isinstance(sample_ids, Sequence) else [None]
         if not all(isinstance(v, Integral) for v in ids):
             raise TypeError(f"sample_ids: expected an int64 tensor or a sequence of ints, got {sample_ids!r}")
-        sample_ids = torch.tensor([int(v) for v in ids], dtype=torch.int64, device="cpu")
+        signed = [(int(v) + 2**63) % 2**64 - 2**63 for v in ids]  # their 64 bits
+        sample_ids = torch.tensor(signed, dtype=torch.int64, device="cpu")
     if sample_ids.dtype != torch.int64:
         raise TypeError(f"sample_ids: expected int64, got {sample_ids.dtype}")
     if sample_ids.dim() not in (1, 2) or sample_ids.shape[0] != samples:
@@ -193,6 +194,8 @@ def check_logits(logits: Tensor, target: Tensor, samples: int) -> None:
 
 def check_inplace(logits: Tensor) -> None:
     """Whether a gradient can be written over the logits."""
+    if logits.numel() == 0:
+        return
     origin = logits if logits._base is None or torch.compiler.is_compiling() else logits._base
     check(
         not (origin.is_leaf and origin.requires_grad), "inplace", "logits that a model computed", "a leaf that requires grad, or its view"

@@ -19,7 +19,7 @@ from .lane_rules import LaneRules
 from .one_by_one import LaneByLane, blamed, loop, reason_of
 from .pass_state import RandomState, Snapshot
 from .sampling import current, outside_of_contexts, sampling
-from .swaps import SWAPS, draws, original_class, swap, unreached_modules, unswap
+from .swaps import SWAPS, draws, idle_modules, original_class, rate_of, swap, unreached_modules, unswap
 from .verify import Verification, as_arguments, verify_conversion
 
 _CONVERSION = "_iw_conversion"  # on a converted model
@@ -104,7 +104,10 @@ def convert(
                 "model: expected noise, at least one of "
                 + ", ".join(c.__name__ for c in SWAPS)
                 + " or a call of functional dropout; found none in its modules, and none in a run on example_inputs"
+                + "".join(f". {idle}" for idle in idle_modules(model))
             )
+        if conversion.looked and (alike := conversion.samples_alike(model)):
+            warnings.warn(f"iw.convert: {alike}", stacklevel=2)
     except (ValueError, RuntimeError):
         revert(model)
         raise
@@ -265,6 +268,16 @@ class Conversion:
         ]
         return modules + self.unreached_calls(model) + others
 
+    def samples_alike(self, model: nn.Module) -> str | None:
+        """Says so if a training forward, which was looked at, drew no noise that is not 0."""
+        drawn = any(call.kind != "replaced" or call.p != 0 for call in self.calls) or self.generators
+        layers = [module for module in model.modules() if draws(module)]
+        by_hand = self.drew and not layers and not self.calls  # by functions of the package
+        if drawn or by_hand or any(rate_of(module) != 0 for module in layers):
+            return None
+        idle = "".join(f". {reason}" for reason in idle_modules(model))
+        return f"a training forward drew no noise, so that all samples are alike{idle}"
+
     # The forward
 
     def forward(self, model: nn.Module, own: Callable, args: tuple, kwargs: dict) -> Any:
@@ -320,8 +333,8 @@ class Conversion:
             raise RuntimeError("strict=True: this noise is not reached: " + "; ".join(unreached))
         if unreached:
             warnings.warn(NOT_REACHED + "; ".join(unreached), stacklevel=5)
-        elif not self.has_noise and not any(draws(module) for module in model.modules()):
-            warnings.warn("iw.convert: this training forward drew no noise, so that all samples are alike", stacklevel=5)
+        elif alike := self.samples_alike(model):
+            warnings.warn(f"iw.convert: {alike}", stacklevel=5)
         if context.scalar_output:
             warnings.warn(SCALAR_OUTPUT, stacklevel=5)
         return output

@@ -149,6 +149,10 @@ class IWLoss(_IWLoss):
             if isinstance(outputs, Tensor) and outputs.dim() > dim and rows not in outputs.shape:
                 check_rows("outputs", outputs.shape[dim], samples, batch)
             raise
+        if isinstance(self.criterion, nn.AdaptiveLogSoftmaxWithLoss):
+            cost = -cost.output  # the log-likelihood of each row; its loss is their mean
+        if not isinstance(cost, Tensor):
+            raise TypeError(f"criterion: expected one that returns a tensor of costs, got {type(cost).__name__}")
         _check_broadcast(outputs, [t for t in tree_leaves((args, named)) if isinstance(t, Tensor)], cost, rows)
         if cost.dim() == 0:
             raise ValueError(

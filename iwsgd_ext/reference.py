@@ -252,7 +252,8 @@ def logmeanexp(l: Tensor, alpha: float) -> Tensor:
     """The bound L = (1/alpha) (logsumexp_s(alpha l_s) - log S) over the first dimension (eq 4 for alpha = 1).
 
     alpha = 0 is the limit, the mean; alpha = inf is the largest. Differentiable any number of times, with softmax_s(alpha l_s) as
-    its gradient; log1p and expm1 keep it exact for small alpha. Where every l is -inf, so is L, and the gradient is 1/S.
+    its gradient; log1p and expm1 keep it exact for small alpha. Where every l is -inf, so is L, and the gradient is 1/S; where some are
+    +inf, so is L, and they share the gradient.
     """
     if l.shape[0] == 1:
         return l[0]
@@ -261,13 +262,16 @@ def logmeanexp(l: Tensor, alpha: float) -> Tensor:
     most = l.detach().amax(0)
     if alpha == float("inf"):
         return torch.where(most.isnan() | most.isneginf(), l.mean(0), l.gather(0, l.detach().argmax(0, keepdim=True))[0])
-    dead = most == -float("inf")
-    below = torch.where(dead, torch.zeros_like(l), l - most)
-    return torch.where(dead, l.mean(0), most + torch.log1p(torch.expm1(alpha * below).mean(0)) / alpha)
+    dead, certain = most == -float("inf"), most == float("inf")
+    below = torch.where(dead | certain, torch.zeros_like(l), l - most)
+    largest = torch.where(l.detach() == most, l, torch.zeros_like(l)).sum(0) / (l.detach() == most).sum(0)
+    finite = torch.where(certain, torch.zeros_like(most), most) + torch.log1p(torch.expm1(alpha * below).mean(0)) / alpha
+    return torch.where(certain, largest, torch.where(dead, l.mean(0), finite))
 
 
 def importance_weights(l: Tensor, alpha: float) -> Tensor:
-    """w = softmax_s(alpha l_s) over the first dimension (eq 8 for alpha = 1); equal where alpha = 0 or every l is -inf."""
+    """w = softmax_s(alpha l_s) over the first dimension (eq 8 for alpha = 1); equal where alpha = 0 or every l is -inf, and among those
+    that are +inf."""
     samples = l.shape[0]
     if alpha == 0 or samples == 1:
         return torch.full_like(l, 1 / samples)
@@ -275,7 +279,7 @@ def importance_weights(l: Tensor, alpha: float) -> Tensor:
     if alpha == float("inf"):
         first = torch.arange(samples, device=l.device).view(-1, *[1] * (l.dim() - 1)) == l.argmax(0)
         return torch.where(most.isnan(), most, torch.where(most.isneginf(), 1 / samples, first.to(l.dtype)))
-    e = torch.where(most == -float("inf"), torch.ones_like(l), torch.exp(alpha * (l - most)))
+    e = torch.where(l == most, torch.ones_like(l), torch.exp(alpha * (l - most)))  # also of infinities
     return e / e.sum(0)
 
 
@@ -285,8 +289,9 @@ def unit_log_likelihood(u: Tensor, c: Tensor) -> Tensor:
     Without any weight u is 0, or NaN. Terms that are not 0 and add up to 0 have no log-likelihood: NaN. An infinite weight makes the
     loss infinite, as torch's: not the NaN of inf / inf.
     """
-    without = torch.where(u == 0, u, float("nan"))
-    return torch.where(c.isinf(), u * c, torch.where(c != 0, u / torch.where(c != 0, c, 1), without))
+    # Factors, so that derivatives are NaN, too, and no others are.
+    u = u * torch.where((c == 0) & (u != 0), float("nan"), 1.0)
+    return u * torch.where(c.isinf(), c, 1.0) / torch.where((c != 0) & ~c.isinf(), c, 1.0)
 
 
 def costs(outer: Tensor, bound: Tensor) -> Tensor:
@@ -369,6 +374,9 @@ def iw_cross_entropy(
     acc = _accumulated(logits.dtype)
     rows, classes, positions = logits.shape
     batch = rows // samples
+    if target.dtype == torch.int64 and need_gradient is False and torch._C._are_functorch_transforms_active():
+        # a derivative through what a row of NaN is replaced by, behind it, would be NaN
+        logits = torch.where((target != ignore_index).repeat(samples, 1)[:, None], logits, 0)
     # along the last dimension, where torch adds up in several partial sums
     log_p = torch.log_softmax(logits.to(acc).transpose(1, 2), 2).transpose(1, 2).contiguous().view(samples, batch, classes, positions)
     v = torch.ones(classes, dtype=acc, device=logits.device) if class_weight is None else class_weight

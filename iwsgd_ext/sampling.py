@@ -2,6 +2,7 @@
 
 import copy
 import re
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -107,7 +108,9 @@ class sampling:
         self.stream = 0
         self.watch = None  # in a verification or an evaluation: what notes the calls that draw noise
         self.batch: int | None = None  # B, once the first noise call has fixed it
+        self.entered = False
         self.task = NO_TASK  # the backward pass inside which it was entered
+        self.owner = None  # the asyncio task that entered it
         self.evaluating = False  # noise is on although models are in eval mode
         # On a sample axis, random numbers that are torch's own differ between samples, as between passes; a verification wants them alike.
         self.torch_noise = "different"
@@ -122,6 +125,12 @@ class sampling:
         self._replayed_origin: Tensor | None = None
 
     def __enter__(self) -> "sampling":
+        if self.entered:
+            raise RuntimeError(
+                "iw.sampling: this context was entered before, and one context is one draw of the noise of every layer: make a new one for "
+                "each block, `with iw.sampling(samples, seed=...):`"
+            )
+        self.entered, self.owner = True, running_task()
         self.task = graph_task()
         _stack.contexts.append(self)
         return self
@@ -161,6 +170,7 @@ class sampling:
     def again(self, *moment) -> "sampling":
         """A copy that draws this context's noise as from an earlier moment."""
         context, drawn = copy.copy(self), moment[-1]
+        context.entered, context.owner = False, running_task()
         vars(context).update(zip(Moment._fields[:-1], moment[:-1], strict=True))
         if not drawn:
             context._origin, context._replayed_origin = None, self._origin
@@ -312,7 +322,22 @@ class _Changed:
 def current() -> sampling | None:
     """The innermost context of this thread, or None."""
     contexts = _stack.contexts
-    return contexts[-1] if contexts else None
+    if not contexts:
+        return None
+    if not torch.compiler.is_compiling() and running_task() is not contexts[-1].owner:
+        raise RuntimeError(
+            "iw.sampling: the innermost context of this thread was opened by another asyncio task, which would share its noise: open and "
+            "end a context between two awaits, or run each task's steps in a thread of its own (asyncio.to_thread)"
+        )
+    return contexts[-1]
+
+
+def running_task() -> Any:
+    """The asyncio task that runs in this thread, or None."""
+    if torch.compiler.is_compiling():
+        return None
+    asyncio = sys.modules.get("asyncio")
+    return None if asyncio is None or asyncio._get_running_loop() is None else asyncio.current_task()
 
 
 @contextmanager

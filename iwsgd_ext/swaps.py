@@ -8,6 +8,7 @@ from .batch_norm import swapped_class
 from .batch_norm import to_swap as batch_norms_to_swap
 from .drop_connect import IWDropConnect
 from .dropout import (
+    IWAdaptiveDropout,
     IWAlphaDropout,
     IWDropout,
     IWDropout1d,
@@ -118,6 +119,29 @@ def draws(module: nn.Module) -> bool:
     return isinstance(module, _Dropout | IWDropConnect | IWGaussianDropout | IWGaussianNoise | IWMultinomialDropout)
 
 
+def rate_of(module: nn.Module) -> float | None:
+    """How much noise a layer that draws is set to, 0 for none; None where each call says."""
+    if isinstance(module, IWAdaptiveDropout):
+        return None
+    return next(getattr(module, name) for name in ("p", "std", "dropout") if hasattr(module, name))
+
+
+def idle_modules(model: nn.Module) -> list[str]:
+    """The modules that could draw noise and do not, each with the reason."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.RNNBase) and module.dropout > 0 and module.num_layers == 1:
+            why = f"one layer, and its dropout={module.dropout} stands between layers: nn.Dropout behind it is noise"
+        elif isinstance(module, nn.MultiheadAttention | nn.RNNBase) and module.dropout == 0:
+            why = "dropout=0"
+        elif draws(module) and rate_of(module) == 0:
+            why = "its rate is 0"
+        else:
+            continue
+        found.append(f"{name or 'the model'} ({(original_class(module) or type(module)).__name__}): {why}")
+    return found
+
+
 def unreached_modules(model: nn.Module) -> list[tuple[str, str, float | None]]:
     """(name, class, p) of the modules whose dropout is inside, where neither a swap nor a caught call gets."""
     found = []
@@ -128,7 +152,8 @@ def unreached_modules(model: nn.Module) -> list[tuple[str, str, float | None]]:
         inside = isinstance(module, nn.MultiheadAttention) or (isinstance(module, nn.RNNBase) and module.num_layers > 1)
         depth = kind == "StochasticDepth" or (kind.endswith("DropPath") and hasattr(module, "drop_prob"))
         if (inside or depth) and p:
-            found.append((name, kind, p))
+            why = ", which on rows of ones does not drop rows and divide the others by 1 - p, as iw.IWDropPath does" if depth else ""
+            found.append((name, kind + why, p))
         elif kind == "RecursiveScriptModule" and "dropout" in getattr(module, "original_name", "").lower():
             found.append((name, f"scripted {module.original_name}", None))
     return found

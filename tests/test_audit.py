@@ -339,8 +339,8 @@ def test_noise_in_modules_out_of_reach():
     assert iw.audit(model).unreached == [
         "attention (Attention, p=0.1)",
         "rnn (Recurrent, p=0.2)",
-        "depth (StochasticDepth, p=0.5)",
-        "path (DropPath, p=0.5)",
+        "depth (StochasticDepth, which on rows of ones does not drop rows and divide the others by 1 - p, as iw.IWDropPath does, p=0.5)",
+        "path (DropPath, which on rows of ones does not drop rows and divide the others by 1 - p, as iw.IWDropPath does, p=0.5)",
     ]
 
 

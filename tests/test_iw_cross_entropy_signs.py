@@ -170,6 +170,36 @@ def test_infinite_class_weight(backend, device, classes, reduction):
         weight[infinite] = 1
 
 
+@pytest.mark.parametrize("classes", [10, 70])
+def test_a_log_likelihood_of_infinity(backend, device, classes):
+    """A negative term on a class of logit -infinity. One sample is torch's, value and gradient; of several those alone have weight."""
+    logits, target = torch.randn(6, classes, device=device), torch.zeros(2, classes, device=device)
+    target[:, 0], target[:, 1], target[:, 2] = 0.9, 0.3, -0.2
+    logits[:4, 2] = -math.inf
+    leaf = logits[:2].clone().requires_grad_()
+    expected = F.cross_entropy(leaf, target)
+    loss, _, weights, bound, dlogits = result_of(iw.iw_cross_entropy, logits[:2], target, 1)
+    assert loss == expected == -math.inf and bound.tolist() == [math.inf] * 2 and weights.tolist() == [[1.0, 1.0]]
+    torch.testing.assert_close(dlogits, torch.autograd.grad(expected, leaf)[0])
+    for alpha, shares in ((0.5, [0.5, 0.5, 0.0]), (1.0, [0.5, 0.5, 0.0]), (math.inf, [1.0, 0.0, 0.0])):
+        _, _, weights, bound, dlogits = result_of(iw.iw_cross_entropy, logits, target, 3, alpha=alpha)
+        assert weights[:, 0].tolist() == shares and bound.tolist() == [math.inf] * 2
+        assert dlogits.isfinite().all() and not dlogits[4:].any()
+
+
+def test_derivatives_of_functions_are_those_of_the_op(device):
+    """Under torch.func ignored rows get 0 whatever they hold, and terms that cancel give NaN, not 0."""
+    logits = torch.randn(2 * 3, 5, device=device, dtype=torch.float64)
+    target = torch.tensor([0, -100, 3], device=device)
+    logits[1], logits[4] = math.nan, math.inf
+    leaf = logits.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(iw.iw_cross_entropy(leaf, target, 2), leaf)
+    got = torch.func.grad(lambda z: iw.iw_cross_entropy(z, target, 2))(logits)
+    torch.testing.assert_close(got, expected)
+    cancelling = torch.tensor([[0.5, -0.5, 0, 0, 0]] * 3, device=device, dtype=torch.float64)
+    assert torch.func.grad(lambda z: iw.iw_cross_entropy(z, cancelling, 2))(logits[:1].expand(6, 5))[:, :2].isnan().all()
+
+
 @pytest.mark.parametrize("strategy", ["batched", "streamed", "loop"])
 def test_the_strategies_take_rewards(device, strategy):
     """The gradient of a model under every strategy is that of the loss itself."""

@@ -11,6 +11,7 @@ from naive_loss import bound_of, weights_of
 from torch import nn
 
 import iwsgd_ext as iw
+from iwsgd_ext import reference
 
 ALPHAS = pytest.mark.parametrize("alpha", [0.0, 1e-6, 0.3, 1.0, 2.0, math.inf])
 
@@ -97,6 +98,21 @@ def test_infinite_log_likelihoods(device, alpha):
     for b, expected in ((0, [0.0, 1.0]), (1, [0.5, 0.5]), (3, [0.0, 1.0])):
         (weights,) = torch.autograd.grad(bound[b], log_p, retain_graph=True)
         assert weights[:, b].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("alpha", "weights"), [(0.0, [1 / 3] * 3), (0.3, [0.5, 0.0, 0.5]), (1.0, [0.5, 0.0, 0.5]), (math.inf, [1.0, 0.0, 0.0])]
+)
+def test_certain_samples(device, alpha, weights):
+    """Log-likelihoods of +infinity, which densities have: so is the bound, and they alone share the weight. Others are as without them."""
+    l = torch.tensor([[math.inf, 1.0], [0.0, 2.0], [math.inf, 3.0]], device=device, requires_grad=True)
+    bound = iw.iw_logmeanexp(l, 3, alpha)
+    (dl,) = torch.autograd.grad(bound.sum(), l)
+    assert bound[0] == math.inf and dl[:, 0].tolist() == pytest.approx(weights)
+    torch.testing.assert_close(bound[1], bound_of(l[:, 1].unbind(), alpha))
+    torch.testing.assert_close(dl, reference.importance_weights(l.detach(), alpha))
+    of_impossible = iw.iw_logmeanexp(torch.tensor([math.inf, -math.inf], device=device), 2, alpha)
+    assert of_impossible.isnan() if alpha == 0 else of_impossible == math.inf
 
 
 @pytest.mark.parametrize(
@@ -255,6 +271,21 @@ def test_loss_refuses(make, message):
 def test_loss_refuses_criterion(criterion, message):
     with pytest.raises(TypeError, match=message):
         iw.IWLoss(criterion, samples=2)
+
+
+def test_adaptive_softmax(device):
+    """Its output is the log-likelihood of each row; the loss beside it is a mean."""
+    module = nn.AdaptiveLogSoftmaxWithLoss(8, 20, [5, 10]).to(device).double()
+    features, target = torch.randn(3 * 4, 8, device=device, dtype=torch.float64, requires_grad=True), torch.randint(20, (4,), device=device)
+    loss = iw.IWLoss(module, samples=3)(features, target)
+    expected = -iw.iw_logmeanexp(module.log_prob(features).gather(1, target.repeat(3)[:, None])[:, 0], 3).mean()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(x, features)[0] for x in (loss, expected)))
+
+
+def test_a_criterion_that_returns_no_tensor():
+    with pytest.raises(TypeError, match="criterion: expected one that returns a tensor of costs, got tuple"):
+        iw.IWLoss(lambda z, y: (z, y), samples=2)(torch.zeros(6, 1), torch.zeros(3, 1))
 
 
 def test_costs_larger_than_outputs(device):

@@ -1,5 +1,6 @@
 """The sampling context: seed, streams, the place of expansion, sample ids, nesting, threads and exceptions."""
 
+import asyncio
 import threading
 
 import naive
@@ -257,6 +258,45 @@ BAD = [
     (ValueError, r"sample_ids: expected \[2\] or \[2, batch\] as samples=2, got \(3,\)", {"sample_ids": [1, 2, 3]}),
     (ValueError, r"sample_ids: .*, got \(2, 1, 1\)", {"sample_ids": torch.ones(2, 1, 1, dtype=torch.int64)}),
 ]
+
+
+def test_a_context_is_entered_once():
+    """One context is one draw of all noise: a second block would go on where the first ended, whatever its seed."""
+    context = iw.sampling(3, seed=0)
+    with context, pytest.raises(RuntimeError, match=r"entered before.* make a new one"):
+        context.__enter__()
+    with pytest.raises(RuntimeError, match=r"entered before.* make a new one"), context:
+        pass
+    assert current() is None
+
+
+def test_contexts_of_asyncio_tasks():
+    """Contexts are the thread's: one that another task has left open is no task's own. Between two awaits all is right."""
+    drop, x = iw.IWDropout(0.5), torch.ones(4, 63)
+
+    async def across(seed):
+        with iw.sampling(3, seed=seed):
+            await asyncio.sleep(0)
+            return drop(x)
+
+    async def between(seed):
+        await asyncio.sleep(0)
+        with iw.sampling(3, seed=seed):
+            y = drop(x)
+        await asyncio.sleep(0)
+        return y
+
+    async def both(task, **options):
+        return await asyncio.gather(task(1), task(2), **options)
+
+    for error in asyncio.run(both(across, return_exceptions=True))[:1]:
+        assert isinstance(error, RuntimeError) and "another asyncio task" in str(error)
+    results = asyncio.run(both(between))
+    assert current() is None
+    for seed, y in enumerate(results, 1):
+        with iw.sampling(3, seed=seed):
+            assert torch.equal(y, drop(x))
+    assert asyncio.run(across(1)).equal(results[0])
 
 
 @pytest.mark.parametrize(("error", "message", "change"), BAD, ids=[f"{next(iter(c))}-{i}" for i, (_, _, c) in enumerate(BAD)])

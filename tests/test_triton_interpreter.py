@@ -160,6 +160,35 @@ def test_channels_last_is_one_position_after_another():
     assert_same_bits(F.dropout2d(x, 0.5, samples=2, seed=1), naive.naive_noise(x, 0.5, samples=2, seed=1, unit="channel"))
 
 
+STRIDED = {
+    "every second": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+    "transposed": lambda x: x.t().contiguous().t(),
+    "expanded": lambda x: x[:1].expand_as(x),
+    "a number": lambda x: x[:1, :1].expand_as(x),
+    "backwards in memory": lambda x: x.flip(1).flip(1)[:, 3:],
+}
+
+
+@pytest.mark.parametrize("form", ["dropout", "alpha_dropout", "drop_path", "gaussian_dropout", "gaussian_noise"])
+@pytest.mark.parametrize("layout", STRIDED)
+def test_strides(layout, form):
+    """Input and gradient that are laid out in memory in any way give what contiguous ones give."""
+    x = STRIDED[layout](torch.randn(4, 10))
+    for expand in (True, False):
+        results = []
+        for of in (lambda v: v, torch.Tensor.contiguous):
+            leaf = of(x).requires_grad_()
+            y = getattr(F, form)(leaf, 0.4, samples=2, seed=3, expand=expand)
+            dy = (
+                STRIDED[layout](torch.linspace(-1, 1, y.shape[0] * 10).view(-1, 10))
+                if layout != "backwards in memory"
+                else y.detach().sin()
+            )
+            results += [(y.detach(), *torch.autograd.grad(y, leaf, of(dy)))]
+        for got, expected in zip(*results, strict=True):
+            assert_same_bits(got, expected)
+
+
 def test_sample_ids_by_example():
     x, ids = torch.randn(4, 77), torch.randint(0, 50, (3, 4))
     for expand in (True, False):

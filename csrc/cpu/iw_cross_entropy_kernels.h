@@ -159,8 +159,8 @@ void weigh_unit(const LossArguments<T, A>& a, int64_t unit) {
     a.bound[unit] = static_cast<A>(most);
   } else {
     double excess = 0;  // mean of exp(alpha (l - most)) - 1
-    for (int64_t s = 0; s < a.S; ++s) excess += std::expm1(a.alpha * (l(s) - most)) / samples;
-    for (int64_t s = 0; s < a.S; ++s) weigh(s, std::exp(a.alpha * (l(s) - most)) / (samples * (1.0 + excess)));
+    for (int64_t s = 0; s < a.S; ++s) excess += std::expm1(a.alpha * below(l(s), most)) / samples;
+    for (int64_t s = 0; s < a.S; ++s) weigh(s, std::exp(a.alpha * below(l(s), most)) / (samples * (1.0 + excess)));
     a.bound[unit] = static_cast<A>(most + std::log1p(excess) / a.alpha);
   }
 }
@@ -198,7 +198,7 @@ void weigh(const LossArguments<T, A>& a, int64_t first, int64_t last) {
     for (int64_t s = 0; s < a.S; ++s) store_lanes(a.weights + s * units + unit, vexp(likelihoods(s) - most) / sum, n);
     store_lanes(a.bound + unit, most + vlog(sum / samples), n);
     for (int64_t j = 0; j < n; ++j)
-      if (!(sum[j] >= A(1))) weigh_unit(a, unit + j);  // NaN: a sample is NaN, or every one is -infinity
+      if (!(sum[j] >= A(1))) weigh_unit(a, unit + j);  // NaN: a sample is NaN or +infinity, or every one is -infinity
   }
 }
 

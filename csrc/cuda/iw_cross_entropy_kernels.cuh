@@ -89,14 +89,14 @@ IWSGD_HD A weigh_unit(const Block& block, A alpha, int S, int lane, int lanes, b
   const bool nan = total != total, dead = nan || most == -infinity<A>() || alpha == A(0), single = alpha == infinity<A>();
   A excess = A(0);  // sum of exp(alpha (l - most)) - 1
   if (there && !dead && !single)
-    for (int s = lane; s < S; s += lanes) excess += expm1(alpha * (l(s) - most));
+    for (int s = lane; s < S; s += lanes) excess += expm1(alpha * below(l(s), most));
   for (int bits = 1; bits < lanes; bits *= 2) excess += block.swap(excess, bits);
   if (there)
     for (int s = lane; s < S; s += lanes) {
       // One sample has all the weight, whatever its likelihood: its gradient is then torch's.
       if (dead) put(s, nan && alpha != A(0) && S > 1 ? mean : A(1) / samples);
       else if (single) put(s, s == best ? A(1) : A(0));
-      else put(s, exp(alpha * (l(s) - most)) / (samples + excess));
+      else put(s, exp(alpha * below(l(s), most)) / (samples + excess));
     }
   if (dead) return mean;
   return single ? most : most + log1p(excess / samples) / alpha;

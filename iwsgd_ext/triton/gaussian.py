@@ -136,6 +136,7 @@ def gaussian_bwd_kernel(
 
 def gaussian_fwd_triton(x: Tensor, y: Tensor, address: tuple, std: float, multiply: bool, expand: bool) -> None:
     """y = x * (1 + std * z), or x + std * z; address: the op's arguments from origin to share."""
+    x = x.contiguous()
     examples = x.shape[1] if expand else x.shape[1] // address[2]
     values, tiles = address_values(x, examples, address, SIZE.value, True)
     with guard(x):
@@ -145,6 +146,7 @@ def gaussian_fwd_triton(x: Tensor, y: Tensor, address: tuple, std: float, multip
 
 def gaussian_bwd_triton(dy: Tensor, dx: Tensor, address: tuple, std: float) -> None:
     """dx = sum over the samples of (1 + std * z) * dy."""
+    dy = dy.contiguous()
     values, tiles = address_values(dy, dx.shape[1], address, SIZE.value, False)
     with guard(dy):
         launch(gaussian_bwd_kernel, tiles.programs, tiles.warps, values | {"dy": dy, "dx": dx, "std": float_bits(std)})

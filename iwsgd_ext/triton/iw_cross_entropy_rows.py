@@ -184,7 +184,8 @@ def weigh(l, s, S, alpha, ACC: tl.constexpr, MODE: tl.constexpr):
         best = tl.min(tl.where(there & (l == top[None, :]), s, S), 0)  # the first of equals
         w, bound = tl.where(dead[None, :], alike, tl.where(s == best[None, :], 1.0, 0.0)), tl.where(dead, mean, top)
     else:
-        below = alpha * tl.where(dead[None, :], 0.0, l - tl.where(dead, 0.0, top)[None, :])
+        # The largest may be infinite.
+        below = alpha * tl.where(dead[None, :] | (l == top[None, :]), 0.0, l - tl.where(dead, 0.0, top)[None, :])
         # log1p and expm1 keep the bound exact as alpha goes to 0, where it is the mean.
         excess = tl.sum(tl.where(there, expm1(tl.where(there, below, 0.0)), 0.0), 0)
         w = tl.exp(below) / (samples + excess)[None, :]

@@ -122,6 +122,7 @@ def _values(x: Tensor, examples: int, arguments: tuple, divide_samples: bool) ->
 
 def noise_fwd_triton(x: Tensor, y: Tensor, address: tuple, shift: float, fill: float, expand: bool) -> None:
     """y = keep * (scale * x + shift) + (1 - keep) * fill; address: the op's arguments from origin to scale."""
+    x = x.contiguous()
     rows = x.shape[1] if expand else x.shape[1] // address[2]
     values, tiles = _values(x, rows, address, True)
     values |= {"x": x, "y": y, "EXPAND": expand, "SHIFTED": shift != 0, "shift": float_bits(shift), "fill": float_bits(fill)}
@@ -131,6 +132,7 @@ def noise_fwd_triton(x: Tensor, y: Tensor, address: tuple, shift: float, fill: f
 
 def noise_bwd_triton(dy: Tensor, dx: Tensor, address: tuple) -> None:
     """dx = sum over the samples of keep * scale * dy."""
+    dy = dy.contiguous()
     values, tiles = _values(dy, dx.shape[1], address, False)
     with guard(dy):
         launch(noise_bwd_kernel, tiles.programs, tiles.warps, values | {"dy": dy, "dx": dx})
