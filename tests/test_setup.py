@@ -1,4 +1,4 @@
-"""setup.py on sources made for it, and tools made for it."""
+"""setup.py and the Makefile, on sources and with tools made for it."""
 
 import os
 import re
@@ -251,3 +251,60 @@ def test_cuda_architectures(tmp_path, monkeypatch, given, nvcc, gpus, want):
     cuda = SimpleNamespace(is_available=lambda: bool(gpus), device_count=lambda: len(gpus), get_device_capability=gpus.__getitem__)
     architectures = runpy.run_path(str(ROOT / "setup.py"))["cuda_architectures"]
     assert architectures(SimpleNamespace(cuda=cuda), str(toolkit(tmp_path, "13.0", nvcc))) == want
+
+
+TOOL = """#!/bin/sh
+name=$(basename "$0")
+echo "$PWD|$PYTHONPATH|$name $*" >> "$LOG"
+case "$name $1" in
+  *tools/setup_env.py) mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+  "cmake -S") case "$*" in *"-DPython_EXECUTABLE=$PWD/.venv/bin/python "*) ;; *) exit 1 ;; esac && mkdir -p "$4" ;;
+esac
+"""
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_make_in_a_path_with_spaces(tmp_path):
+    """Every target, with stand-ins for the programs that it starts; none may run where nothing changed."""
+    tools, checkout, log = tmp_path / "the tools", tmp_path / "it's a check out", tmp_path / "log"
+    for folder in (tools, checkout):
+        folder.mkdir()
+    for name in ("python", "cmake", "ctest"):
+        (tools / name).write_text(TOOL)
+        (tools / name).chmod(0o755)
+    for name in ("Makefile", "pyproject.toml", "setup.py", "tools/setup_env.py", "csrc/cpu/noise.cpp", "iwsgd_ext/__pycache__/a.pyc"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copy if name == "Makefile" else lambda _, path: path.touch())(ROOT / name, checkout / name)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "IWSGD_"))}
+    environment |= {"LOG": str(log), "PATH": f"{tools}{os.pathsep}{environment['PATH']}", "PYTHONPATH": "", "CXX": "c++"}
+
+    def make(*words: str) -> list[str]:
+        """The programs that a target starts."""
+        log.write_text("")
+        command = ["make", f"PYTHON={tools / 'python'}", f"OUT={tmp_path / 'out of it'}", *words]
+        done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        lines = [line.split("|") for line in log.read_text().splitlines()]
+        assert {part for _, path, _ in lines for part in path.split(os.pathsep)} <= {str(checkout)}
+        return [started.strip() for _, _, started in lines]
+
+    built = ["python tools/setup_env.py --torch torch==2.13.0", "python setup.py build_ext --inplace --force"]
+    assert make("help") == []
+    assert make("build") == built
+    assert make("build") == []
+    assert make("setup") == built[:1]
+    (checkout / "csrc" / "cpu" / "noise.cpp").touch()
+    assert "python examples/digits.py --quick" in make("demo-short")
+    assert make("demo") == ["python examples/digits.py"]
+    assert make("bench") == ["python -m bench"]
+    assert make("test-models") == ["python tools/test_models.py"]
+    assert make("lint")[-1] == "python -m ruff check ."
+    assert make("gpu") == [f"python tools/gpu.py --out {tmp_path / 'out of it'}"]
+    assert make("test-fast")[-1].startswith("python -m pytest ")
+    started = [line.split()[0] for line in make("test")]
+    assert started == ["python", "python", "cmake", "cmake", "ctest"] if shutil.which("c++") else ["python", "python"]
+    make("clean")
+    assert not (checkout / "build").exists() and not (checkout / "iwsgd_ext" / "__pycache__").exists()
+    make("distclean")
+    assert not (checkout / ".venv").exists()
+    assert make("build") == built
