@@ -28,11 +28,10 @@ import sys
 from glob import glob
 from pathlib import Path
 
-UPGRADE = "python -m pip install --upgrade setuptools"
 try:
     import setuptools
 except ImportError:
-    sys.exit(f"iwsgd_ext is built with setuptools, and this Python has none: {UPGRADE}")
+    sys.exit("iwsgd_ext is built with setuptools, and this Python has none: python -m pip install setuptools")
 
 ROOT = Path(__file__).parent.resolve()
 STABLE_ABI = "0x020a000000000000ULL"  # torch 2.10
@@ -60,7 +59,8 @@ def check_setuptools() -> None:
     least = re.search(r"setuptools>=(\d+)", (ROOT / "pyproject.toml").read_text())[1]
     has = setuptools.__version__
     if int(has.split(".")[0]) < int(least):
-        sys.exit(f"iwsgd_ext is built with setuptools {least} or later, and this Python has {has}: {UPGRADE}")
+        install = f"python -m pip install 'setuptools>={least}'"
+        sys.exit(f"iwsgd_ext is built with setuptools {least} or later, and this Python has {has}: {install}")
 
 
 def switch(name: str) -> str:

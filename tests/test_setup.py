@@ -106,12 +106,12 @@ def test_setuptools_that_is_too_old(tmp_path):
     done = setup(tmp_path, "build_ext", "--inplace", PYTHONPATH=str(tmp_path / "old"))
     assert done.returncode == 1
     assert done.stderr == (
-        "iwsgd_ext is built with setuptools 77 or later, and this Python has 65.5.0: python -m pip install --upgrade setuptools\n"
+        "iwsgd_ext is built with setuptools 77 or later, and this Python has 65.5.0: python -m pip install 'setuptools>=77'\n"
     )
     (tmp_path / "old" / "setuptools.py").write_text("raise ImportError")
     done = setup(tmp_path, "build_ext", "--inplace", PYTHONPATH=str(tmp_path / "old"))
     assert done.returncode == 1
-    assert done.stderr == "iwsgd_ext is built with setuptools, and this Python has none: python -m pip install --upgrade setuptools\n"
+    assert done.stderr == "iwsgd_ext is built with setuptools, and this Python has none: python -m pip install setuptools\n"
 
 
 def test_set_up_and_build_want_the_same_packages():
