@@ -162,7 +162,11 @@ def load() -> None:
     for name, key in (("cpu", "CPU"), ("cuda", "CUDA")):
         _built[name] = all(torch._C._dispatch_has_kernel_for_dispatch_key(f"iwsgd_ext::{op}", key) for op in _ops)
     if os.environ.get("IWSGD_ISA") and _built["cpu"]:
-        _build_info()  # raises if this machine has none of that name; an error inside a kernel would lose its text
+        try:
+            torch.ops.iwsgd_ext.iw_cross_entropy_scale_(torch.ones(1), torch.zeros(()))
+        except RuntimeError:  # whose text is lost on its way out of the kernel
+            isa = os.environ["IWSGD_ISA"]
+            raise RuntimeError(f"IWSGD_ISA: expected one of baseline, avx2, avx512 that this machine has, got {isa!r}") from None
     if os.environ.get("IWSGD_BACKEND"):
         _force(os.environ["IWSGD_BACKEND"], "IWSGD_BACKEND")
 
