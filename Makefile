@@ -4,15 +4,17 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
 
-VENV := $(CURDIR)/.venv
+# Relative, and environment variables where a path is absolute: make cannot take spaces in the names of files.
+VENV := .venv
 PY := $(VENV)/bin/python
 CMAKE_BUILD := build/cmake
-SETUP := PATH='$(PATH)' $(PYTHON) tools/setup_env.py --torch '$(TORCH)'
+SETUP := PATH="$$PATH_OUTSIDE" '$(PYTHON)' tools/setup_env.py --torch '$(TORCH)'
 JOBS := $(or $(MAX_JOBS),$(shell getconf _NPROCESSORS_ONLN))
 # make has a CXX of its own where nobody chose one
 COMPILERS := $(if $(filter default undefined,$(origin CXX)),c++ g++ clang++,$(firstword $(CXX)))
 # torch's build looks for the program ninja on the PATH; set-up must not: there python3 is the interpreter that .venv is made from
-export PATH := $(VENV)/bin:$(PATH)
+export PATH_OUTSIDE := $(PATH)
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # Tests run in as many processes as there are cores, of one thread each, where pytest-xdist is there.
 PYTEST = $(PY) -m pytest $$($(PY) -c 'import xdist' 2> /dev/null && printf %s '-n auto --dist loadgroup')
 # examples/ and bench/ import the package from the checkout
@@ -42,7 +44,7 @@ setup:  ## make or complete .venv, also where it is up to date
 
 # Holds the settings of the last build, and changes only when they do.
 $(VENV)/.settings: FORCE $(VENV)/.ready
-	@settings='$(IWSGD_CUDA) $(IWSGD_NATIVE) $(TORCH_CUDA_ARCH_LIST) $(CUDA_HOME) $(COMPILERS)'; \
+	@settings="$$IWSGD_CUDA $$IWSGD_NATIVE $$TORCH_CUDA_ARCH_LIST $$CUDA_HOME $(COMPILERS)"; \
 	echo "$$settings" | cmp -s - $@ || echo "$$settings" > $@
 
 $(VENV)/.built: $(VENV)/.ready $(VENV)/.settings setup.py $(NATIVE_SOURCES)
@@ -75,7 +77,7 @@ test-models: $(VENV)/.built  ## converted models of timm and transformers, fetch
 
 ctest: $(VENV)/.ready  ## the C++ tests, built with CMake
 	@mkdir -p build
-	@cmake -S . -B $(CMAKE_BUILD) -DPython_EXECUTABLE=$(PY) -DIWSGD_CUDA=$(or $(IWSGD_CUDA),AUTO) > build/cmake.log 2>&1 || { cat build/cmake.log; exit 1; }
+	@cmake -S . -B $(CMAKE_BUILD) -DPython_EXECUTABLE="$$PWD/$(PY)" -DIWSGD_CUDA=$(or $(IWSGD_CUDA),AUTO) > build/cmake.log 2>&1 || { cat build/cmake.log; exit 1; }
 	@echo 'ctest: compiling (log: build/cmake.log)'
 	@MAKEFLAGS= cmake --build $(CMAKE_BUILD) --parallel $(JOBS) >> build/cmake.log 2>&1 || { cat build/cmake.log; exit 1; }
 	cd $(CMAKE_BUILD) && ctest --output-on-failure
@@ -85,7 +87,7 @@ bench: $(VENV)/.built  ## measure ops, layers and training steps beside plain Py
 
 # No .venv is made: the Python with torch is used as it is, which asks for no network and no package. OUT= is where the report goes.
 gpu:  ## build for this machine's GPU, run every check on it, measure (OUT=dir for the report, PYTHON= the Python with torch)
-	$(PYTHON) tools/gpu.py $(if $(OUT),--out '$(OUT)') $(ARGS)
+	'$(PYTHON)' tools/gpu.py $(if $(OUT),--out '$(OUT)') $(ARGS)
 
 lint: $(VENV)/.ready  ## check the Python code with ruff
 	@$(PY) -m ruff --version > /dev/null 2>&1 || $(SETUP) ruff
@@ -93,7 +95,7 @@ lint: $(VENV)/.ready  ## check the Python code with ruff
 
 clean:  ## remove what was built
 	rm -rf build dist *.egg-info iwsgd_ext/*.so .pytest_cache .hypothesis .ruff_cache $(VENV)/.built
-	find . -path ./.venv -prune -o -name __pycache__ -type d -print | xargs rm -rf
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean  ## and .venv
 	rm -rf .venv

@@ -8,23 +8,30 @@ Two shared libraries, found by folder so that no list of sources has to be kept 
 
 Environment:
 
-    IWSGD_CUDA=1|0        compile the CUDA kernels, or do not; by default they are where torch itself has CUDA
+    IWSGD_CUDA=1|0        compile the CUDA kernels, or do not; by default they are where torch has CUDA and an nvcc that fits it is found
     TORCH_CUDA_ARCH_LIST  their architectures, as in torch: "9.0", "8.0;9.0+PTX", ... (default "8.0;9.0;10.0+PTX;12.0", as far as this nvcc
                           has them, and those of the machine's GPUs)
     CUDA_HOME             the CUDA toolkit (else /usr/local/cuda, else where nvcc is on the PATH)
     IWSGD_NATIVE=0        compile nothing: a pure Python install that runs on the reference backend
+    CXX                   the C++ compiler
     MAX_JOBS              compile jobs at a time
+
+What was asked for and cannot be built is an error of one sentence; what was not asked for is left out, and said on stderr.
 """
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from glob import glob
 from pathlib import Path
 
-from setuptools import Extension, setup
+try:
+    import setuptools
+except ImportError:
+    sys.exit("iwsgd_ext is built with setuptools, and this Python has none: python -m pip install setuptools")
 
 ROOT = Path(__file__).parent.resolve()
 STABLE_ABI = "0x020a000000000000ULL"  # torch 2.10
@@ -47,35 +54,65 @@ def torch_tools():
     return torch, cpp_extension
 
 
-def have_compiler() -> bool:
-    # distutils falls back on the compiler that Python was built with, which need not be on this machine
-    names = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++", "cl"]
-    return any(shutil.which(name) for name in names)
+def check_setuptools() -> None:
+    """pip does not look at pyproject.toml's bound without build isolation, and an older setuptools does not understand the file."""
+    least = re.search(r"setuptools>=(\d+)", (ROOT / "pyproject.toml").read_text())[1]
+    has = setuptools.__version__
+    if int(has.split(".")[0]) < int(least):
+        install = f"python -m pip install 'setuptools>={least}'"
+        sys.exit(f"iwsgd_ext is built with setuptools {least} or later, and this Python has {has}: {install}")
+
+
+def switch(name: str) -> str:
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        sys.exit(f"{name}: expected 1, 0 or nothing, got {value!r}")
+    return value
+
+
+def compiler() -> str | None:
+    given = os.environ.get("CXX", "").strip()
+    if given and shutil.which(shlex.split(given)[0]) is None:
+        sys.exit(f"CXX: expected a C++ compiler on the PATH, got {given!r}")
+    return given or next((name for name in (["cl"] if WINDOWS else ["c++", "g++", "clang++"]) if shutil.which(name)), None)
 
 
 def cuda_home() -> str | None:
-    nvcc = shutil.which("nvcc")
-    for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda", nvcc and str(Path(nvcc).resolve().parent.parent)):
-        if home and (Path(home) / "bin" / "nvcc").exists():
+    given, nvcc = os.environ.get("CUDA_HOME"), shutil.which("nvcc")
+    homes = [given] if given else ["/usr/local/cuda", nvcc and str(Path(nvcc).resolve().parent.parent)]
+    return next((home for home in homes if home and Path(home, "bin", "nvcc").exists()), None)
+
+
+def cuda_toolkit(torch, cpp_extension) -> str | None:
+    """The CUDA toolkit to build with, or None to build without. (CMakeLists.txt asks for it, too.)"""
+    asked = switch("IWSGD_CUDA")
+    if asked == "0" or not (asked or torch.version.cuda):
+        return None
+    home, given = cuda_home(), os.environ.get("CUDA_HOME")
+    if home is None:
+        why = f"CUDA_HOME is {given!r}, which has no bin/nvcc" if given else "no nvcc was found"
+        why += ": set CUDA_HOME to a CUDA toolkit"
+    else:
+        refusal = refused(home, cpp_extension)
+        if not refusal:
             return home
+        why = f"torch does not take {home}/bin/nvcc ({refusal}): set CUDA_HOME to a toolkit that fits"
+    if asked:
+        sys.exit(f"IWSGD_CUDA=1, but {why}")
+    print(f"iwsgd_ext: building without CUDA kernels, because {why}", file=sys.stderr)
     return None
 
 
-def want_cuda(torch) -> bool:
-    asked = os.environ.get("IWSGD_CUDA", "")
-    if asked not in ("", "0", "1"):
-        sys.exit(f"IWSGD_CUDA: expected 1, 0 or nothing, got {asked!r}")
-    if asked == "0" or not glob("csrc/cuda/*.cu"):
-        if asked == "1":
-            sys.exit("IWSGD_CUDA=1: this version has no CUDA kernels yet (csrc/cuda holds no .cu); build without it")
-        return False
-    if cuda_home() is None:
-        if asked == "1":
-            sys.exit("IWSGD_CUDA=1, but no nvcc: set CUDA_HOME to a CUDA toolkit")
-        if torch.version.cuda:
-            print("iwsgd_ext: torch has CUDA but no nvcc was found (CUDA_HOME is unset): building without CUDA kernels", file=sys.stderr)
-        return False
-    return asked == "1" or torch.version.cuda is not None
+def refused(home: str, cpp_extension) -> str:
+    """What torch's build would stop at: an nvcc of another major version than torch's CUDA, a C++ compiler that the nvcc does not take."""
+    cpp_extension.CUDA_HOME = home  # torch looks for one only where it has CUDA itself
+    compiler = cpp_extension.get_cxx_compiler()
+    try:
+        cpp_extension._check_cuda_version(compiler, cpp_extension.get_compiler_abi_compatibility_and_version(compiler)[1])
+    except RuntimeError as error:
+        text, *versions = error.args
+        return "it is of CUDA {}, torch of CUDA {}".format(*versions) if versions else text.split(". ")[0]
+    return ""
 
 
 def cuda_architectures(torch, home: str) -> str:
@@ -97,24 +134,21 @@ def cuda_architectures(torch, home: str) -> str:
     return ";".join(f"{v}+PTX" if v == forward else v for v in chosen)
 
 
-def ops_library(torch, cpp_extension) -> Extension:
+def ops_library(cpp_extension, cuda: str | None) -> setuptools.Extension:
     sources = sorted(glob("csrc/cpu/*.cpp"))
     compile_args = {"cxx": [*CXX_FLAGS, f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]}
     link_args = ["-Wl,-s"] if sys.platform == "linux" else []
     libraries, library_dirs = ["torch", "torch_cpu", "c10"], cpp_extension.library_paths()
-    if want_cuda(torch):
-        home = cuda_home()
-        cpp_extension.CUDA_HOME = home  # cpp_extension knows it only where torch itself has CUDA
-        os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_architectures(torch, home)
+    if cuda:
         sources += sorted(glob("csrc/cuda/*.cu"))
         compile_args["cxx"].append("-DIWSGD_WITH_CUDA")
         compile_args["nvcc"] = ["-O3", "-std=c++17", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "--expt-relaxed-constexpr"]
-        library_dirs = [*library_dirs, f"{home}/lib64"]
+        library_dirs = [*library_dirs, f"{cuda}/lib64"]
         # torch's CUDA shims are weak symbols, resolved by libtorch.so, through which a torch with CUDA brings its CUDA library along.
         # Nothing else is needed of it: where the compiler asks the linker for --as-needed, as Debian's and Ubuntu's do, it would be left
         # out, and each shim be a null pointer. These words stand behind the libraries, so it is named again. The CUDA runtime comes along.
         link_args += ["-Wl,--no-as-needed", "-ltorch", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-    return Extension(
+    return setuptools.Extension(
         "iwsgd_ext._ops",
         sources,
         include_dirs=cpp_extension.include_paths(),
@@ -127,20 +161,18 @@ def ops_library(torch, cpp_extension) -> Extension:
     )
 
 
-def info_module(torch, cpp_extension) -> Extension:
+def info_module(cpp_extension, torch_version: str, architectures: str) -> setuptools.Extension:
     try:
         import pybind11
 
         include = pybind11.get_include()
     except ImportError:
         include = cpp_extension.include_paths()[0]  # torch carries a copy
-    cuda = want_cuda(torch)
-    arch = cuda_architectures(torch, cuda_home()) if cuda else ""
-    return Extension(
+    return setuptools.Extension(
         "iwsgd_ext._info",
         sorted(glob("csrc/python/*.cpp")),
         include_dirs=[include],
-        define_macros=[("IWSGD_TORCH_VERSION", f'"{torch.__version__}"'), ("IWSGD_CUDA_ARCHITECTURES", f'"{arch}"')],
+        define_macros=[("IWSGD_TORCH_VERSION", f'"{torch_version}"'), ("IWSGD_CUDA_ARCHITECTURES", f'"{architectures}"')],
         extra_compile_args={"cxx": CXX_FLAGS},
         depends=HEADERS,
         optional=True,  # needs Python's headers; the operators do not
@@ -151,14 +183,38 @@ def info_module(torch, cpp_extension) -> Extension:
 def build() -> dict:
     if {"sdist", "egg_info", "clean", "dist_info"} & set(sys.argv[1:]):
         return {}
-    if os.environ.get("IWSGD_NATIVE", "1") == "0":
-        return {}
-    if not have_compiler():
-        print("iwsgd_ext: no C++ compiler found: installing without native kernels (the slower reference backend runs)", file=sys.stderr)
-        return {}
+    from setuptools.command.build import build as Build
+
+    class CleanBuild(Build):
+        def run(self):
+            # a wheel takes all that lies here, also what an earlier build left
+            for stale in Path(self.build_lib, "iwsgd_ext").glob("*"):
+                if stale.suffix in (".so", ".dll", ".pyd"):
+                    stale.unlink()
+            super().run()
+
+    commands = {"build": CleanBuild}
+    with_cuda = switch("IWSGD_CUDA") == "1"
+    if switch("IWSGD_NATIVE") == "0":
+        if with_cuda:
+            sys.exit("IWSGD_CUDA=1 and IWSGD_NATIVE=0 contradict each other: unset one")
+        return {"cmdclass": commands}
+    found = compiler()
+    if found is None:
+        if with_cuda:
+            sys.exit("IWSGD_CUDA=1, but no C++ compiler was found: install one, or name it by CXX")
+        print(
+            "iwsgd_ext: no C++ compiler was found: installing without native kernels (the slower reference backend runs)", file=sys.stderr
+        )
+        return {"cmdclass": commands}
+    os.environ["CXX"] = found  # else torch takes c++, and setuptools links with what Python was built with: neither need be here
     torch, cpp_extension = torch_tools()
 
-    class Build(cpp_extension.BuildExtension):
+    class BuildNative(cpp_extension.BuildExtension):
+        def finalize_options(self):
+            super().finalize_options()
+            self.force = True  # without ninja a library of other settings would pass for up to date
+
         def get_ext_filename(self, name):
             # the operators hold no Python code: their file name must not tie them to one Python
             if name.split(".")[-1] == "_ops":
@@ -177,8 +233,13 @@ def build() -> dict:
             return ext.export_symbols  # no PyInit_ in the operators
 
     os.chdir(ROOT)
-    return {"ext_modules": [ops_library(torch, cpp_extension), info_module(torch, cpp_extension)], "cmdclass": {"build_ext": Build}}
+    cuda, architectures = cuda_toolkit(torch, cpp_extension), ""
+    if cuda:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures = cuda_architectures(torch, cuda)
+    modules = [ops_library(cpp_extension, cuda), info_module(cpp_extension, torch.__version__, architectures)]
+    return {"ext_modules": modules, "cmdclass": {**commands, "build_ext": BuildNative}}
 
 
 if __name__ == "__main__":
-    setup(**build())
+    check_setuptools()
+    setuptools.setup(**build())

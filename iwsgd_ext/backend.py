@@ -30,7 +30,7 @@ TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 LEAST_TRITON = (3, 6)
 HOW_TO_GET = {
     "cpu": "it is built from source where a C++ compiler is found: pip install --no-build-isolation --force-reinstall --no-deps .",
-    "cuda": "it is built from source where torch has CUDA and nvcc is found, or with IWSGD_CUDA=1: "
+    "cuda": "it is built from source where torch has CUDA and an nvcc that fits it is found, or with IWSGD_CUDA=1: "
     "IWSGD_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps .",
     "triton": "torch's GPU builds for Linux bring triton along; else: pip install triton",
 }
@@ -38,8 +38,9 @@ HOW_TO_GET = {
 _forced: str | None = None
 _ops: list[str] = []
 _in_graphs: set[str] = set()  # those with a form for graphs
-_built: dict[str, bool] = {"reference": True, "cpu": False, "cuda": False, "triton": False}
+_built: dict[str, bool | None] = {"reference": True, "cpu": False, "cuda": False, "triton": None}  # None: not looked for yet
 _missing: dict[str, str] = {}  # name -> why a backend that could be there is not
+_triton_ops: dict[str, Callable] = {}
 _triton_version = ""
 _interpreting = False  # whether Triton interprets its kernels, on the CPU, in this process
 
@@ -70,6 +71,7 @@ def define(
     for namespace in NAMESPACES:
         torch.library.define(f"{namespace}::{name}", schema, tags=TAGS)
         torch.library.register_fake(f"{namespace}::{name}", fake)
+    torch.library.impl(f"iwsgd_triton::{name}", "CompositeExplicitAutograd", lambda *a: _in_triton(name)(*a))
     if derivative is not None or vmap is not None:
         _in_graphs.add(name)
         _define_for_graphs(f"{GRAPHS}::{name}", schema, fake, derivative, keeps)
@@ -143,8 +145,14 @@ def _op_here(name: str, device: torch.device) -> Callable:
     return getattr(torch.ops.iwsgd_triton if chosen == "triton" else torch.ops.iwsgd_ext, name).default
 
 
+def _in_triton(name: str) -> Callable:
+    if not _has_triton():
+        raise RuntimeError(f"backend 'triton' is not there: {_why_missing('triton')}")
+    return _triton_ops[name]
+
+
 def load() -> None:
-    """Loads the compiled operators, if they were built, and Triton's, if it is there. Once, after the schemas."""
+    """Loads the compiled operators, if they were built. Once, after the schemas."""
     found = sorted(Path(__file__).parent.glob("_ops*.so")) + sorted(Path(__file__).parent.glob("_ops*.dll"))
     if found:
         try:
@@ -153,26 +161,37 @@ def load() -> None:
             _missing["cpu"] = _missing["cuda"] = f"{found[0].name} could not be loaded: {error}"
     for name, key in (("cpu", "CPU"), ("cuda", "CUDA")):
         _built[name] = all(torch._C._dispatch_has_kernel_for_dispatch_key(f"iwsgd_ext::{op}", key) for op in _ops)
-    _load_triton()
     if os.environ.get("IWSGD_ISA") and _built["cpu"]:
-        backend_info()  # raises if this machine has none of that name; an error inside a kernel would lose its text
+        try:
+            torch.ops.iwsgd_ext.iw_cross_entropy_scale_(torch.ones(1), torch.zeros(()))
+        except RuntimeError:  # whose text is lost on its way out of the kernel
+            isa = os.environ["IWSGD_ISA"]
+            raise RuntimeError(f"IWSGD_ISA: expected one of baseline, avx2, avx512 that this machine has, got {isa!r}") from None
     if os.environ.get("IWSGD_BACKEND"):
         _force(os.environ["IWSGD_BACKEND"], "IWSGD_BACKEND")
 
 
-def _load_triton() -> None:
+@constant_in_graphs
+def _has_triton() -> bool:
+    """Whether Triton's kernels are there. They are imported for it, on first use: import triton takes longer than all of this package."""
+    if _built["triton"] is None:
+        _built["triton"] = _load_triton()
+    return _built["triton"]
+
+
+def _load_triton() -> bool:
     global _interpreting, _triton_version
     if importlib.util.find_spec("triton") is None:
-        return
+        return False
     try:
         import triton
     except Exception as error:  # whatever a half-installed or foreign triton raises
         _missing["triton"] = f"triton could not be imported: {type(error).__name__}: {error}"
-        return
+        return False
     if tuple(int(n) for n in triton.__version__.split(".")[:2]) < LEAST_TRITON:
         least = ".".join(map(str, LEAST_TRITON))
         _missing["triton"] = f"triton {triton.__version__} is too old: expected {least} or later; pip install --upgrade triton"
-        return
+        return False
     from triton import knobs
     from triton.runtime.interpreter import InterpretedFunction
 
@@ -185,10 +204,10 @@ def _load_triton() -> None:
             f"TRITON_INTERPRET is {now}, but was {before} when triton was imported: give it to the process from its start, "
             "TRITON_INTERPRET=1 python ..., or set it before torch, triton and iwsgd_ext are imported"
         )
-        return
+        return False
     for name in ("gaussian", "iw_cross_entropy", "multinomial", "noise"):
-        importlib.import_module(f".triton.{name}", __package__)
-    _built["triton"] = all(torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"iwsgd_triton::{op}", "CUDA") for op in _ops)
+        _triton_ops.update(importlib.import_module(f".triton.{name}", __package__).OPS)
+    return True
 
 
 def set_backend(name: str | None) -> None:
@@ -216,7 +235,7 @@ def _force(name: str | None, given: str) -> None:
     if name is not None:
         if name not in NAMES:
             raise ValueError(f"{given}: expected one of {', '.join(NAMES)}{' or None' * (given == 'name')}, got {name!r}")
-        if not _built[name]:
+        if not (_has_triton() if name == "triton" else _built[name]):
             raise RuntimeError(f"backend {name!r} is not there: {_why_missing(name)}")
     _forced = name
 
@@ -227,7 +246,7 @@ def backend_of(device: torch.device) -> str:
     if _forced is None:
         if kind in ("cpu", "cuda") and _built[kind]:
             return kind
-        return "triton" if kind == "cuda" and _built["triton"] else "reference"
+        return "triton" if kind == "cuda" and _has_triton() else "reference"
     if _forced == "triton" and kind == "cpu" and not _interpreting:
         raise RuntimeError(
             "backend 'triton' was asked for, but the tensor is on cpu, where Triton only interprets: move it to a GPU, or "
@@ -250,23 +269,29 @@ def backend_info() -> dict:
         >>> iw.backend_info()["built"]["reference"]
         True
     """
-    info = {"torch": torch.__version__, "triton": _triton_info(), "forced": _forced, "built": dict(_built)}
+    built = {**_built, "triton": _has_triton()}
+    info = {"torch": torch.__version__, "triton": _triton_info(), "forced": _forced, "built": built}
     for kind in ("cpu", "cuda"):
         if _forced is not None:
             info[kind] = f"{_forced}: asked for by IWSGD_BACKEND or set_backend"
+            continue
+        info[kind] = f"{backend_of(torch.device(kind))}: {'built' if _built[kind] else _why_missing(kind)}"
+        if kind == "cuda" and not torch.cuda.is_available():
+            info[kind] += f"; not in use: this torch {'sees no GPU' if torch.backends.cuda.is_built() else 'is built without CUDA'}"
         elif _built[kind]:
-            info[kind] = f"{kind}: built, and the fastest here"
-        elif kind == "cuda" and _built["triton"]:
-            info[kind] = f"triton: {_why_missing(kind)}"
-        else:
-            info[kind] = f"reference: {_why_missing(kind)}"
+            info[kind] += ", and the fastest here"
+    info["build"] = _build_info()
+    return info
+
+
+def _build_info() -> dict | str:
     try:
         from . import _info
-
-        info["build"] = _info.build_info()
     except ImportError as error:
-        info["build"] = f"no native build: {error}"
-    return info
+        if _built["cpu"]:
+            return f"not known: the operators are built, but the module that tells of their build is missing ({error})"
+        return f"no native build: {error}"
+    return _info.build_info()
 
 
 def _triton_info() -> str:

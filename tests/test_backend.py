@@ -1,5 +1,6 @@
 """Which backend runs, what is said of it, and an installation without the native library."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -81,12 +82,43 @@ def test_info_of_the_build():
     assert info["torch"] == torch.__version__
     assert set(info["built"]) == {"reference", "cpu", "cuda", "triton"}
     assert info["built"]["reference"]
-    if BUILT["cpu"]:
+    if BUILT["cpu"] and importlib.util.find_spec("iwsgd_ext._info"):
         assert set(info["build"]) == {"compiler", "torch", "cuda_architectures", "isa", "machine_isas"}
         assert info["build"]["isa"] in info["build"]["machine_isas"]
         assert info["build"]["machine_isas"][0] == "baseline"
     else:
-        assert info["build"].startswith("no native build: ")
+        assert info["build"].startswith("not known: " if BUILT["cpu"] else "no native build: ")
+
+
+def test_info_without_the_module_that_has_it(monkeypatch):
+    """The operators need it for nothing."""
+    monkeypatch.delattr(iw, "_info", raising=False)
+    monkeypatch.setitem(sys.modules, "iwsgd_ext._info", None)
+    monkeypatch.setitem(iw.backend._built, "cpu", True)
+    info = iw.backend_info()
+    assert info["cpu"] == "cpu: built, and the fastest here"
+    assert info["build"].startswith("not known: the operators are built, but the module that tells of their build is missing (")
+    monkeypatch.setitem(iw.backend._built, "cpu", False)
+    assert iw.backend_info()["build"].startswith("no native build: ")
+
+
+@pytest.mark.parametrize(
+    ("torch_has_cuda", "gpu", "said"),
+    [
+        (False, False, "; not in use: this torch is built without CUDA"),
+        (True, False, "; not in use: this torch sees no GPU"),
+        (True, True, ", and the fastest here"),
+    ],
+)
+def test_info_of_a_device_that_may_not_be_there(monkeypatch, torch_has_cuda, gpu, said):
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: torch_has_cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setitem(iw.backend._built, "cuda", True)
+    assert iw.backend_info()["cuda"] == f"cuda: built{said}"
+    monkeypatch.setitem(iw.backend._built, "cuda", False)
+    missing = iw.backend_info()["cuda"]
+    assert "the cuda kernels are not in this installation (" in missing and missing.endswith(")" if gpu else said)
+    assert not iw.backend_info()["cpu"].endswith(said) or gpu
 
 
 @pytest.mark.slow
@@ -108,6 +140,43 @@ class TestEnvironment:
         run = python("import iwsgd_ext", IWSGD_ISA="avx9")
         assert run.returncode == 1, run.stderr
         assert "IWSGD_ISA: expected one of baseline, avx2, avx512" in run.stderr
+
+
+LAZY = """
+import sys, torch
+before = "triton" in sys.modules
+import iwsgd_ext as iw
+from iwsgd_ext import backend
+cuda = torch.device("cuda")
+logits = iw.functional.dropout(torch.ones(4, 3, requires_grad=True), 0.5, samples=2, seed=1)
+iw.iw_cross_entropy(logits, torch.tensor([0, 1, 2, 0]), 2).backward()
+assert ("triton" in sys.modules) == before, "imported by a program that does not use it"
+assert backend._built["triton"] is None
+backend._built["cuda"] = False
+"""
+ON_FIRST_USE = {
+    "asked for": "iw.set_backend('triton')",
+    "information": "assert iw.backend_info()['built']['triton'] is True",
+    "chosen": "assert backend.backend_of(cuda) == 'triton'",
+    "chosen in a graph": """
+@torch.compile(fullgraph=True, backend="aot_eager")
+def f(x):
+    return x + backend.NAMES.index(backend.backend_of(cuda))
+assert f(torch.zeros(1)) == 3
+""",
+    "called by name": """
+arguments = (torch.tensor([3, 0, 0]), None, 2, 1, 0, 5, 1, 20000, None, 1.5)
+assert torch.ops.iwsgd_triton.noise_sum(torch.ones(0, 6, 5), *arguments).shape == (0, 3, 5)
+""",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not BUILT["triton"], reason="triton is not installed")
+@pytest.mark.parametrize("use", ON_FIRST_USE.values(), ids=ON_FIRST_USE)
+def test_triton_is_imported_on_first_use(use):
+    run = python(f"{LAZY}{use}\nassert 'triton' in sys.modules and backend._built['triton']")
+    assert run.returncode == 0, run.stderr
 
 
 WITHOUT_NATIVE = """

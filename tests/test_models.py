@@ -1,5 +1,10 @@
 """Whole models of torch.nn and lookalikes of the common libraries' (those themselves: tests/models): converted, equal to a loop."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -199,3 +204,28 @@ def test_torchvisions_stochastic_depth():
     iw.revert(model)
     assert type(model[1]) is StochasticDepth
     assert "batch_dim" not in vars(model[1])
+
+
+TORCHVISION = """
+import torch
+
+SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+if {matches}:
+    for name in ("nms", "qnms"):
+        torch.library.define("torchvision::" + name, SCHEMA)  # refused where somebody else has defined it
+for name in ("nms", "qnms"):
+    torch.library.register_fake("torchvision::" + name, lambda *a: None)  # refused where it is not defined
+"""
+
+
+@pytest.mark.parametrize("matches", [True, False])
+def test_timm_beside_a_torchvision(tmp_path, matches):
+    """tests/models/test_timm.py with a stand-in for a torchvision that fits torch, and for one without operators on this torch."""
+    for name, text in {"torchvision": TORCHVISION.format(matches=matches), "timm": "import torchvision"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(text)
+    file = Path(__file__).parent / "models" / "test_timm.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only", str(file)]
+    path = os.pathsep.join([str(tmp_path), str(file.parents[2]), *filter(None, sys.path)])
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0 and "test_model[vgg-axis]" in done.stdout, done.stdout + done.stderr

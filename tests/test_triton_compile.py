@@ -1,4 +1,4 @@
-"""Triton's kernels compiled ahead of time, for GPUs that are not here: nothing spills, nothing is added up by atomics."""
+"""Triton's kernels compiled ahead of time, for GPUs that are not here: next to nothing spills, nothing is added up by atomics."""
 
 import functools
 import importlib.metadata
@@ -31,20 +31,32 @@ def compiled(arch: int, only: str = "") -> list[triton_report.Kernel]:
     return [triton_report.Kernel(**kernel) for kernel in json.loads(done.stdout)]
 
 
-# Bytes that ptxas of Triton 3.6 puts on the stack, by kernel, case and architecture. Later ones put none.
-STACK_OF_3_6 = {
-    ("noise_bwd_kernel", "channels", 80): 8,
-    ("iw_cross_entropy_fwd_kernel", "imagenet", 80): 8,
-    ("iw_cross_entropy_fwd_kernel", "imagenet", 90): 8,
-    ("iw_cross_entropy_reread_kernel", "imagenet-all", 100): 16,
-    ("iw_cross_entropy_reread_kernel", "imagenet-probabilities", 100): 32,
-    ("iw_cross_entropy_gradient_kernel", "split-odd", 100): 8,
+# Bytes that the ptxas of each Triton puts on the stack, by kernel, case and architecture. Every other compilation puts none there.
+STACK = {
+    "3.6": {
+        ("noise_bwd_kernel", "channels", 80): 8,
+        ("iw_cross_entropy_fwd_kernel", "imagenet", 80): 8,
+        ("iw_cross_entropy_fwd_kernel", "imagenet", 90): 8,
+        ("iw_cross_entropy_reread_kernel", "imagenet-all", 100): 16,
+        ("iw_cross_entropy_reread_kernel", "imagenet-probabilities", 100): 32,
+        ("iw_cross_entropy_gradient_kernel", "split-odd", 100): 8,
+    },
+    "3.7": {},
+    "3.8": {
+        ("iw_cross_entropy_join_kernel", "image-fp64", 80): 8,
+        ("iw_cross_entropy_statistics_kernel", "image-fp64", 80): 8,
+        ("iw_cross_entropy_statistics_kernel", "image-fp64", 90): 16,
+        ("iw_cross_entropy_reread_kernel", "imagenet-all", 100): 32,
+        ("iw_cross_entropy_reread_kernel", "imagenet-probabilities", 100): 48,
+    },
 }
+MOST_STACK = 64  # of a Triton that is not in the table
 
 
 def check(kernels: list[triton_report.Kernel]) -> None:
-    known = STACK_OF_3_6 if importlib.metadata.version("triton").startswith("3.6.") else {}
-    spilled = {str(k): k.stack_bytes for k in kernels if k.stack_bytes > known.get((k.name, k.case, k.arch), 0)}
+    version = ".".join(importlib.metadata.version("triton").split(".")[:2])
+    known, most = (STACK[version], 0) if version in STACK else ({}, MOST_STACK)
+    spilled = {str(k): k.stack_bytes for k in kernels if k.stack_bytes > known.get((k.name, k.case, k.arch), most)}
     assert spilled == {}, "registers were spilled"
     limits = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
     for k in kernels:

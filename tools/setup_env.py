@@ -28,17 +28,16 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 TORCH, OLDEST_TORCH = "torch==2.13.0", (2, 11)
-REQUIRED = {"numpy": "the package itself", "setuptools>=69": "the build", "pytest": "the tests"}
+REQUIRED = {"numpy": "the package itself", "setuptools>=77": "the build", "pytest": "the tests"}
 OPTIONAL = {
     "ninja": "quicker builds",
-    "wheel": "building wheels",
     "pybind11>=2.12": "the build information module (torch's copy serves without it)",
     "hypothesis": "property tests",
     "pytest-xdist": "tests on all cores",
     "scikit-learn": "the demo and the tests of the examples",
     "matplotlib": "the demo's figures",
     "rich": "the demo's and the benchmarks' tables",
-    "triton>=3.6,<3.8; sys_platform == 'linux'": "the tests of the Triton kernels",
+    "triton>=3.6; sys_platform == 'linux'": "the tests of the Triton kernels",
 }
 VERSIONS = """
 import importlib.metadata, json, sys

@@ -142,6 +142,4 @@ def _scale(dlogits: Tensor, factor: Tensor) -> None:
         launch(iw_cross_entropy_scale_kernel, min(divide_up(n, BLOCK), SCALE_PROGRAMS), 4, values)
 
 
-torch.library.impl("iwsgd_triton::iw_cross_entropy", "CompositeExplicitAutograd", _out_of_place)
-torch.library.impl("iwsgd_triton::iw_cross_entropy_scale_", "CompositeExplicitAutograd", _scale)
-torch.library.impl("iwsgd_triton::iw_cross_entropy_", "CompositeExplicitAutograd", _in_place)
+OPS = {"iw_cross_entropy": _out_of_place, "iw_cross_entropy_scale_": _scale, "iw_cross_entropy_": _in_place}

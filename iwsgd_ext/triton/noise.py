@@ -3,7 +3,6 @@
 Forward and backward are one tile of lines each (noise_plan.py), which draws the same fields by the same helper.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -156,6 +155,4 @@ def _noise_sum(dy: Tensor, *address) -> Tensor:
     return dx
 
 
-torch.library.impl("iwsgd_triton::noise", "CompositeExplicitAutograd", _noise)
-torch.library.impl("iwsgd_triton::noise_out", "CompositeExplicitAutograd", _noise_out)
-torch.library.impl("iwsgd_triton::noise_sum", "CompositeExplicitAutograd", _noise_sum)
+OPS = {"noise": _noise, "noise_out": _noise_out, "noise_sum": _noise_sum}

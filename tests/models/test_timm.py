@@ -1,16 +1,20 @@
 """timm, random weights, small configurations."""
 
-import contextlib
-
 import pytest
 import torch
 from equal_to_loop import assert_equal_to_loop
 from torch import nn
 
-# torchvision's wheels are built for CUDA and look for operators that a CPU build of torch does not have.
-with contextlib.suppress(RuntimeError):  # they are there
-    torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    torch.library.define("torchvision::qnms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+# A torchvision built for CUDA does not import on a CPU build of torch, for want of its own operators. Defined before torchvision had
+# a chance to load them, they would end the process.
+try:
+    import torchvision  # noqa: F401
+except ImportError:
+    pass
+except RuntimeError:  # operator torchvision::nms does not exist
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 timm = pytest.importorskip("timm", reason="timm is not installed (make test-models)")
 
 B = 4
