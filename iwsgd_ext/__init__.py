@@ -18,7 +18,7 @@ from .dropout import (
     IWDropPath,
     IWFeatureAlphaDropout,
 )
-from .evaluation import BoundCurve, bound_curve, predict
+from .evaluation import BoundCurve, bound_curve, log_predictive, predict
 from .gaussian import IWGaussianDropout, IWGaussianNoise
 from .iw_cross_entropy import iw_cross_entropy
 from .iw_cross_entropy_loss import IWCrossEntropyLoss
@@ -67,6 +67,7 @@ __all__ = [
     "functional",
     "iw_cross_entropy",
     "iw_logmeanexp",
+    "log_predictive",
     "plots",
     "predict",
     "revert",

@@ -116,6 +116,13 @@ def as_sample_ids(sample_ids: Tensor | Sequence[int], samples: int) -> Tensor:
     return sample_ids.contiguous()
 
 
+ONE_ROW = (
+    "the model drew no noise or one sample: it is in eval mode, ran outside of iw.sampling and was not converted (iw.convert), was "
+    "converted with samples=1, or expanded another dimension than that of the rows (time-major models take batch_dim=1). Or the targets "
+    "were repeated over the samples, which they must not be."
+)
+
+
 def check_rows(name: str, rows: int, samples: int, batch: int) -> None:
     """The rows of a model's outputs against the targets, with what probably went wrong."""
     if rows == samples * batch:
@@ -123,16 +130,11 @@ def check_rows(name: str, rows: int, samples: int, batch: int) -> None:
     if not rows or not batch:
         diagnosis = "Batches must match."
     elif rows == batch:
-        diagnosis = (
-            "There is one row for each target. Either the model drew no noise or one sample: it is in eval mode (samples=1 there, as the "
-            "loss' own .eval() has it), ran outside of iw.sampling and was not converted (iw.convert), was converted with samples=1, or "
-            "expanded another dimension than that of the rows (time-major models take batch_dim=1). Or the targets were repeated over the "
-            "samples, which they must not be."
-        )
+        diagnosis = f"There is one row for each target: {ONE_ROW}"
     elif batch % rows == 0:
         diagnosis = f"There are {batch // rows} targets for each row: were they repeated over the samples? They must not be."
     elif samples == 1 and rows % batch == 0:
-        diagnosis = f"There are {rows // batch} rows for each target: is the model in training, and the loss in eval mode?"
+        diagnosis = f"There are {rows // batch} rows for each target: the model is in training, where it drew {rows // batch} samples."
     elif rows == samples * samples * batch:
         diagnosis = (
             f"There are samples^2 = {samples * samples} rows for each target. Either the model drew so many samples, or rows that were "

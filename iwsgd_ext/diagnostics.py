@@ -27,7 +27,7 @@ class StatsLogger:
     Each training forward of the criterion is one step; in gradient accumulation, each micro-batch. Every ``every`` steps one row is
     written: means over these steps, but for such in which nothing counts (the number of non-finite log-likelihoods is a sum). Between,
     they are added up on the device.
-    Evaluation (``criterion.eval()``) is left out.
+    Evaluation, of outputs with one row for each target or with ``criterion.eval()``, is left out.
 
     Args:
         criterion: an IWCrossEntropyLoss or IWLoss; what it returns does not change.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
+from . import reference
 from .batch_norm import _BatchNormMode
 from .checks import as_int, as_samples, check, check_alpha
 from .convert import Converted, conversion_of
@@ -94,10 +95,45 @@ def predict(
     return torch.log_softmax(total / samples, class_dim)
 
 
-def _log_softmax(logits: Any, class_dim: int) -> Tensor:
+def log_predictive(logits: Tensor, batch: int, *, class_dim: int = 1) -> Tensor:
+    """What B examples are predicted to be, from a forward's rows: for accuracies and other metrics of training.
+
+        log p[b, c] = log (1/S) sum_s softmax(z[s, b])[c]
+
+    which is :func:`predict`'s average over the noise samples that the rows hold. S is read off the rows: B of them, of a model in eval
+    mode, give their log_softmax.
+
+    Args:
+        logits: [S*B, C, ...], sample-major, floating-point.
+        batch: B, the number of targets.
+        class_dim: dimension of the classes in the logits; -1 for most language models.
+
+    Returns:
+        Log-probabilities of the logits' shape with B rows, float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError, TypeError: logits or class_dim are not as above, or the rows are no multiple of ``batch``.
+
+    Example:
+        >>> import torch, iwsgd_ext as iw
+        >>> logits, target = torch.randn(4 * 8, 10), torch.randint(10, (8,))  # S = 4, B = 8
+        >>> iw.log_predictive(logits, len(target)).argmax(1).eq(target).float().mean().shape
+        torch.Size([])
+    """
+    batch = as_int("batch", batch)
+    log_p = _log_softmax(logits, class_dim, "logits")
+    rows = logits.shape[0]
+    fits = rows == batch if not batch else batch > 0 and rows % batch == 0
+    check(fits, "logits", f"a multiple of batch={batch} rows", f"{rows} rows")
+    return reference.logmeanexp(log_p.unflatten(0, (rows // batch if batch else 1, batch)), 1.0)
+
+
+def _log_softmax(logits: Any, class_dim: int, name: str = "model") -> Tensor:
     """What predict makes of a model's output by itself."""
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+        if name == "logits":
+            raise TypeError(f"logits: expected a floating-point tensor, got {got}")
         raise TypeError(
             f"model: expected one whose output is a floating-point tensor of logits, got {got}; log_prob takes any output: "
             "iw.predict(..., log_prob=lambda output: output['logits'].log_softmax(1))"
@@ -107,7 +143,7 @@ def _log_softmax(logits: Any, class_dim: int) -> Tensor:
     check(-dims < class_dim < dims and class_dim != 0, "class_dim", expected, class_dim)
     if logits.shape[class_dim] == 1:  # its softmax is 1 whatever the output: a regression's, or the logit of a binary label
         raise ValueError(
-            f"model: expected logits of two classes or more in dimension {class_dim}, got shape {tuple(logits.shape)}; a softmax over "
+            f"{name}: expected logits of two classes or more in dimension {class_dim}, got shape {tuple(logits.shape)}; a softmax over "
             "one output is 1 (binary labels: log_prob=torch.nn.functional.logsigmoid)"
         )
     return torch.log_softmax(logits, class_dim, dtype=torch.promote_types(logits.dtype, torch.float32))

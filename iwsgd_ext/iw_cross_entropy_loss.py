@@ -16,7 +16,8 @@ _OPTIONS = ("ignore_index", "reduction", "label_smoothing", "alpha", "level", "i
 class IWCrossEntropyLoss(_IWLoss):
     """Importance weighted cross-entropy as a module; see :func:`iw_cross_entropy` for the formula and the options.
 
-    In eval mode it takes one row for each target (``samples=1``), as a model in eval mode returns them.
+    S is read off the rows: S*B in training, and B as a model in eval mode returns them, which are one sample's. Other numbers raise, and
+    the loss's own mode plays no part.
 
     Args:
         samples: S, the number of noise samples of each example in training.
@@ -29,7 +30,7 @@ class IWCrossEntropyLoss(_IWLoss):
         >>> criterion = iw.IWCrossEntropyLoss(samples=4, label_smoothing=0.1)
         >>> criterion(torch.randn(4 * 8, 10), torch.randint(10, (8,))).shape
         torch.Size([])
-        >>> criterion.eval()(torch.randn(8, 10), torch.randint(10, (8,))).shape
+        >>> criterion(torch.randn(8, 10), torch.randint(10, (8,))).shape  # of a model in eval mode
         torch.Size([])
     """
 
@@ -66,11 +67,12 @@ class IWCrossEntropyLoss(_IWLoss):
     ) -> Tensor | tuple[Tensor, IWStats]:
         options = {name: getattr(self, name) for name in _OPTIONS}
         options |= {"weight": self.weight, "example_weight": example_weight, "normalizer": normalizer}
-        if not self.training:
-            return iw_cross_entropy(logits, target, 1, **(options | {"process_group": None}))
-        if not self.observers:
-            return iw_cross_entropy(logits, target, self.samples, **options)
-        return self._tell(*iw_cross_entropy(logits, target, self.samples, **(options | {"return_stats": True})))
+        samples = self._samples_of(logits, 0, len(target)) if isinstance(target, Tensor) and target.dim() else self.samples
+        if samples != self.samples or not self.training:
+            options["process_group"] = None
+        if not self._observed(samples):
+            return iw_cross_entropy(logits, target, samples, **options)
+        return self._tell(*iw_cross_entropy(logits, target, samples, **(options | {"return_stats": True})))
 
     def log_likelihood(self, outputs: Tensor, targets: Any, samples: int) -> tuple[Tensor, Tensor, Tensor]:
         """What the loss is made of: loss = -sum(outer * L) / denominator with L the bound of log_p (see :func:`iw_logmeanexp`).

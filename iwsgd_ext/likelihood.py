@@ -1,5 +1,6 @@
 """Any likelihood: the bound from log-likelihoods that somebody else computed, and from torch's per-element criteria."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from . import reference
-from .checks import as_samples, check_alpha, check_rows
+from .checks import ONE_ROW, as_samples, check_alpha, check_rows
 from .stats import IWStats
 
 
@@ -60,7 +61,7 @@ def iw_logmeanexp(log_p: Tensor, samples: int, alpha: float = 1.0) -> Tensor:
 
 
 class _IWLoss(nn.Module):
-    """What the losses share: S in training and 1 in eval mode, alpha, and who is told of each training forward's statistics."""
+    """What the losses share: S, or 1 where a model drew no noise; alpha; and who is told of each training forward's statistics."""
 
     def __init__(self, samples: int, alpha: float, return_stats: bool):
         super().__init__()
@@ -74,10 +75,28 @@ class _IWLoss(nn.Module):
         as_samples(self.samples)
         check_alpha(self.alpha)
 
+    def _samples_of(self, output: Any, dim: int, batch: int) -> int:
+        """Noise samples of an output for ``batch`` targets, by its rows: S in training, 1 of a model in eval mode."""
+        first = next((v for v in tree_leaves(output) if isinstance(v, Tensor) and v.dim() > dim), None)
+        samples = as_samples(self.samples)
+        if first is None or first.shape[dim] != batch or batch == 0:
+            return samples  # other rows are refused later
+        if samples > 1 and self.training and first.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            warnings.warn(
+                f"{type(self).__name__}: there is one row for each target, although samples={self.samples}: this is the loss of one "
+                f"sample, right for a model in eval mode. In training, {ONE_ROW}",
+                stacklevel=3,
+            )
+        return 1
+
     def _tell(self, loss: Tensor, stats: IWStats) -> Tensor | tuple[Tensor, IWStats]:
-        for observe in self.observers if self.training else ():
+        for observe in self.observers if self._observed(len(stats.log_p)) else ():
             observe(stats)
         return (loss, stats) if self.return_stats else loss
+
+    def _observed(self, samples: int) -> bool:
+        """Whether a forward is one of training, that observers are told of."""
+        return bool(self.observers) and self.training and samples == self.samples
 
 
 class IWLoss(_IWLoss):
@@ -85,7 +104,8 @@ class IWLoss(_IWLoss):
 
         log p(y_b | x_b, noise_s) = - sum over the elements of example b of criterion(output[s*B + b], target[b])
 
-    Targets are repeated sample-major to the outputs' S*B rows. In eval mode S is 1, as a model in eval mode returns B rows.
+    Targets are repeated sample-major to the outputs' S*B rows. An output of B rows, as a model in eval mode returns it, is one sample's;
+    the loss's own mode plays no part.
 
     Args:
         criterion: a module or function with ``reduction="none"``: BCEWithLogitsLoss, GaussianNLLLoss, PoissonNLLLoss, CTCLoss, ...
@@ -117,6 +137,11 @@ class IWLoss(_IWLoss):
             raise ValueError(f"criterion: expected reduction='none', got {criterion.reduction!r}: the likelihood of each example is needed")
         self.criterion = criterion
 
+    @property
+    def _dim(self) -> int:
+        """The dimension of the outputs that holds the rows."""
+        return 1 if isinstance(self.criterion, nn.CTCLoss) else 0
+
     def log_likelihood(self, outputs: Any, targets: Any, samples: int) -> tuple[Tensor, Tensor, Tensor]:
         """What the loss is made of: loss = -sum(outer * L) / denominator with L the bound of log_p (see :func:`iw_logmeanexp`).
 
@@ -131,10 +156,7 @@ class IWLoss(_IWLoss):
         """
         self.check_options()
         args, named = as_arguments(targets)
-        tensors = [t for t in tree_leaves((args, named)) if isinstance(t, Tensor) and t.dim() > 0]
-        if not tensors:
-            raise ValueError("targets: expected at least one tensor with a dimension of examples")
-        batch = tensors[0].shape[0]
+        batch = _batch_of(targets)
 
         def repeat(t):
             return t.expand(samples, *t.shape).flatten(0, 1) if isinstance(t, Tensor) and t.dim() > 0 and t.shape[0] == batch else t
@@ -145,9 +167,8 @@ class IWLoss(_IWLoss):
             cost = self.criterion(outputs, *args, **named)
         except (IndexError, RuntimeError, ValueError):
             # torch's own message knows nothing of samples; outputs that have the rows somewhere went wrong for another reason
-            dim = 1 if isinstance(self.criterion, nn.CTCLoss) else 0
-            if isinstance(outputs, Tensor) and outputs.dim() > dim and rows not in outputs.shape:
-                check_rows("outputs", outputs.shape[dim], samples, batch)
+            if isinstance(outputs, Tensor) and outputs.dim() > self._dim and rows not in outputs.shape:
+                check_rows("outputs", outputs.shape[self._dim], samples, batch)
             raise
         if isinstance(self.criterion, nn.AdaptiveLogSoftmaxWithLoss):
             cost = -cost.output  # the log-likelihood of each row; its loss is their mean
@@ -165,16 +186,24 @@ class IWLoss(_IWLoss):
         return -cost.reshape(samples, batch, -1).sum(-1), outer, cost.new_full((), batch)
 
     def forward(self, output: Tensor, *targets: Tensor) -> Tensor | tuple[Tensor, IWStats]:
-        samples = self.samples if self.training else 1
+        samples = self._samples_of(output, self._dim, _batch_of(targets))
         log_p, _, _ = self.log_likelihood(output, targets, samples)
         bound = iw_logmeanexp(log_p, samples, self.alpha)
-        if not self.return_stats and not (self.observers and self.training):
+        if not self.return_stats and not self._observed(samples):
             return -bound.mean()
         log_p, counted = log_p.detach(), torch.ones_like(bound, dtype=torch.bool)
         return self._tell(-bound.mean(), IWStats(log_p, reference.importance_weights(log_p, self.alpha), bound.detach(), counted))
 
     def extra_repr(self) -> str:
         return f"samples={self.samples}, alpha={self.alpha}"
+
+
+def _batch_of(targets: Any) -> int:
+    """B, by the first tensor among the targets."""
+    first = next((t for t in tree_leaves(as_arguments(targets)) if isinstance(t, Tensor) and t.dim() > 0), None)
+    if first is None:
+        raise ValueError("targets: expected at least one tensor with a dimension of examples")
+    return first.shape[0]
 
 
 def _check_broadcast(outputs: Any, targets: list[Tensor], cost: Tensor, rows: int) -> None:

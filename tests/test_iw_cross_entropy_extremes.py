@@ -222,7 +222,11 @@ BAD = {
     "second-expansion": (ValueError, {"rows": 12}, "got 12.*samples.2 = 4 rows for each target.*convert one module that holds both"),
     "other-samples": (ValueError, {"rows": 15}, "got 15.*5 rows for each target: the model drew another number of samples"),
     "targets-repeated-for-one-sample": (ValueError, {"samples": 1, "rows": 3, "target": (12,)}, "got 3.*4 targets for each row.*repeated"),
-    "loss-in-eval": (ValueError, {"samples": 1, "rows": 12}, "expected 1 samples .*got 12.*4 rows for each target.*loss in eval mode"),
+    "loss-in-eval": (
+        ValueError,
+        {"samples": 1, "rows": 12},
+        "expected 1 samples .*got 12.*4 rows for each target: the model is in training",
+    ),
     "no-rows": (ValueError, {"rows": 0}, "got 0. Batches must match"),
     "no-targets": (ValueError, {"target": (0,)}, "0 targets = 0 rows, got 6. Batches must match"),
     "no-multiple": (ValueError, {"rows": 7}, "got 7.*no multiple"),

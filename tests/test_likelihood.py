@@ -226,16 +226,16 @@ def test_bfloat16_output(device):
             "criterion: .*6 rows, got one number",
         ),
         (
-            lambda: iw.IWLoss(lambda o, t: o.abs(), samples=2)(torch.zeros(3, 5), torch.zeros(3, 5)),
-            "criterion's costs: expected 2 samples .* 3 targets = 6 rows, got 3.*one row for each target",
+            lambda: iw.IWLoss(lambda o, t: o.abs(), samples=2)(torch.zeros(9, 5), torch.zeros(3, 5)),
+            "criterion's costs: expected 2 samples .* 3 targets = 6 rows, got 9.*3 rows for each target",
         ),
         (lambda: iw.IWLoss(nn.MSELoss(reduction="none"), samples=2)(torch.zeros(6, 5), 1.0), "targets: .*at least one tensor"),
         (
-            lambda: iw.IWLoss(nn.L1Loss(reduction="none"), samples=2)(torch.zeros(3, 5), torch.zeros(3, 5)),
+            lambda: iw.IWLoss(nn.L1Loss(reduction="none"), samples=2).log_likelihood(torch.zeros(3, 5), torch.zeros(3, 5), 2),
             r"outputs: expected 2 samples \* 3 targets = 6 rows, got 3.*eval",
         ),
         (
-            lambda: iw.IWLoss(nn.BCEWithLogitsLoss(reduction="none"), samples=2)(torch.zeros(6, 5), torch.zeros(6, 5)),
+            lambda: iw.IWLoss(nn.BCEWithLogitsLoss(reduction="none"), samples=2).log_likelihood(torch.zeros(6, 5), torch.zeros(6, 5), 2),
             r"outputs: expected 2 samples \* 6 targets = 12 rows, got 6.*repeated",
         ),
         (
