@@ -16,11 +16,12 @@ from .class_swap import Behaviour
 from .functional_dropout import Call, FunctionalDropout, Watch, _model_forward_is
 from .lane_outputs import check_not_later
 from .lane_rules import LaneRules
+from .likelihood import as_arguments
 from .one_by_one import LaneByLane, blamed, loop, reason_of
 from .pass_state import RandomState, Snapshot
 from .sampling import current, outside_of_contexts, sampling
 from .swaps import SWAPS, draws, idle_modules, original_class, rate_of, swap, unreached_modules, unswap
-from .verify import Verification, as_arguments, verify_conversion
+from .verify import Verification, verify_conversion
 
 _CONVERSION = "_iw_conversion"  # on a converted model
 _FORWARD = "_iw_forward"  # on one that had a forward of its own, beside its class'

@@ -1,10 +1,11 @@
 """The loss op: softmax cross-entropy, log-mean-exp over noise samples, importance weights and gradient in one pass."""
 
 import math
-from typing import Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict, Unpack
 
 from . import backend, reference, transforms
 from .checks import REDUCTIONS, as_samples, check, check_inplace, check_logits, check_loss_options, check_number, check_option
@@ -147,6 +148,33 @@ def _with_positions(logits: Tensor) -> Tensor:
     return logits.unsqueeze(2) if logits.dim() == 2 else logits.flatten(2) if logits.dim() > 3 else logits
 
 
+class Options(TypedDict, total=False):
+    """The loss's options but for ``return_stats``, for type checkers: what the function returns depends on that alone."""
+
+    weight: Tensor | None
+    ignore_index: int
+    reduction: Reduction
+    label_smoothing: float
+    alpha: float
+    level: Level
+    example_weight: Tensor | None
+    normalizer: float | Tensor | None
+    inplace: bool
+    process_group: Any
+
+
+@overload
+def iw_cross_entropy(
+    logits: Tensor, target: Tensor, samples: int, *, return_stats: Literal[False] = False, **options: Unpack[Options]
+) -> Tensor: ...
+@overload
+def iw_cross_entropy(
+    logits: Tensor, target: Tensor, samples: int, *, return_stats: Literal[True], **options: Unpack[Options]
+) -> tuple[Tensor, IWStats]: ...
+@overload
+def iw_cross_entropy(
+    logits: Tensor, target: Tensor, samples: int, *, return_stats: bool, **options: Unpack[Options]
+) -> Tensor | tuple[Tensor, IWStats]: ...
 def iw_cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -161,7 +189,7 @@ def iw_cross_entropy(
     example_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     inplace: bool = False,
-    process_group=None,
+    process_group: Any = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, IWStats]:
     r"""Importance weighted cross-entropy: the loss whose gradient weights S noise samples by their likelihoods.

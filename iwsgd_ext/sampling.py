@@ -268,7 +268,8 @@ class sampling:
             if rows % samples != 0:
                 raise ValueError(
                     f"A noise layer met {rows} rows, which is no multiple of samples={samples}: with rows expanded outside the "
-                    "layers every tensor must hold samples * batch rows. Where the rows' dimension is not the first, give batch_dim."
+                    "layers every tensor must hold samples * batch rows. Where the rows' dimension is not the first (time first), give "
+                    "batch_dim; where rows are no examples (the nodes of a graph), iw.convert(model, samples) keeps samples apart."
                 )
             return False, rows // samples
         if self.batch is None:
@@ -280,8 +281,8 @@ class sampling:
         raise ValueError(
             f"A noise layer met {rows} rows, but in this context the batch is {self.batch} and samples={samples}, so it can be "
             f"{self.batch} (to be expanded) or {samples * self.batch} (expanded already). Each batch needs a context of its own. "
-            "Where the rows' dimension is not the first, give batch_dim; where the model changes its rows between noise layers, "
-            "use expand='input' (iw.convert)."
+            "Where the rows' dimension is not the first (time first), give batch_dim. Where the model changes its rows between noise "
+            "layers (the nodes of a graph, flattened tokens), iw.convert(model, samples) keeps samples on an axis of their own."
         )
 
     def _origin_on(self, device: torch.device) -> Tensor:

@@ -15,12 +15,13 @@ from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
+from typing_extensions import TypedDict, Unpack
 
 from . import reference
 from .batch_norm import _PerSample
@@ -39,6 +40,36 @@ STREAM = 2**32 - 1  # no layer's: what a strategy draws for itself
 DIGITS = 32  # binary ones of a uniform random number
 
 
+class Options(TypedDict, total=False):
+    """The options of :func:`backward` but for ``return_stats``, for type checkers: what it returns depends on that alone."""
+
+    strategy: Strategy
+    chunk: int | None
+    keep: int
+    seed: int | Tensor | None
+    first_example: int | Tensor | None
+    grad_scale: float | Tensor | torch.amp.GradScaler | None
+
+
+@overload
+def backward(
+    model: nn.Module,
+    loss_fn: Any,
+    inputs: Any,
+    targets: Any,
+    *,
+    samples: int,
+    return_stats: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Tensor: ...
+@overload
+def backward(
+    model: nn.Module, loss_fn: Any, inputs: Any, targets: Any, *, samples: int, return_stats: Literal[True], **options: Unpack[Options]
+) -> tuple[Tensor, IWStats]: ...
+@overload
+def backward(
+    model: nn.Module, loss_fn: Any, inputs: Any, targets: Any, *, samples: int, return_stats: bool, **options: Unpack[Options]
+) -> Tensor | tuple[Tensor, IWStats]: ...
 def backward(
     model: nn.Module,
     loss_fn: Any,

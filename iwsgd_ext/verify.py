@@ -4,7 +4,6 @@ A sample alone is the model's ordinary forward: B rows, one call, no axis and no
 a conversion does to run S of them at once.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from textwrap import shorten
 from typing import Any
@@ -73,15 +72,6 @@ class Verification:
             f"{where}: with expand={expand!r}, {self.samples} samples together do not give what each gives alone: {self.mismatch}. "
             f"Take {roads} iw.backward(strategy='loop'); verify=False converts all the same"
         )
-
-
-def as_arguments(example_inputs: Any) -> tuple[tuple, dict]:
-    """Positional and keyword arguments from what a user gave."""
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str) and not hasattr(example_inputs, "_fields"):
-        return tuple(example_inputs), {}
-    return (example_inputs,), {}
 
 
 def verify_conversion(
