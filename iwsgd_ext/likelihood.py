@@ -79,7 +79,7 @@ class _IWLoss(nn.Module):
         """Noise samples of an output for ``batch`` targets, by its rows: S in training, 1 of a model in eval mode."""
         first = next((v for v in tree_leaves(output) if isinstance(v, Tensor) and v.dim() > dim), None)
         samples = as_samples(self.samples)
-        if first is None or first.shape[dim] != batch or batch == 0:
+        if first is None or first.shape[dim] != batch or (batch == 0 and self.training):
             return samples  # other rows are refused later
         if samples > 1 and self.training and first.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             warnings.warn(

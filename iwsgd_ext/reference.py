@@ -392,7 +392,8 @@ def iw_cross_entropy(
         label = torch.where(counted, target, 0)
         if looks:
             check_labels(target, ignore_index, classes)
-        hot, d = (1 - smoothing) * v[label], v[label]
+        d = torch.where(counted, v[label], 0)
+        hot = (1 - smoothing) * d
         u = hot * log_p.gather(2, label.expand(samples, batch, positions)[:, :, None])[:, :, 0]
         c = hot
     else:
