@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import importlib.util
 import pkgutil
 import re
 from pathlib import Path
@@ -33,11 +34,17 @@ def test_every_public_name_has_an_example(name):
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_blocks_of_the_documentation(path, monkeypatch, tmp_path):
-    """The blocks of one page share their names, as a reader's session does; files that they write go elsewhere."""
+    """The blocks of one page share their names, as a reader's session does; files that they write go elsewhere.
+
+    A block whose first line is ``# needs package, package`` runs where these are installed.
+    """
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     text, names = path.read_text(), {"__name__": "__main__"}
     for block in BLOCK.finditer(text):
+        needs = re.match(r"# needs (.*)\n", block[1])
+        if needs and not all(importlib.util.find_spec(name) for name in needs[1].split(", ")):
+            continue
         line = text[: block.start()].count("\n") + 1
         exec(compile("\n" * line + block[1], str(path), "exec"), names)  # line numbers of the page
     assert path.name != "README.md" or len(names) > 2, "README.md has no Python block"
