@@ -229,6 +229,7 @@ class Conversion:
         self.drew = False  # it drew noise of this package
         self.generators: list[str] = []  # that gave it numbers, though no function that is looked for did
         self.verification: Verification | None = None
+        self.told_of_scalars = False
 
     @property
     def has_noise(self) -> bool:
@@ -250,6 +251,7 @@ class Conversion:
             raise ValueError("strict=True: this noise is not reached: " + "; ".join(unreached))
         if unreached:
             warnings.warn(NOT_REACHED + "; ".join(unreached), stacklevel=3)
+        self.told_of_scalars = verification.scalar_output
         for note in (*verification.inconclusive, *([SCALAR_OUTPUT] if verification.scalar_output else [])):
             warnings.warn(f"example_inputs: {note}", stacklevel=3)
 
@@ -311,7 +313,10 @@ class Conversion:
                 "one training forward before compiling"
             )
         if compiling or not model.training or (self.looked and not verify):
-            return self._expanded(model, own, args, kwargs, context, None)
+            output = self._expanded(model, own, args, kwargs, context, None)
+            if context.scalar_output and not compiling:
+                self._tell_of_scalars(5)
+            return output
         with _first_look:  # it puts the model's state back, which no other thread must change meanwhile
             return self._first(model, own, args, kwargs, context, verify)
 
@@ -337,8 +342,14 @@ class Conversion:
         elif alike := self.samples_alike(model):
             warnings.warn(f"iw.convert: {alike}", stacklevel=5)
         if context.scalar_output:
-            warnings.warn(SCALAR_OUTPUT, stacklevel=5)
+            self._tell_of_scalars(6)
         return output
+
+    def _tell_of_scalars(self, stacklevel: int) -> None:
+        """Once: a later forward may be the first that is given labels."""
+        if not self.told_of_scalars:
+            self.told_of_scalars = True
+            warnings.warn(SCALAR_OUTPUT, stacklevel=stacklevel)
 
     def saw(self, calls: list[Call], drew: bool, moved: list[str]) -> None:
         """Takes what a training forward has drawn; ``moved``: the generators that gave it numbers."""
@@ -401,7 +412,7 @@ class Conversion:
                     for tried_name in tried:
                         self.run_on_axis(model, tried_name)
                     if name is not None and hasattr(error, "add_note"):
-                        error.add_note(_ADVICE.format(repr(name)))
+                        error.add_note(_OLD_FUNCTION if "setup_context" in str(error) else _ADVICE.format(repr(name)))
                     raise
                 before.restore()
                 context.stream = stream
@@ -458,6 +469,10 @@ class Conversion:
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
+_OLD_FUNCTION = (
+    "iw.convert: an autograd Function stands in the way of the sample axis. If it is a reentrant checkpoint's, give torch's checkpoint "
+    "use_reentrant=False, or call iw.checkpoint(function, *args)."
+)
 _ADVICE = (
     "iw.convert: if it is the sample axis that this cannot run on, iw.convert(..., one_by_one=[{}]) calls that part once for each noise "
     "sample, and rows (expand='input') or iw.backward(strategy='loop') go without the axis."

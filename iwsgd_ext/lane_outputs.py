@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ _TABLES = frozenset(vars(nn.Module()))  # a module's own attributes
 _ITEMS = (dict, list, deque)  # a tuple, which the compiler takes
 _CONTAINERS = (*_ITEMS, set)
 _SIMPLE = frozenset((bool, int, float, str, type(None), torch.dtype, torch.device))
-_PLAIN = str | bytes | int | float | complex | type | nn.Module | Callable | torch.dtype | torch.device | torch.Size | None
+_PLAIN = str | bytes | int | float | complex | type | ModuleType | nn.Module | Callable | torch.dtype | torch.device | torch.Size | None
+_NOT_THE_FORWARDS = ("_iw_", "__composable_api_state")  # attributes of this package, and of torch's distributed wrappers
 
 
 class LanesInBuffer(RuntimeError):
@@ -29,7 +31,9 @@ def check_returned(output: Any) -> None:
     for v in tree_flatten(output, is_leaf=lambda v: isinstance(v, PackedSequence))[0]:
         check_not_later(v)
         if isinstance(v, PackedSequence):
-            raise RuntimeError("a PackedSequence is returned, whose sequences are those of one sample: return pad_packed_sequence(...)[0]")
+            raise RuntimeError(
+                "a PackedSequence is returned, whose sequences are those of one sample: return its .data, or pad_packed_sequence(...)[0]"
+            )
         if isinstance(v, set | frozenset) and any(isinstance(x, Tensor) for x in v):
             raise RuntimeError("a set of tensors is returned: return a list or a tuple, which keep an order")
 
@@ -58,6 +62,8 @@ class Output:
         for i, v in enumerate(self.leaves):
             if isinstance(v, Tensor):
                 self._found(v, self.leaves, i)
+            elif isinstance(v, tuple):
+                _check_tuple(v, lambda x: True)
             elif look_into and not isinstance(v, _PLAIN):
                 objects.append(v)
         if objects:
@@ -112,6 +118,8 @@ class Output:
                 self._found(v, holder, key)
         elif isinstance(v, tuple) and not isinstance(v, torch.Size):
             leaves, spec = tree_flatten(v)
+            if spec.is_leaf():
+                return _check_tuple(v, wanted)
             before = len(self.tensors)
             for i, inner in enumerate(leaves):
                 self._item(leaves, i, inner, wanted, depth + 1)
@@ -119,6 +127,12 @@ class Output:
                 self.after.append(lambda: _set(holder, key, tree_unflatten(leaves, spec)))
         elif not isinstance(v, _PLAIN):
             self._look_into(v, wanted, depth)
+
+
+def _check_tuple(v: tuple, wanted: Callable[[Tensor], bool]) -> None:
+    """Raises where a tuple of a class of its own, which nobody else can make anew, holds tensors of one sample."""
+    if any(isinstance(x, Tensor) and wanted(x) for x in v):
+        raise RuntimeError(f"a {type(v).__name__} holds tensors, a tuple of a class of its own: take a plain or a named tuple")
 
 
 def _set(holder: Any, key: Any, x: Any) -> None:
@@ -191,7 +205,7 @@ def changed(before: list[list[Any]], now: list[list[Any]]) -> bool:
 def _kept_by(module: nn.Module) -> list[str]:
     """The attributes of a module in which a forward may leave tensors."""
     own = vars(module)
-    return [key for key in sorted(own.keys() - _TABLES) if not _is_simple(own[key]) and not key.startswith("_iw_")]
+    return [key for key in sorted(own.keys() - _TABLES) if not _is_simple(own[key]) and not key.startswith(_NOT_THE_FORWARDS)]
 
 
 def _is_simple(v: Any) -> bool:

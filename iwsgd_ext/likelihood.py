@@ -69,6 +69,7 @@ class _IWLoss(nn.Module):
         self.alpha = alpha
         self.return_stats = return_stats
         self.observers: list[Callable[[IWStats], None]] = []
+        self._told = False  # of one row for each target
 
     def check_options(self) -> None:
         """Raises where an option, which may have changed since, is not as it should be."""
@@ -81,11 +82,13 @@ class _IWLoss(nn.Module):
         samples = as_samples(self.samples)
         if first is None or first.shape[dim] != batch or (batch == 0 and self.training):
             return samples  # other rows are refused later
-        if samples > 1 and self.training and first.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        trains = self.training and first.requires_grad and torch.is_grad_enabled()
+        if samples > 1 and trains and not self._told and not torch.compiler.is_compiling():
+            self._told = True  # once, also where a trainer's blocks of catch_warnings make Python forget
             warnings.warn(
                 f"{type(self).__name__}: there is one row for each target, although samples={self.samples}: this is the loss of one "
                 f"sample, right for a model in eval mode. In training, {ONE_ROW}",
-                stacklevel=3,
+                stacklevel=5,  # the call of the loss
             )
         return 1
 

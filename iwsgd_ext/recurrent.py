@@ -61,7 +61,14 @@ class _Recurrent(nn.RNNBase):
             if state.dim() != 3 or (state.shape[0], state.shape[2]) != (self.num_layers * directions, width):
                 raise ValueError(f"hx: expected [{self.num_layers * directions}, rows, {width}], got {tuple(state.shape)}")
             if state.shape[1] not in (batch, samples * batch):
-                raise ValueError(f"hx: expected {batch} rows, or {samples} samples * {batch} = {samples * batch}, got {state.shape[1]}")
+                several = samples == 1 and state.shape[1] % batch == 0 if batch else False
+                hint = (
+                    ". Are these S*B states of the call before? A converted model takes such with expand='first' (and batch_dim=1 where "
+                    "time is first); on the sample axis states are handed on inside of the forward"
+                )
+                raise ValueError(
+                    f"hx: expected {batch} rows, or {samples} samples * {batch} = {samples * batch}, got {state.shape[1]}{hint * several}"
+                )
             if state.shape[1] != batch:
                 x = _expanded(x, samples, batch)  # states of a step before: all layers have a state for each sample
         finals = []

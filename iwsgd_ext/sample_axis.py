@@ -147,8 +147,8 @@ torch.library.register_vmap("iwsgd_graph::all_lanes", lambda info, dims, x, samp
 def run(model: nn.Module, forward: Callable, args: tuple, kwargs: dict, context: sampling, mode: Any, batch_dim: int, batch: int | None):
     """``forward(*args, **kwargs)`` for the context's K samples: its output with K times the rows, sample-major.
 
-    Rows are in dimension ``batch_dim`` of an output, or, where that does not have ``batch`` entries, in the first that has, or in
-    dimension 0. A scalar becomes [K].
+    Rows are in dimension ``batch_dim`` of an output, or, where that does not have ``batch`` entries, in the first that has and is not the
+    last, or in dimension 0. A scalar becomes [K].
     """
     ids = context.sample_ids
     if ids is None:
@@ -203,7 +203,9 @@ def rows(x: Tensor, batch_dim: int, batch: int | None) -> Tensor:
     sizes = x.shape[1:]
     dim = batch_dim
     if dim >= len(sizes) or sizes[dim] != batch:
-        dim = next((d for d, n in enumerate(sizes) if n == batch), dim if dim < len(sizes) and batch_dim == 0 else 0)
+        # Not the last of several: rows that are flattened over positions may have as many classes as there are examples.
+        first = sizes[: max(1, len(sizes) - 1)]
+        dim = next((d for d, n in enumerate(first) if n == batch), dim if dim < len(sizes) and batch_dim == 0 else 0)
     sizes = [*sizes[:dim], x.shape[0] * sizes[dim], *sizes[dim + 1 :]]
     # Not a view: FSDP wants none of a module, and users write into outputs.
     return torch.ops.aten._unsafe_view.default(x.movedim(0, dim).contiguous(), sizes)

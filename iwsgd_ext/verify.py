@@ -117,6 +117,8 @@ def verify_conversion(
         for module, training in flags:
             if training is not None:
                 vars(module)["training"] = training
+            if hasattr(module, "reshard") and hasattr(module, "unshard"):
+                module.reshard()  # FSDP2: else an optimizer that is made now would get the unsharded copies, and train nothing
     return result
 
 
@@ -152,7 +154,10 @@ def _compare(model: nn.Module, result: Verification, conversion, together: Any, 
             return
         result.mismatch, alone = None, one_after_another
     if not any(_differs(a, b) for a in alone.values() for b in alone.values()):
-        result.inconclusive.append("all noise samples give the same outputs on example_inputs (are all rates 0?): equal outputs say little")
+        result.inconclusive.append(
+            "all noise samples give the same outputs on example_inputs, so that equal outputs say little: are all rates 0, or is something "
+            "behind the noise that starts at zero (LoRA)?"
+        )
     if next((x.shape[dim] for x in inputs if x.dim() > dim), None) == 1:
         result.inconclusive.append("example_inputs hold one example, which cannot show whether rows meet; give two or more")
     result.compared = True

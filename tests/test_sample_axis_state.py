@@ -433,5 +433,6 @@ def test_stochastic_depth_is_known_by_what_it_does():
         want, state = model.eval()(X), torch.get_rng_state()
         audit = iw.audit(model)
         assert torch.equal(torch.get_rng_state(), state)
-        assert audit.unreached == [f"1 ({kind.__name__}, p=0.5)"]
+        why = "which on rows of ones does not drop rows and divide the others by 1 - p, as iw.IWDropPath does"
+        assert audit.unreached == [f"1 ({kind.__name__}, {why}, p=0.5)"]
         assert torch.equal(iw.convert(model, S).eval()(X), want)
