@@ -60,7 +60,8 @@ class sampling:
 
     One context is one draw of the noise of every layer: sample s is the same s through the depth of the network. Noise is a pure
     function of (seed, stream, sample, example, position); each noise call takes the next stream. Contexts belong to a thread, nest
-    (the innermost rules) and end with their block, also by an exception.
+    (the innermost rules) and end with their block, also by an exception. Each is entered once: another block has another context. Tasks
+    of asyncio share their thread, so that no other task may run inside of a block: no ``await`` there.
 
     Args:
         samples: S, noise samples for each example in this pass.
@@ -76,6 +77,7 @@ class sampling:
 
     Raises:
         ValueError, TypeError: an argument is not as above.
+        RuntimeError: entered a second time; or used by another asyncio task.
 
     Example:
         >>> import torch, iwsgd_ext as iw
