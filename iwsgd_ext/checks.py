@@ -117,9 +117,9 @@ def as_sample_ids(sample_ids: Tensor | Sequence[int], samples: int) -> Tensor:
 
 
 ONE_ROW = (
-    "the model drew no noise or one sample: it is in eval mode, ran outside of iw.sampling and was not converted (iw.convert), was "
-    "converted with samples=1, or expanded another dimension than that of the rows (time-major models take batch_dim=1). Or the targets "
-    "were repeated over the samples, which they must not be."
+    "either the targets were repeated over the samples, which they must not be, or the model drew no noise or one sample: it is in eval "
+    "mode, ran outside of iw.sampling and was not converted (iw.convert), was converted with samples=1, or expanded another dimension "
+    "than that of the rows (time-major models take batch_dim=1)."
 )
 
 
@@ -167,6 +167,19 @@ def check_option(name: str, value: Tensor | None, logits: Tensor, acc: torch.dty
     check(tuple(value.shape) in shapes, name, f"shape {' or '.join(map(str, dict.fromkeys(shapes)))}", tuple(value.shape))
     check(not value.requires_grad, name, "a tensor that does not require grad", "one that does")
     return value.to(acc).contiguous()
+
+
+def check_mean(example_weight: Tensor) -> None:
+    """Raises where the mean over examples would be one over weights of which some are negative. On a GPU without a wait."""
+    least = example_weight.detach().amin() if example_weight.numel() else example_weight.new_zeros(())
+    if example_weight.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(~(least < 0), "example_weight: expected none below 0 with reduction='mean' and no normalizer")
+    elif least < 0:
+        raise ValueError(
+            f"example_weight: expected none below 0 with reduction='mean', which divides by the sum of weights, got {float(least):.4g}: "
+            "that sum may be anything, and turn every gradient round where it is negative. Rewards and advantages take reduction='sum', or "
+            "normalizer=, the number of labels"
+        )
 
 
 def check_logits(logits: Tensor, target: Tensor, samples: int) -> None:

@@ -19,7 +19,7 @@ from .lane_rules import LaneRules
 from .likelihood import as_arguments
 from .one_by_one import LaneByLane, blamed, loop, reason_of
 from .pass_state import RandomState, Snapshot
-from .sampling import current, outside_of_contexts, sampling
+from .sampling import current, is_evaluating, outside_of_contexts, sampling
 from .swaps import SWAPS, draws, idle_modules, original_class, rate_of, swap, unreached_modules, unswap
 from .verify import Verification, verify_conversion
 
@@ -119,7 +119,7 @@ _first_look = threading.RLock()
 NOT_REACHED = "iw.convert leaves this noise as it is, no function of seed and sample, repeated by no replay: "
 SCALAR_OUTPUT = (
     "the model returns a number for each noise sample. If that is a loss which it computes from labels, samples have no importance weights "
-    "in it: leave the labels out, and take its logits and iw.iw_cross_entropy"
+    "in it: leave the labels out, and give its logits to iw.IWCrossEntropyLoss (Hugging Face's Trainer: compute_loss_func)"
 )
 
 
@@ -276,7 +276,7 @@ class Conversion:
         drawn = any(call.kind != "replaced" or call.p != 0 for call in self.calls) or self.generators
         layers = [module for module in model.modules() if draws(module)]
         by_hand = self.drew and not layers and not self.calls  # by functions of the package
-        if drawn or by_hand or any(rate_of(module) != 0 for module in layers):
+        if drawn or by_hand or (self.drew and any(rate_of(module) != 0 for module in layers)):
             return None
         idle = "".join(f". {reason}" for reason in idle_modules(model))
         return f"a training forward drew no noise, so that all samples are alike{idle}"
@@ -285,13 +285,13 @@ class Conversion:
 
     def forward(self, model: nn.Module, own: Callable, args: tuple, kwargs: dict) -> Any:
         """The model's forward in the context around it, or one of its own."""
+        if not model.training and not is_evaluating():
+            return own(*args, **kwargs)
         context = current()
-        if context is None and model.training:
+        if context is None:
             with sampling(self.samples) as context:
                 return self._looked_at(model, own, args, kwargs, context)
-        if context is None or not (model.training or context.evaluating) or context.axis is not None:
-            return own(*args, **kwargs)
-        return self._looked_at(model, own, args, kwargs, context)
+        return own(*args, **kwargs) if context.axis is not None else self._looked_at(model, own, args, kwargs, context)
 
     def _looked_at(self, model: nn.Module, own: Callable, args: tuple, kwargs: dict, context: sampling) -> Any:
         """Until a forward has shown what noise the model draws, each looks."""

@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from copy import copy
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -231,7 +232,9 @@ def bound_curve(
     """
     samples = as_samples(samples)
     own = loss_fn is None
-    loss_fn = IWCrossEntropyLoss(samples) if own else loss_fn
+    loss_fn = IWCrossEntropyLoss(samples) if own else copy(loss_fn) if isinstance(loss_fn, IWCrossEntropyLoss) else loss_fn
+    if isinstance(loss_fn, IWCrossEntropyLoss):
+        loss_fn.samples = samples
     if not hasattr(loss_fn, "log_likelihood"):
         raise TypeError(f"loss_fn: expected IWCrossEntropyLoss, IWLoss or an object with log_likelihood, got {type(loss_fn).__name__}")
     alpha = getattr(loss_fn, "alpha", 1.0)
@@ -260,6 +263,7 @@ def bound_curve(
     if not curves:
         raise ValueError("batches: expected at least one, got none")
     curve, weight = torch.cat(curves, 1), torch.cat(weights)  # [S, units], [units]
+    check(bool(((weight >= 0) & weight.isfinite()).all()), "batches", "finite weights that are not negative, to average over", "others")
     counted = weight > 0
     curve, weight = curve[:, counted], weight[counted]
     if not weight.numel():

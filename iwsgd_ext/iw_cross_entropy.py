@@ -8,7 +8,7 @@ from torch import Tensor
 from typing_extensions import TypedDict, Unpack
 
 from . import backend, reference, transforms
-from .checks import REDUCTIONS, as_samples, check, check_inplace, check_logits, check_loss_options, check_number, check_option
+from .checks import REDUCTIONS, as_samples, check, check_inplace, check_logits, check_loss_options, check_mean, check_number, check_option
 from .stats import IWStats
 
 Reduction = Literal["none", "mean", "sum"]
@@ -209,7 +209,8 @@ def iw_cross_entropy(
     Weights may be negative, as rewards and advantages are: the gradient then lowers the likelihood. Two kinds raise a ValueError on the
     CPU; on a GPU the first gives a loss of NaN and the second stops the kernel by an assertion: an outer weight whose terms are not 0
     and add up to 0, and, at level "example" with samples > 1, positions of both signs in one example, as these share importance weights.
-    Weights of both signs may add up to nearly 0: give ``reduction="sum"`` or ``normalizer`` then, not the mean over their sum.
+    The mean takes no negative ``example_weight``, as their sum may be anything: give ``reduction="sum"``, or ``normalizer``, the number of
+    labels. (Class weights of both signs are divided by their sum, as torch does.)
 
     With samples=1 this is :func:`torch.nn.functional.cross_entropy`, value and gradient, for every option, with three exceptions: where
     nothing counts (everything ignored, an empty batch), the mean's loss and gradient are 0 instead of NaN; reduction "none" at level
@@ -257,6 +258,8 @@ def iw_cross_entropy(
     samples, ignore_index = as_samples(samples), int(ignore_index)
     check(normalizer is None or reduction == "mean", "normalizer", "None unless reduction is 'mean'", f"one with {reduction!r}")
     operands = operands_of(logits, target, samples, weight, example_weight, normalizer)
+    if example_weight is not None and reduction == "mean" and normalizer is None:
+        check_mean(transforms.plain(example_weight))
     if inplace:
         check_inplace(logits)
     # NOTE [float16 gradients]

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from . import reference
-from .checks import as_samples, check, check_loss_options
+from .checks import as_samples, check, check_loss_options, check_mean
 from .iw_cross_entropy import Level, Reduction, denominator_of, iw_cross_entropy, operands_of, position_weights_of
 from .likelihood import _IWLoss, as_arguments
 from .stats import IWStats
@@ -95,6 +95,8 @@ class IWCrossEntropyLoss(_IWLoss):
         check(normalizer is None or reduction == "mean", "normalizer", "None unless reduction is 'mean'", f"one with {reduction!r}")
         samples, ignore_index = as_samples(samples), int(self.ignore_index)
         operands = operands_of(logits, target, samples, self.weight, example_weight, normalizer)
+        if example_weight is not None and reduction == "mean" and normalizer is None:
+            check_mean(example_weight)
         _, weight, per_example, position_weight, normalizer = operands
         of_positions = example_weight if position_weight is not None else None
         rows, of_positions = (None if x is None else x.expand(samples, *x.shape).flatten(0, 1) for x in (target, of_positions))

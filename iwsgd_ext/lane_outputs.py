@@ -108,6 +108,8 @@ class Output:
             names = [name for kind in type(v).__mro__ for name in getattr(kind, "__slots__", ())]
             items = [(name, getattr(v, name)) for name in names if hasattr(v, name)]
         else:
+            if isinstance(v, set | frozenset) and any(isinstance(x, Tensor) and wanted(x) for x in v):
+                raise RuntimeError("a set holds tensors of one sample: take a list or a tuple, which keep an order")
             return
         for key, inner in items:
             self._item(v, key, inner, wanted, depth + 1)
@@ -131,7 +133,7 @@ class Output:
 
 def _check_tuple(v: tuple, wanted: Callable[[Tensor], bool]) -> None:
     """Raises where a tuple of a class of its own, which nobody else can make anew, holds tensors of one sample."""
-    if any(isinstance(x, Tensor) and wanted(x) for x in v):
+    if any(isinstance(x, Tensor) and wanted(x) for x in tree_flatten(list(v))[0]):
         raise RuntimeError(f"a {type(v).__name__} holds tensors, a tuple of a class of its own: take a plain or a named tuple")
 
 

@@ -69,7 +69,7 @@ class _IWLoss(nn.Module):
         self.alpha = alpha
         self.return_stats = return_stats
         self.observers: list[Callable[[IWStats], None]] = []
-        self._told = False  # of one row for each target
+        self._told = False  # of one row for each target, or nothing to tell
 
     def check_options(self) -> None:
         """Raises where an option, which may have changed since, is not as it should be."""
@@ -78,10 +78,13 @@ class _IWLoss(nn.Module):
 
     def _samples_of(self, output: Any, dim: int, batch: int) -> int:
         """Noise samples of an output for ``batch`` targets, by its rows: S in training, 1 of a model in eval mode."""
-        first = next((v for v in tree_leaves(output) if isinstance(v, Tensor) and v.dim() > dim), None)
-        samples = as_samples(self.samples)
-        if first is None or first.shape[dim] != batch or (batch == 0 and self.training):
-            return samples  # other rows are refused later
+        samples, tensors = as_samples(self.samples), [v for v in tree_leaves(output) if isinstance(v, Tensor) and v.dim() > dim]
+        if any(v.shape[dim] == samples * batch for v in tensors) and (batch or self.training):
+            self._told = self._told or samples > 1  # a model that has drawn its samples is known to draw them
+            return samples
+        first = next((v for v in tensors if v.shape[dim] == batch), None)
+        if first is None:  # other rows are refused later
+            return samples if self.training or isinstance(output, Tensor) else 1
         trains = self.training and first.requires_grad and torch.is_grad_enabled()
         if samples > 1 and trains and not self._told and not torch.compiler.is_compiling():
             self._told = True  # once, also where a trainer's blocks of catch_warnings make Python forget

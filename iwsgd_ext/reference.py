@@ -310,17 +310,23 @@ def reciprocal(denominator: Tensor) -> Tensor:
     return torch.where(denominator == 0, 0, 1 / denominator)
 
 
-def check_signs(c: Tensor) -> None:
-    """Raises where positions of one example, with outer weights c [B, T], are of both signs: they cannot share importance weights."""
+def check_signs(c: Tensor) -> Tensor:
+    """Raises where positions of one example, with outer weights c [B, T], are of both signs: they cannot share importance weights.
+
+    Returns c; inside of torch.func's transforms, which cannot raise by values, NaN stands for the weights of such examples.
+    """
     both = (c > 0).any(1) & (c < 0).any(1)
+    if torch._C._are_functorch_transforms_active():
+        return torch.where(both[:, None], float("nan"), c)
     if c.device.type != "cpu" or torch.compiler.is_compiling():
-        torch._assert_async(~both.any(), "weights: expected positions of one sign in each example at level 'example'")
+        torch._assert_async(~both.any(), "example_weight, weight: expected positions of one sign in each example at level='example'")
     elif both.any():
         raise ValueError(
-            "weights: expected positions of one sign in each example at level 'example' (class weights, position weights and the target "
-            f"together), where they share importance weights, got both signs in example {int(both.nonzero()[0])}; level='position' takes "
-            "any"
+            f"example_weight, weight, target: expected positions of one sign in example {int(both.nonzero()[0])}, as at level='example' "
+            "they share importance weights, got weights of both signs. Rewards of positions take level='position', with reduction='sum' or "
+            "normalizer="
         )
+    return c
 
 
 def check_cancelled(c: Tensor, size: Tensor) -> None:
@@ -328,8 +334,8 @@ def check_cancelled(c: Tensor, size: Tensor) -> None:
     wrong = ((c == 0) & (size != 0)).any(1).nonzero()
     if len(wrong):
         raise ValueError(
-            "weights: expected an outer weight that is not 0 where there is a target (class weights, position weights and the target "
-            f"together), got terms that add up to 0 in example {int(wrong[0])}: no log-likelihood has such a weight"
+            f"example_weight, weight, target: expected weights that do not cancel in example {int(wrong[0])}, got some that are not 0 and "
+            "add up to 0: no likelihood has such a weight. Rewards of positions take level='position', with reduction='sum' or normalizer="
         )
 
 
@@ -412,7 +418,7 @@ def iw_cross_entropy(
     if looks:
         check_cancelled(c, size) if per_position else check_cancelled(c.sum(1, keepdim=True), size.sum(1, keepdim=True))
     if not per_position and positions > 1 and samples > 1 and alpha != 0:
-        check_signs(c)
+        c = check_signs(c)
 
     if per_position:
         outer, l = c.flatten(), u.flatten(1)

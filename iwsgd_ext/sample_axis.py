@@ -201,7 +201,12 @@ def rows(x: Tensor, batch_dim: int, batch: int | None) -> Tensor:
     if x.dim() == 1:
         return x
     sizes = x.shape[1:]
-    dim = batch_dim
+    dim = batch_dim if batch_dim >= 0 else batch_dim + len(sizes)
+    if dim == 1 and len(sizes) == 2 and sizes[0] == sizes[1] == batch:
+        raise ValueError(
+            f"batch_dim={batch_dim}: the model returns {tuple(sizes)} for a batch of {batch}: are these examples by classes, or times by "
+            "examples? Return another shape (times by examples by 1, say), or take another batch size"
+        )
     if dim >= len(sizes) or sizes[dim] != batch:
         # Not the last of several: rows that are flattened over positions may have as many classes as there are examples.
         first = sizes[: max(1, len(sizes) - 1)]

@@ -112,7 +112,7 @@ class sampling:
         self.batch: int | None = None  # B, once the first noise call has fixed it
         self.entered = False
         self.task = NO_TASK  # the backward pass inside which it was entered
-        self.owner = None  # the asyncio task that entered it
+        self.owner = 0  # the asyncio task that entered it, by its id; 0 outside of any
         self.evaluating = False  # noise is on although models are in eval mode
         # On a sample axis, random numbers that are torch's own differ between samples, as between passes; a verification wants them alike.
         self.torch_noise = "different"
@@ -327,7 +327,8 @@ def current() -> sampling | None:
     contexts = _stack.contexts
     if not contexts:
         return None
-    if not torch.compiler.is_compiling() and running_task() is not contexts[-1].owner:
+    owner = contexts[-1].owner
+    if owner and not torch.compiler.is_compiling() and running_task() not in (0, owner):
         raise RuntimeError(
             "iw.sampling: the innermost context of this thread was opened by another asyncio task, which would share its noise: open and "
             "end a context between two awaits, or run each task's steps in a thread of its own (asyncio.to_thread)"
@@ -335,12 +336,16 @@ def current() -> sampling | None:
     return contexts[-1]
 
 
-def running_task() -> Any:
-    """The asyncio task that runs in this thread, or None."""
-    if torch.compiler.is_compiling():
-        return None
-    asyncio = sys.modules.get("asyncio")
-    return None if asyncio is None or asyncio._get_running_loop() is None else asyncio.current_task()
+def is_evaluating() -> bool:
+    """Whether the innermost context draws noise in models that are in eval mode."""
+    contexts = _stack.contexts
+    return bool(contexts) and contexts[-1].evaluating
+
+
+def running_task() -> int:
+    """The asyncio task that runs in this thread, by its id, or 0."""
+    asyncio = None if torch.compiler.is_compiling() else sys.modules.get("asyncio")
+    return 0 if asyncio is None or asyncio._get_running_loop() is None else id(asyncio.current_task())
 
 
 @contextmanager

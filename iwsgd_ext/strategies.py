@@ -25,7 +25,7 @@ from typing_extensions import TypedDict, Unpack
 
 from . import reference
 from .batch_norm import _PerSample
-from .checks import as_int, check, check_number
+from .checks import as_int, check, check_number, check_rows
 from .convert import conversion_of
 from .functional import dropout
 from .iw_cross_entropy_loss import IWCrossEntropyLoss
@@ -148,6 +148,9 @@ def backward(
         samples = 1  # no noise: all samples are one
     if samples == 1 or (strategy == "streamed" and chunk == samples):
         strategy = "batched"  # one pass is all there is
+    if isinstance(loss_fn, IWCrossEntropyLoss):
+        loss_fn = copy(loss_fn)
+        loss_fn.samples = samples
     step = _Step(model, loss_fn, inputs, targets, samples, strategy, seed, first_example, grad_scale)
     fused = strategy == "batched" and type(loss_fn) is IWCrossEntropyLoss
     if fused:
@@ -298,7 +301,10 @@ class _Step:
         args, named = as_arguments(self.targets)
         criterion = copy(self.loss_fn)
         criterion.samples, criterion.training, criterion.return_stats = self.samples, True, True
-        loss, stats = criterion(self.outputs(self.samples), *args, **named)
+        outputs, target = self.outputs(self.samples), args[0] if args else named.get("target")
+        if all(isinstance(v, Tensor) and v.dim() for v in (outputs, target)):
+            check_rows("outputs", len(outputs), self.samples, len(target))  # a step is no evaluation
+        loss, stats = criterion(outputs, *args, **named)
         self.scaled(loss).backward()
         return loss.detach(), stats
 
@@ -406,5 +412,5 @@ def _backward(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
 def _unit_shape(loss_fn: IWCrossEntropyLoss, args: tuple, named: dict) -> tuple[int, ...]:
     """The shape of the loss' units: [B], or [B, d1, ...] at level "position"."""
     target = named["target"] if named else args[0]
-    positions = target.shape[1 if target.dtype == torch.int64 else 2 :] if loss_fn.level == "position" else ()
+    positions = target.shape[2 if target.is_floating_point() else 1 :] if loss_fn.level == "position" else ()
     return (target.shape[0], *positions)

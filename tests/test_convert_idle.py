@@ -89,3 +89,10 @@ def test_one_rate_is_noise(layer):
 def test_stochastic_depth_that_is_none_says_why():
     with pytest.warns(UserWarning, match=r"0 \(DropPath, which on rows of ones does not drop rows and divide the others by 1 - p, as iw"):
         iw.convert(nn.Sequential(DropPath(0.5)), S, example_inputs=torch.ones(B, 6))
+
+
+def test_noise_that_a_forward_does_not_reach_is_told():
+    model = iw.convert(nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5)), S)
+    model[1].eval()
+    with pytest.warns(UserWarning, match="all samples are alike"):
+        model(torch.ones(B, 6))

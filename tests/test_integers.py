@@ -88,3 +88,12 @@ def test_what_is_no_integer(wrong):
         iw.sampling(2, seed=wrong)
     with pytest.raises(TypeError, match="sample_ids: expected an int64 tensor or a sequence of ints"):
         iw.sampling(1, sample_ids=[wrong] if wrong is not True else np.array([True]))
+
+
+@pytest.mark.parametrize("strategy", ["batched", "streamed", "loop"])
+def test_bytes_at_the_level_of_positions(strategy):
+    model = iw.convert(nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Unflatten(1, (4, 2))), S)
+    x, y, results = torch.ones(B, 6), torch.randint(4, (B, 2)), []
+    for labels in (y, y.byte()):
+        results.append(iw.backward(model, iw.IWCrossEntropyLoss(S, level="position"), x, labels, samples=S, strategy=strategy, seed=1))
+    assert torch.equal(*results)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from naive_loss import assert_equals_naive, naive_loss, result_of
+from torch import nn
 
 import iwsgd_ext as iw
 
@@ -111,10 +112,10 @@ def test_positions_of_both_signs(device, size, alpha):
         before = iw.backend_info()["forced"]
         iw.set_backend(backend)
         try:
-            with pytest.raises(ValueError, match=r"positions of one sign in each example.*in example 1; level='position' takes any"):
-                iw.iw_cross_entropy(logits, target, samples, example_weight=rewards)
+            with pytest.raises(ValueError, match=r"positions of one sign in example 1.*level='position', with reduction"):
+                iw.iw_cross_entropy(logits, target, samples, example_weight=rewards, reduction="sum")
             with pytest.raises(ValueError, match="positions of one sign"):
-                iw.IWCrossEntropyLoss(samples).log_likelihood(rows, {"target": target, "example_weight": rewards}, 1)
+                iw.IWCrossEntropyLoss(samples, reduction="sum").log_likelihood(rows, {"target": target, "example_weight": rewards}, 1)
         finally:
             iw.set_backend(before)
 
@@ -127,7 +128,7 @@ def test_terms_that_cancel(backend, device, size):
     target[0, 0], target[0, 1] = 1, -1
     if backend in ("cpu", "reference") and device.type == "cpu":
         for level in ("example", "position"):
-            with pytest.raises(ValueError, match="add up to 0 in example 0"):
+            with pytest.raises(ValueError, match=r"do not cancel in example 0.*add up to 0"):
                 iw.iw_cross_entropy(logits, target, samples, level=level)
     else:
         loss = iw.iw_cross_entropy(logits, target, samples, level="position", reduction="none")
@@ -144,11 +145,27 @@ def test_weights_that_cancel_in_the_mean(backend, device):
         assert not F.cross_entropy(logits.float(), target, weight).isfinite()
         loss, _, _, _, dlogits = result_of(iw.iw_cross_entropy, logits, target, 1, weight=weight)
         assert not loss.isfinite() and not dlogits.isfinite().any()
-        of_examples = torch.tensor([2.0, -2, 0.5, -0.5], device=device)
-        assert not iw.iw_cross_entropy(logits, target, 1, example_weight=of_examples).isfinite()
-        assert iw.iw_cross_entropy(logits, target, 1, example_weight=of_examples * 0).item() == 0
-        log_p, outer, denominator = iw.IWCrossEntropyLoss(1).log_likelihood(logits, {"target": target, "example_weight": of_examples}, 1)
+        assert iw.iw_cross_entropy(logits, target, 1, weight=weight * 0).item() == 0
+        log_p, outer, denominator = iw.IWCrossEntropyLoss(1, weight=weight).log_likelihood(logits, target, 1)
         assert not (-(outer * log_p).sum() / denominator).isfinite()
+
+
+@pytest.mark.parametrize("level", ["example", "position"])
+@pytest.mark.parametrize("positions", [(), (3,)], ids=str)
+def test_the_mean_takes_no_rewards(device, level, positions):
+    """Their sum may be anything: where it is negative, a mean over it would lower the likelihoods that are rewarded."""
+    logits, target = torch.randn(2 * 4, 5, *positions, device=device), torch.randint(5, (4, *positions), device=device)
+    rewards, criterion = -torch.rand(4, *positions, device=device) - 0.1, iw.IWCrossEntropyLoss(2, level=level)
+    if device.type == "cpu":
+        for call in (
+            lambda: criterion(logits, target, example_weight=rewards),
+            lambda: criterion.log_likelihood(logits, {"target": target, "example_weight": rewards}, 2),
+            lambda: torch.func.grad(lambda z: criterion(z, target, example_weight=rewards))(logits),
+        ):
+            with pytest.raises(ValueError, match=r"example_weight: expected none below 0 .*reduction='sum', or normalizer="):
+                call()
+    check(logits, target, 2, level=level, example_weight=rewards, normalizer=target.numel())
+    check(logits, target, 2, level=level, example_weight=rewards.relu(), reduction="mean")
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
@@ -203,7 +220,7 @@ def test_derivatives_of_functions_are_those_of_the_op(device):
 @pytest.mark.parametrize("strategy", ["batched", "streamed", "loop"])
 def test_the_strategies_take_rewards(device, strategy):
     """The gradient of a model under every strategy is that of the loss itself."""
-    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Dropout(0.3), torch.nn.Linear(8, 3)).double().to(device)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.3), nn.Linear(8, 3)).double().to(device)
     x, y = torch.randn(5, 6, device=device, dtype=torch.float64), torch.randint(3, (5,), device=device)
     iw.convert(model, 4, example_inputs=x)
     rewards = torch.tensor([1.0, -2.0, 0.5, -0.1, 0.0], device=device, dtype=torch.float64)
@@ -214,3 +231,31 @@ def test_the_strategies_take_rewards(device, strategy):
     expected = naive_loss(logits, y, 4, example_weight=rewards, reduction="sum")
     (dweight,) = torch.autograd.grad(logits, model[0].weight, expected.dlogits.to(device))
     torch.testing.assert_close(model[0].weight.grad, dweight)
+
+
+def test_under_vmap(device):
+    """Examples of a vmap: what plain calls give, and NaN for positions of both signs, as transforms cannot raise by values."""
+    z, y = torch.randn(4, 6, 3, 2, device=device), torch.randint(3, (4, 2, 2), device=device)
+    got = torch.vmap(lambda z, y: iw.iw_cross_entropy(z, y, 3))(z, y)
+    torch.testing.assert_close(got, torch.stack([iw.iw_cross_entropy(a, b, 3) for a, b in zip(z, y, strict=True)]))
+    rewards = torch.ones(4, 2, 2, device=device)
+    rewards[1, 0, 0] = -0.5
+    got = torch.vmap(lambda z, y, w: iw.iw_cross_entropy(z, y, 3, example_weight=w, reduction="sum"))(z, y, rewards)
+    assert got.isnan().tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("strategy", ["batched", "streamed", "loop"])
+def test_strategies_refuse_positions_of_both_signs(strategy):
+    """Whatever number of samples the loss was made with."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Unflatten(1, (4, 2)))
+    iw.convert(model, 3, example_inputs=torch.ones(4, 6))
+    criterion = iw.IWCrossEntropyLoss(1, weight=torch.tensor([1.0, -0.5, 2, 3]))
+    with pytest.raises(ValueError, match="positions of one sign"):
+        iw.backward(model, criterion, torch.randn(4, 6), torch.tensor([[0, 1]] * 4), samples=3, strategy=strategy)
+
+
+def test_a_bound_curve_takes_no_negative_weights():
+    model = iw.convert(nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3)), 3)
+    targets = {"target": torch.tensor([0, 1]), "example_weight": torch.tensor([1.0, -1.0])}
+    with pytest.raises(ValueError, match="batches: expected finite weights that are not negative"):
+        iw.bound_curve(model, [(torch.randn(2, 6), targets)], 2, loss_fn=iw.IWCrossEntropyLoss(2, reduction="sum"))

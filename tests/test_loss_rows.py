@@ -54,7 +54,7 @@ def test_one_row_for_each_target_in_training_is_told(make, target, device):
     """A model that was not converted, or targets that were repeated, train on the loss of one sample."""
     logits = torch.randn(S * B, C, device=device, requires_grad=True)
     for rows, labels in ((logits[:B], target), (logits, target.repeat(S))):
-        with pytest.warns(UserWarning, match=f"one row for each target, although samples={S}.*not converted.*targets were repeated"):
+        with pytest.warns(UserWarning, match=f"one row for each target, although samples={S}.*targets were repeated.*not converted"):
             make()(rows, labels).backward()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -62,6 +62,15 @@ def test_one_row_for_each_target_in_training_is_told(make, target, device):
         with torch.no_grad():
             make()(logits[:B], target)
         iw.IWCrossEntropyLoss(1)(logits[:B], target)
+
+
+def test_a_model_that_draws_samples_may_be_evaluated_with_gradients(make, target, device):
+    """One row for each target is an evaluation then, with no_grad or without."""
+    logits, criterion = torch.randn(S * B, C, device=device, requires_grad=True), make()
+    criterion(logits, target)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        criterion(logits[:B], target)
 
 
 def test_observers_see_training_alone(make, target, device):
@@ -114,3 +123,23 @@ def test_log_predictive_is_predict(device):
 def test_log_predictive_refuses(error, message, call):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_outputs_that_are_no_tensor():
+    """S is that of any tensor in them that has the rows; without one, the loss's mode decides."""
+    normal = torch.distributions.Normal
+    criterion = iw.IWLoss(lambda output, target: -output.log_prob(target), S)
+    x, y = torch.zeros(S * B, 2), torch.randn(B, 2)
+    assert criterion(normal(x, x + 1), y).isfinite()
+    torch.testing.assert_close(criterion.eval()(normal(x[:B], x[:B] + 1), y), -normal(0.0, 1.0).log_prob(y).sum(1).mean())
+    of_parts = iw.IWLoss(
+        lambda output, target: F.gaussian_nll_loss(output[1], target, output[0].exp().expand_as(output[1]), reduction="none"), S
+    )
+    assert of_parts((torch.zeros(B), torch.randn(S * B, B)), torch.randn(B, B)).isfinite()
+
+
+def test_a_training_step_is_no_evaluation():
+    """iw.backward refuses the rows of a model that draws no samples."""
+    model = nn.Sequential(nn.Linear(6, C), nn.Dropout(0.5))
+    with pytest.raises(ValueError, match=f"outputs: expected {S} samples . {B} targets"):
+        iw.backward(model, iw.IWCrossEntropyLoss(S), torch.randn(B, 6), torch.randint(C, (B,)), samples=S)

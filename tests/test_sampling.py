@@ -1,6 +1,7 @@
 """The sampling context: seed, streams, the place of expansion, sample ids, nesting, threads and exceptions."""
 
 import asyncio
+import copy
 import threading
 
 import naive
@@ -289,6 +290,9 @@ def test_contexts_of_asyncio_tasks():
     async def both(task, **options):
         return await asyncio.gather(task(1), task(2), **options)
 
+    with iw.sampling(3, seed=1):  # of no task: whoever runs inside shares it
+        assert asyncio.run(both(lambda seed: asyncio.sleep(0, drop(x)))) is not None
+
     for error in asyncio.run(both(across, return_exceptions=True))[:1]:
         assert isinstance(error, RuntimeError) and "another asyncio task" in str(error)
     results = asyncio.run(both(between))
@@ -297,6 +301,12 @@ def test_contexts_of_asyncio_tasks():
         with iw.sampling(3, seed=seed):
             assert torch.equal(y, drop(x))
     assert asyncio.run(across(1)).equal(results[0])
+
+    async def copied():
+        with iw.sampling(3) as context:
+            return copy.deepcopy(context).samples
+
+    assert asyncio.run(copied()) == 3
 
 
 @pytest.mark.parametrize(("error", "message", "change"), BAD, ids=[f"{next(iter(c))}-{i}" for i, (_, _, c) in enumerate(BAD)])

@@ -118,7 +118,11 @@ def test_noisy_tensors_in_a_tuple_of_its_own_class():
         def forward(self, x):
             return Pair((self.head(self.drop(x)),))
 
-    for model in (Keeps(), Returns()):
+    class Holds(Keeps):
+        def forward(self, x):
+            return Pair(([self.head(self.drop(x))],))
+
+    for model in (Keeps(), Returns(), Holds()):
         with pytest.raises((RuntimeError, ValueError), match="Pair"):
             iw.convert(model, S, example_inputs=torch.ones(B, 6))
 
@@ -168,3 +172,20 @@ def test_one_row_warning_names_the_line_of_the_call():
         criterion(z, y)
         copy.deepcopy(criterion)(z, y)
     assert [w.filename for w in told] == [__file__]
+
+
+def test_rows_of_a_square_output_are_not_guessed():
+    """With batch_dim=1 a square matrix may be examples by classes, or times by examples."""
+
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.head = nn.Dropout(0.5), nn.Linear(6, 6)
+
+        def forward(self, x):
+            return self.drop(self.head(x))[-1]
+
+    model = iw.convert(Last(), S, batch_dim=1)
+    assert model(torch.randn(7, 5, 6)).shape == (S * 5, 6)
+    with pytest.raises(ValueError, match=r"batch_dim=1: the model returns \(6, 6\) for a batch of 6"):
+        model(torch.randn(7, 6, 6))

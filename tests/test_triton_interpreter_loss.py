@@ -67,7 +67,12 @@ def test_weights_of_any_sign(regime, size, kind):
     samples, batch, classes, positions = SIZES[size]
     rewards, negative = torch.randn(batch, *positions), -torch.rand(classes) - 0.25
     check(logits, target, samples, **(options | {"example_weight": rewards, "level": "position", "reduction": "sum"}))
-    check(logits, target, samples, **(options | {"example_weight": rewards[(...,) + (0,) * len(positions)], "weight": negative}))
+    check(
+        logits,
+        target,
+        samples,
+        **(options | {"example_weight": rewards[(...,) + (0,) * len(positions)], "weight": negative, "normalizer": 3.0}),
+    )
 
 
 @pytest.mark.parametrize("regime", REGIMES, indirect=True)

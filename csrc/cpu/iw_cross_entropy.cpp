@@ -43,9 +43,9 @@ struct Sum {
 
 void check_not_cancelled(const Sum& outer, int64_t example) {
   if (outer.cancelled())
-    throw std::invalid_argument("weights: expected an outer weight that is not 0 where there is a target (class weights, position weights and the "
-                                "target together), got terms that add up to 0 in example " + std::to_string(example) +
-                                ": no log-likelihood has such a weight");
+    throw std::invalid_argument("example_weight, weight, target: expected weights that do not cancel in example " + std::to_string(example) +
+                                ", got some that are not 0 and add up to 0: no likelihood has such a weight. Rewards of positions take "
+                                "level='position', with reduction='sum' or normalizer=");
 }
 
 template <class T, class A>
@@ -97,9 +97,9 @@ Terms<T, A> terms_of(const LossArguments<T, A>& a) {
     terms.outer[b] = static_cast<A>(counted > 0 ? unit.value / static_cast<double>(counted) : 0.0);
     check_not_cancelled(unit, b);
     if (positive && negative && a.S > 1 && a.alpha != 0)
-      throw std::invalid_argument("weights: expected positions of one sign in each example at level 'example' (class weights, position weights and "
-                                  "the target together), where they share importance weights, got both signs in example " +
-                                  std::to_string(b) + "; level='position' takes any");
+      throw std::invalid_argument("example_weight, weight, target: expected positions of one sign in example " + std::to_string(b) +
+                                  ", as at level='example' they share importance weights, got weights of both signs. Rewards of positions take "
+                                  "level='position', with reduction='sum' or normalizer=");
   }
   terms.denominator = denominator.cancelled() ? kCancelled : denominator.value;
   return terms;
