@@ -301,4 +301,7 @@ def _triton_info() -> str:
 
 
 def _why_missing(name: str) -> str:
-    return f"the {name} kernels are not in this installation ({_missing.get(name, HOW_TO_GET[name])})"
+    how, folder = _missing.get(name, HOW_TO_GET[name]), Path(__file__).parents[1]
+    if name in ("cpu", "cuda") and name not in _missing and not _built["cpu"] and (folder / "setup.py").exists():
+        how = f"Python has imported the sources in {folder}, not what pip installed: start it elsewhere, or make build there; else {how}"
+    return f"the {name} kernels are not in this installation ({how})"

@@ -75,8 +75,9 @@ def convert(
         The model.
 
     Raises:
-        ValueError: samples < 1, a model that is converted already or has no noise, an unknown submodule's name, a BatchNorm that
-            ``batch_norm`` does not suit, outputs that differ from those of the samples alone, with ``strict`` noise that is not reached.
+        ValueError: samples < 1, a model that is converted already or shows no noise on ``example_inputs``, an unknown submodule's name, a
+            BatchNorm that ``batch_norm`` does not suit, outputs that differ from those of the samples alone, with ``strict`` noise that is
+            not reached.
 
     Warns:
         UserWarning: the model draws noise that is not reached (inside other libraries' kernels, by torch.rand, ...), parts of it are

@@ -179,6 +179,14 @@ def test_triton_is_imported_on_first_use(use):
     assert run.returncode == 0, run.stderr
 
 
+def test_sources_that_stand_in_front_of_an_installation(tmp_path):
+    """In a checkout Python takes its folder for the package: the report says so, and not that the package should be installed again."""
+    shutil.copytree(PACKAGE, tmp_path / "iwsgd_ext", ignore=shutil.ignore_patterns("*.so", "*.dll", "__pycache__"))
+    (tmp_path / "setup.py").touch()
+    run = python("import iwsgd_ext; print(iwsgd_ext.backend_info()['cpu'])", tmp_path)
+    assert f"Python has imported the sources in {tmp_path}, not what pip installed" in run.stdout, run.stderr
+
+
 WITHOUT_NATIVE = """
 import torch, iwsgd_ext as iw
 from torch import nn
