@@ -109,14 +109,13 @@ TWO_KERNELS = passes(1, 3)
 
 def reference_bytes(i: Inputs) -> int:
     """Passes of the reference: log-softmax reads and writes; exp, product, difference, product, choice read and write, the one-hot of an
-    example is written, read and written by a product and read; the upstream gradient multiplies. 16-bit logits are raised to float32 and
-    the result rounded back.
+    example is written and read; the upstream gradient multiplies. 16-bit logits are raised to float32 and the result rounded back.
     """
     wide = i.logits.numel() * max(4, i.logits.element_size())
     raised = i.size + wide if i.logits.element_size() < 4 else 0
     if not i.gradient:
         return 2 * wide + raised
-    return 12 * wide + 4 * wide // i.samples + 2 * raised + 2 * i.size
+    return 12 * wide + 2 * wide // i.samples + 2 * raised + 2 * i.size
 
 
 def variant_of(make: Callable[[Inputs], Loss], count: Count, *, definition: Callable[[Inputs], Loss] = expanded, parts: bool = False):

@@ -91,10 +91,10 @@ def vmapped(i: Inputs) -> Form:
 
 def fused(i: Inputs) -> Form:
     """The layer in its context, as it stands in a model."""
-    layer, context = iw.IWDropout(P), iw.sampling(i.samples)
+    layer = iw.IWDropout(P)
 
     def form(x: Tensor) -> Tensor:
-        with context:
+        with iw.sampling(i.samples):
             return layer(x)
 
     return form

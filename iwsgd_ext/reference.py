@@ -313,10 +313,10 @@ def reciprocal(denominator: Tensor) -> Tensor:
 def check_signs(c: Tensor) -> Tensor:
     """Raises where positions of one example, with outer weights c [B, T], are of both signs: they cannot share importance weights.
 
-    Returns c; inside of torch.func's transforms, which cannot raise by values, NaN stands for the weights of such examples.
+    Returns c; inside of vmap, which cannot raise by values, NaN stands for the weights of such examples.
     """
     both = (c > 0).any(1) & (c < 0).any(1)
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._functorch.is_functorch_wrapped_tensor(c):
         return torch.where(both[:, None], float("nan"), c)
     if c.device.type != "cpu" or torch.compiler.is_compiling():
         torch._assert_async(~both.any(), "example_weight, weight: expected positions of one sign in each example at level='example'")

@@ -207,7 +207,7 @@ def test_bad_arguments(error, message, change):
 def test_channel_forms_take_one_number_of_dimensions(form, dim):
     for d in range(1, 7):
         x = torch.ones([2] * d)
-        if d == dim:
+        if d == dim or (dim == 4 and d == 3):  # which torch's dropout2d takes as [B, C, L]
             assert form(x, 0.5, seed=0).shape == x.shape
         else:
             with pytest.raises(ValueError, match=rf"x: expected \[B, C, .*\], got {d}-D"):

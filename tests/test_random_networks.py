@@ -44,7 +44,7 @@ def joined(each: list[Tensor], batch: int) -> Tensor:
     if each[0].dim() == 0:
         return torch.stack(each)
     shape = each[0].shape
-    return torch.cat(each, 0 if shape[0] == batch else next((d for d, n in enumerate(shape) if n == batch), 0))
+    return torch.cat(each, 0 if shape[0] == batch else next((d for d, n in enumerate(shape[:-1]) if n == batch), 0))
 
 
 def one_pass(model, inputs, samples, ids=None) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ X, Y = torch.zeros(B, 6), torch.zeros(B, dtype=torch.int64)
         (TypeError, {"loss_fn": nn.CrossEntropyLoss()}, "loss_fn: expected IWCrossEntropyLoss, .*got CrossEntropyLoss"),
         (ValueError, {"loss_fn": iw.IWCrossEntropyLoss(4, reduction="none")}, "loss_fn: expected reduction 'mean' or 'sum'"),
         (ValueError, {"loss_fn": iw.IWCrossEntropyLoss(4, process_group="a group")}, "loss_fn: expected process_group=None"),
-        (ValueError, {"targets": Y[:3]}, "logits: expected 4 samples"),
+        (ValueError, {"targets": Y[:3]}, "outputs: expected 4 samples"),
         (TypeError, {"targets": (Y, Y)}, "argument"),
         (TypeError, {"targets": {"target": Y, "alpha": 0.0}}, "alpha"),
         (TypeError, {"targets": {"target": Y, "alpha": 0.0}, "strategy": "streamed"}, "alpha"),

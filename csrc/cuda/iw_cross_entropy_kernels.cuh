@@ -57,10 +57,14 @@ IWSGD_HD void find_scale(const Block& block, const LossArguments<T, A>& a, const
     denominator = static_cast<double>(*a.normalizer);
   } else if (a.reduction == Reduction::mean) {
     denominator = 0;
-    for (int64_t i = block.thread(); i < work.denominator_blocks; i += block.threads()) denominator += block.fresh(work.denominators + i);
+    bool any = false;  // part that is not 0
+    for (int64_t i = block.thread(); i < work.denominator_blocks; i += block.threads()) {
+      const double part = block.fresh(work.denominators + i);
+      denominator += part, any |= part != 0;
+    }
     denominator = block_sum(block, denominator, scratch);
-    for (int64_t i = 0; denominator == 0 && i < work.denominator_blocks && block.thread() == 0; ++i)
-      if (block.fresh(work.denominators + i) != 0) denominator = kCancelled;
+    const double parts = block_sum(block, any ? 1.0 : 0.0, scratch);
+    if (denominator == 0 && parts != 0) denominator = kCancelled;  // of the first thread, which has the sums
   }
   if (block.thread() == 0) *scale = reciprocal(denominator);
 }
@@ -118,16 +122,17 @@ IWSGD_HD double finish_unit(const LossArguments<T, A>& a, int64_t unit, A bound,
 
 template <class T, class A, class Block>
 IWSGD_HD void loss_denominator(const Block& block, const LossArguments<T, A>& a, const LossWork<A>& work) {
-  double sum = 0, terms = 0;  // terms that are not 0
+  double sum = 0;
+  bool any = false;  // term that is not 0
   for (int64_t p = block.index() * block.threads() + block.thread(); p < a.positions(); p += block.blocks() * block.threads()) {
     const RowTarget<A> target = row_target<true>(a, p);
     if (target.ignored) continue;
     const A v = a.labels != nullptr && a.class_weight != nullptr ? a.class_weight[target.label] : A(1);
     const double d = static_cast<double>(v * target.weight) * a.example_weight_of(p);
-    sum += d, terms += d != 0;
+    sum += d, any |= d != 0;
   }
   sum = block_sum(block, sum, reinterpret_cast<double*>(block.shared()));
-  terms = block_sum(block, terms, reinterpret_cast<double*>(block.shared()));
+  const double terms = block_sum(block, any ? 1.0 : 0.0, reinterpret_cast<double*>(block.shared()));
   if (block.thread() == 0) work.denominators[block.index()] = sum == 0 && terms != 0 ? kCancelled : sum;
 }
 
