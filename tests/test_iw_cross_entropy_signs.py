@@ -242,6 +242,9 @@ def test_under_vmap(device):
     rewards[1, 0, 0] = -0.5
     got = torch.vmap(lambda z, y, w: iw.iw_cross_entropy(z, y, 3, example_weight=w, reduction="sum"))(z, y, rewards)
     assert got.isnan().tolist() == [False, True, False, False]
+    if device.type == "cpu":
+        with pytest.raises(ValueError, match="positions of one sign in example 0"):  # a gradient's values are there
+            torch.func.grad(lambda z: iw.iw_cross_entropy(z, y[1], 3, example_weight=rewards[1], reduction="sum"))(z[1])
 
 
 @pytest.mark.parametrize("strategy", ["batched", "streamed", "loop"])
