@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import reference
+from . import reference, transforms
 from .checks import as_samples, check, check_loss_options, check_mean
 from .iw_cross_entropy import Level, Reduction, denominator_of, iw_cross_entropy, operands_of, position_weights_of
 from .likelihood import _IWLoss, as_arguments
@@ -96,7 +96,7 @@ class IWCrossEntropyLoss(_IWLoss):
         samples, ignore_index = as_samples(samples), int(self.ignore_index)
         operands = operands_of(logits, target, samples, self.weight, example_weight, normalizer)
         if example_weight is not None and reduction == "mean" and normalizer is None:
-            check_mean(example_weight)
+            check_mean(transforms.plain(example_weight))
         _, weight, per_example, position_weight, normalizer = operands
         of_positions = example_weight if position_weight is not None else None
         rows, of_positions = (None if x is None else x.expand(samples, *x.shape).flatten(0, 1) for x in (target, of_positions))

@@ -383,8 +383,8 @@ def iw_cross_entropy(
     acc = _accumulated(logits.dtype)
     rows, classes, positions = logits.shape
     batch = rows // samples
-    if target.dtype == torch.int64 and need_gradient is False and torch._C._are_functorch_transforms_active():
-        # a derivative through what a row of NaN is replaced by, behind it, would be NaN
+    if target.dtype == torch.int64 and not need_gradient and torch._C._are_functorch_transforms_active():
+        # Replaced before the softmax: an ignored row of NaN that is replaced behind it would have a derivative of NaN.
         logits = torch.where((target != ignore_index).repeat(samples, 1)[:, None], logits, 0)
     # along the last dimension, where torch adds up in several partial sums
     log_p = torch.log_softmax(logits.to(acc).transpose(1, 2), 2).transpose(1, 2).contiguous().view(samples, batch, classes, positions)
