@@ -316,12 +316,13 @@ def check_signs(c: Tensor) -> Tensor:
     Returns c; inside of vmap, which cannot raise by values, NaN stands for the weights of such examples.
     """
     both = (c > 0).any(1) & (c < 0).any(1)
+    compiling = torch.compiler.is_compiling()
     functorch, x = torch._C._functorch, both
-    while functorch.is_functorch_wrapped_tensor(x):
+    while not compiling and functorch.is_functorch_wrapped_tensor(x):  # the compiler cannot trace this call
         if functorch.is_batchedtensor(x):
             return torch.where(both[:, None], float("nan"), c)
         x = functorch.get_unwrapped(x)
-    if c.device.type != "cpu" or torch.compiler.is_compiling():
+    if compiling or c.device.type != "cpu":
         torch._assert_async(~both.any(), "example_weight, weight: expected positions of one sign in each example at level='example'")
     elif both.any():
         raise ValueError(
