@@ -2,6 +2,7 @@
 // has the conversions, so that kernels written with it can be tested there.
 #pragma once
 #include <cstdlib>
+#include <cstring>
 #include <type_traits>
 
 #include "../dtypes.h"
@@ -49,10 +50,16 @@ IWSGD_HD Elements<T, V> load(const T* from) {
 #endif
 }
 
+// One access. In a plain assignment of a struct of words, nvcc makes each of the words a store of its own.
 template <class T, int V>
 IWSGD_HD void store(T* to, const Elements<T, V>& elements) {
 #if defined(__CUDA_ARCH__)
-  *reinterpret_cast<Elements<T, V>*>(to) = elements;
+  constexpr int kBytes = V * sizeof(T);
+  uint32_t w[kBytes / 4 > 0 ? kBytes / 4 : 1];
+  if constexpr (kBytes >= 4) std::memcpy(w, &elements, kBytes);
+  if constexpr (kBytes == 16) asm volatile("st.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]) : "memory");
+  else if constexpr (kBytes == 8) asm volatile("st.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(w[0]), "r"(w[1]) : "memory");
+  else *reinterpret_cast<Elements<T, V>*>(to) = elements;
 #else
   if (reinterpret_cast<uintptr_t>(to) % sizeof(elements) != 0) std::abort();
   std::memcpy(to, &elements, sizeof elements);
