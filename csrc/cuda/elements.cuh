@@ -50,16 +50,29 @@ IWSGD_HD Elements<T, V> load(const T* from) {
 #endif
 }
 
+// Where a pointer that is not to a local variable leads.
+enum class Space { global, shared };
+
 // One access. In a plain assignment of a struct of words, nvcc makes each of the words a store of its own.
-template <class T, int V>
+template <class T, int V, Space kSpace = Space::global>
 IWSGD_HD void store(T* to, const Elements<T, V>& elements) {
 #if defined(__CUDA_ARCH__)
   constexpr int kBytes = V * sizeof(T);
-  uint32_t w[kBytes / 4 > 0 ? kBytes / 4 : 1];
-  if constexpr (kBytes >= 4) std::memcpy(w, &elements, kBytes);
-  if constexpr (kBytes == 16) asm volatile("st.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]) : "memory");
-  else if constexpr (kBytes == 8) asm volatile("st.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(w[0]), "r"(w[1]) : "memory");
-  else *reinterpret_cast<Elements<T, V>*>(to) = elements;
+  if constexpr (kBytes < 8) {
+    *reinterpret_cast<Elements<T, V>*>(to) = elements;
+  } else {
+    uint32_t w[kBytes / 4];
+    std::memcpy(w, &elements, kBytes);
+    if constexpr (kSpace == Space::global) {
+      const auto at = __cvta_generic_to_global(to);
+      if constexpr (kBytes == 16) asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]) : "memory");
+      else asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(at), "r"(w[0]), "r"(w[1]) : "memory");
+    } else {
+      const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+      if constexpr (kBytes == 16) asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]) : "memory");
+      else asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(at), "r"(w[0]), "r"(w[1]) : "memory");
+    }
+  }
 #else
   if (reinterpret_cast<uintptr_t>(to) % sizeof(elements) != 0) std::abort();
   std::memcpy(to, &elements, sizeof elements);

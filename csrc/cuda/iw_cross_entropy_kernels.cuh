@@ -260,19 +260,24 @@ IWSGD_HD void loss_tile(const Block& block, const LossArguments<T, A>& a, const 
     block.sync();
 
     if (a.dlogits != nullptr) {
-      for (int r = team; r < rows; r += teams) {
-        const int s = r / n, j = r % n;
-        if (j >= count) continue;
-        const RowTarget<A> target = row_target<false>(a, first + j);
-        const A w = l[r], outside = w * static_cast<A>(*scale) * a.example_weight_of(first + j);
-        T* const z = row_in_shared(s, j);
-        T* const dz = plan.flat ? z : gradient_in_memory(s, j);
-        if (target.ignored || w == A(0)) {  // zeros, whatever the logits are; NaN would have made the weight NaN
-          zero_row(dz, 1, C, lane, plan.lanes);
-          continue;
+      const auto gradients = [&](auto space, const auto& gradient_at) {
+        constexpr Space kSpace = decltype(space)::value;
+        for (int r = team; r < rows; r += teams) {
+          const int s = r / n, j = r % n;
+          if (j >= count) continue;
+          const RowTarget<A> target = row_target<false>(a, first + j);
+          const A w = l[r], outside = w * static_cast<A>(*scale) * a.example_weight_of(first + j);
+          T* const dz = gradient_at(s, j);
+          if (target.ignored || w == A(0)) {  // zeros, whatever the logits are; NaN would have made the weight NaN
+            zero_row<kSpace>(dz, 1, C, lane, plan.lanes);
+            continue;
+          }
+          row_gradient<kSoft, kTileLoads, kSpace>(target, row_in_shared(s, j), 1, dz, 1, C, max[r], outside * c[j] / sum[r],
+                                                  outside * target.weight, lane, plan.lanes);
         }
-        row_gradient<kSoft, kTileLoads>(target, z, 1, dz, 1, C, max[r], outside * c[j] / sum[r], outside * target.weight, lane, plan.lanes);
-      }
+      };
+      if (plan.flat) gradients(std::integral_constant<Space, Space::shared>{}, row_in_shared);
+      else gradients(std::integral_constant<Space, Space::global>{}, gradient_in_memory);
       if (plan.flat) {
         block.sync();
         for (int s = 0; s < S; ++s) copy_out(gradient_in_memory(s, 0), row_in_shared(s, 0), count * C, block.thread(), block.threads());

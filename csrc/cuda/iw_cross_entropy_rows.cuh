@@ -213,7 +213,7 @@ IWSGD_HD void row_likelihood(const RowTarget<A>& target, const RowSum<A>& row, A
 
 // ---- gradient ----
 
-template <class T>
+template <Space kSpace = Space::global, class T>
 IWSGD_HD void zero_row(T* dz, int64_t dstride, int C, int lane, int lanes) {
   constexpr int V = kVector<T>;
   if (dstride != 1) {
@@ -221,12 +221,12 @@ IWSGD_HD void zero_row(T* dz, int64_t dstride, int C, int lane, int lanes) {
     return;
   }
   const Pieces<T> pieces(dz, dz, C);
-  for (int i = lane; i < pieces.chunks; i += lanes) store<T, V>(dz + pieces.chunk(i), Elements<T, V>{});
+  for (int i = lane; i < pieces.chunks; i += lanes) store<T, V, kSpace>(dz + pieces.chunk(i), Elements<T, V>{});
   for (int i = lane; i < pieces.edges; i += lanes) dz[pieces.edge(i)] = T{};
 }
 
-// dz = factor * exp(z - max) - k * (q v); dz may be z.
-template <bool kSoft, int kLoads, class T, class A>
+// dz = factor * exp(z - max) - k * (q v); dz, in kSpace, may be z.
+template <bool kSoft, int kLoads, Space kSpace = Space::global, class T, class A>
 IWSGD_HD void row_gradient(const RowTarget<A>& target, const T* z, int64_t stride, T* dz, int64_t dstride, int C, A max, A factor, A k,
                            int lane, int lanes) {
   const A hot = k * target.hot;
@@ -264,7 +264,7 @@ IWSGD_HD void row_gradient(const RowTarget<A>& target, const T* z, int64_t strid
         for (int j = 0; j < V; ++j)
           if (first + j == target.label) g[j] -= hot;
       }
-      store<T, V>(dz + first, scaled<T, V>([&](int j) { return g[j]; }, A(1)));
+      store<T, V, kSpace>(dz + first, scaled<T, V>([&](int j) { return g[j]; }, A(1)));
     }
   }
   for (int i = lane; i < pieces.edges; i += lanes) write_one(pieces.edge(i));
