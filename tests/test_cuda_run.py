@@ -235,13 +235,14 @@ def kernels_of(call) -> list[str]:
 class TestLaunches:
     @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
     @pytest.mark.parametrize("classes", [2, 10, 1000])
-    def test_few_classes_take_one(self, classes, reduction, monkeypatch):
+    @pytest.mark.parametrize(("smoothing", "kernel"), [(0.0, "registers"), (0.1, "fwd")], ids=["hard", "smoothed"])
+    def test_few_classes_take_one(self, classes, reduction, smoothing, kernel, monkeypatch):
         """Loss, log-likelihoods, weights, bound and gradient."""
         monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
         z = torch.randn(SAMPLES * 20_000, classes, device="cuda", requires_grad=True)
         target = torch.randint(classes, (20_000,), device="cuda")
-        names = kernels_of(lambda: iw.iw_cross_entropy(z, target, SAMPLES, reduction=reduction))
-        assert len(names) == 1 and "iw_cross_entropy_fwd_kernel" in names[0], names
+        names = kernels_of(lambda: iw.iw_cross_entropy(z, target, SAMPLES, reduction=reduction, label_smoothing=smoothing))
+        assert len(names) == 1 and f"iw_cross_entropy_{kernel}_kernel" in names[0], names
 
     @pytest.mark.skipif(
         torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9, reason="clusters are of sm_90 and later devices"

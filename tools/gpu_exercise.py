@@ -145,9 +145,17 @@ def exercise_multinomial(device: torch.device, dtypes: list[torch.dtype]) -> int
     return count
 
 
-# samples, examples, classes, positions, options. Classes by regime: several rows of a warp, of a block, one unit of a block, a
-# cluster, slices (units of several positions, classes that are not adjacent, and units too large for anything on chip).
+# samples, examples, classes, positions, options. Classes by regime: registers (each form, units of one warp and of several), several rows
+# of a warp, of a block, one unit of a block, a cluster, slices (units of several positions, classes that are not adjacent, and units too
+# large for anything on chip).
 LOSSES = [
+    (8, 150, 8, 1, {}),
+    (8, 37, 256, 1, {"alpha": 0.5}),
+    (5, 37, 512, 1, {"reduction": "none"}),
+    (64, 5, 40, 1, {}),
+    (8, 37, 1001, 1, {"reduction": "sum"}),
+    (8, 13, 1500, 1, {}),
+    (1, 37, 2048, 1, {}),
     (4, 37, 2, 1, {}),
     (8, 33, 10, 1, {"label_smoothing": 0.1}),
     (3, 5, 1000, 1, {"reduction": "none"}),
@@ -215,7 +223,7 @@ EXERCISES = {
     exercise_multinomial: {"multinomial_fwd_kernel", "multinomial_kernel"},
     exercise_loss: {
         f"iw_cross_entropy_{part}_kernel"
-        for part in ("denominator", "fwd", "cluster", "reread", "statistics", "weights", "join", "gradient", "total")
+        for part in ("denominator", "registers", "fwd", "cluster", "reread", "statistics", "weights", "join", "gradient", "total")
     },
     exercise_scale: {"iw_cross_entropy_scale_kernel"},
 }

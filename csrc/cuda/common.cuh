@@ -27,6 +27,27 @@ inline void check(cudaError_t result) {
 // The same for the launch before.
 inline void check_launch() { check(cudaGetLastError()); }
 
+// A launch with attributes, as cudaLaunchKernelEx takes it.
+struct Launch {
+  cudaLaunchAttribute attribute[1] = {};
+  cudaLaunchConfig_t config = {};
+
+  Launch(int64_t blocks, int threads, int64_t shared_bytes, cudaStream_t stream) {
+    config.gridDim = static_cast<unsigned>(blocks), config.blockDim = threads, config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream, config.attrs = attribute, config.numAttrs = 1;
+  }
+  Launch(const Launch&) = delete;
+  Launch& together(bool yes) {  // all blocks on the GPU at once
+    attribute[0].id = cudaLaunchAttributeCooperative, attribute[0].val.cooperative = yes;
+    return *this;
+  }
+  Launch& in_clusters_of(int ranks) {
+    attribute[0].id = cudaLaunchAttributeClusterDimension;
+    attribute[0].val.clusterDim.x = ranks, attribute[0].val.clusterDim.y = 1, attribute[0].val.clusterDim.z = 1;
+    return *this;
+  }
+};
+
 // Makes x's device the current one for as long as it lives, and holds that device's current stream.
 class OnDeviceOf {
  public:

@@ -27,15 +27,17 @@ namespace iwsgd {
 template <class T>
 constexpr int kVector = 16 / sizeof(T);  // elements of one 16-byte access
 
-// V elements. Of the 16-bit types, two in each 32-bit word, the first one in the lower half.
+// Whether V elements are kept as words of two, the first one in the lower half.
 template <class T, int V>
+constexpr bool kInWords = sizeof(T) == 2 && V > 1;
+
+template <class T, int V, bool kWords = kInWords<T, V>>
 struct alignas(V * sizeof(T)) Elements {
   T e[V];
 };
-template <class T>
-struct alignas(16) Elements<T, 8> {
-  static_assert(sizeof(T) == 2, "eight elements are 16 bytes");
-  uint32_t w[4];
+template <class T, int V>
+struct alignas(V * sizeof(T)) Elements<T, V, true> {
+  uint32_t w[V / 2];
 };
 
 template <class T, int V>
@@ -117,17 +119,31 @@ IWSGD_HD uint32_t narrow_two(float first, float second) {
 // Element j as a number.
 template <class T, int V>
 IWSGD_HD acc_t<T> element(const Elements<T, V>& x, int j) {
-  if constexpr (V == 8) return widen<T>({static_cast<uint16_t>(x.w[j / 2] >> (16 * (j % 2)))});
+  if constexpr (kInWords<T, V>) return widen<T>({static_cast<uint16_t>(x.w[j / 2] >> (16 * (j % 2)))});
   else return widen<T>(x.e[j]);
+}
+
+// x as every element.
+template <class T, int V>
+IWSGD_HD Elements<T, V> filled(acc_t<T> x) {
+  Elements<T, V> y;
+  if constexpr (kInWords<T, V>) {
+    IWSGD_UNROLL
+    for (int i = 0; i < V / 2; ++i) y.w[i] = narrow<T>(x).bits * 0x10001u;
+  } else {
+    IWSGD_UNROLL
+    for (int j = 0; j < V; ++j) y.e[j] = narrow<T>(x);
+  }
+  return y;
 }
 
 // number(j) * scale as element j, rounded once.
 template <class T, int V, class Number>
 IWSGD_HD Elements<T, V> scaled(const Number& number, acc_t<T> scale) {
   Elements<T, V> y;
-  if constexpr (V == 8) {
+  if constexpr (kInWords<T, V>) {
     IWSGD_UNROLL
-    for (int i = 0; i < 4; ++i) y.w[i] = narrow_two<T>(number(2 * i) * scale, number(2 * i + 1) * scale);
+    for (int i = 0; i < V / 2; ++i) y.w[i] = narrow_two<T>(number(2 * i) * scale, number(2 * i + 1) * scale);
   } else {
     IWSGD_UNROLL
     for (int j = 0; j < V; ++j) y.e[j] = narrow<T>(number(j) * scale);
@@ -138,9 +154,9 @@ IWSGD_HD Elements<T, V> scaled(const Number& number, acc_t<T> scale) {
 // Element j where bit j is set, else zero, whatever x was.
 template <class T, int V>
 IWSGD_HD Elements<T, V> masked(Elements<T, V> x, uint32_t bits) {
-  if constexpr (V == 8) {
+  if constexpr (kInWords<T, V>) {
     IWSGD_UNROLL
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < V / 2; ++i) {
       if (!(bits >> (2 * i) & 1u)) x.w[i] &= 0xFFFF0000u;
       if (!(bits >> (2 * i + 1) & 1u)) x.w[i] &= 0x0000FFFFu;
     }

@@ -1,16 +1,17 @@
 // The importance weighted cross-entropy on NVIDIA GPUs: loss, log-likelihoods, importance weights and gradient in one pass.
 //
-// An example's S rows must be known before the gradient of any of them: where they fit, one block, or the blocks of a cluster, hold
-// them in shared memory in between, and memory sees one read and one write of the logits; else three kernels go over slices that
-// the second level cache holds. iw_cross_entropy_launch.h chooses. The mean's denominator, from the targets alone, and the sum over
+// An example's S rows must be known before the gradient of any of them: where they fit, warps hold them in registers in between, a block
+// or the blocks of a cluster in shared memory, and memory sees one read and one write of the logits; else three kernels go over slices
+// that the second level cache holds. iw_cross_entropy_launch.h chooses. The mean's denominator, from the targets alone, and the sum over
 // the units are sums in a fixed order, so that results are the same in every bit from run to run, and nothing is read back to the
-// host. The kernels' bodies are in iw_cross_entropy_kernels.cuh and iw_cross_entropy_cluster.cuh, which compile for the host too.
+// host. The kernels' bodies are in iw_cross_entropy_registers.cuh, _kernels.cuh and _cluster.cuh, which compile for the host too.
 #include <map>
 
 #include "common.cuh"
 #include "../iw_cross_entropy_op.h"
 #include "iw_cross_entropy_block.cuh"
 #include "iw_cross_entropy_cluster.cuh"
+#include "iw_cross_entropy_registers.h"
 #include "iw_cross_entropy_scale.cuh"
 
 namespace iwsgd {
@@ -108,6 +109,7 @@ Device ask_device(int device) {
   DeviceLimits limits{attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
                       attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor), attribute(cudaDevAttrL2CacheSize)};
   limits.most_ranks = clusters ? kMostRanks : 1;
+  limits.registers = attribute(cudaDevAttrMaxRegistersPerBlock);
   return {limits, attribute(cudaDevAttrCooperativeLaunch) != 0};
 }
 
@@ -117,27 +119,6 @@ const Device& this_device(int device) {
   const auto found = known.find(device);
   return found != known.end() ? found->second : known.emplace(device, ask_device(device)).first->second;
 }
-
-// A launch with attributes, as cudaLaunchKernelEx takes it.
-struct Launch {
-  cudaLaunchAttribute attribute[1] = {};
-  cudaLaunchConfig_t config = {};
-
-  Launch(int64_t blocks, int threads, int64_t shared_bytes, cudaStream_t stream) {
-    config.gridDim = static_cast<unsigned>(blocks), config.blockDim = threads, config.dynamicSmemBytes = shared_bytes;
-    config.stream = stream, config.attrs = attribute, config.numAttrs = 1;
-  }
-  Launch(const Launch&) = delete;
-  Launch& together(bool yes) {  // all blocks on the GPU at once
-    attribute[0].id = cudaLaunchAttributeCooperative, attribute[0].val.cooperative = yes;
-    return *this;
-  }
-  Launch& in_clusters_of(int ranks) {
-    attribute[0].id = cudaLaunchAttributeClusterDimension;
-    attribute[0].val.clusterDim.x = ranks, attribute[0].val.clusterDim.y = 1, attribute[0].val.clusterDim.z = 1;
-    return *this;
-  }
-};
 
 // The kernels of a call, as run_loss asks for them.
 template <class T>
@@ -151,6 +132,11 @@ struct Launches {
     check_launch();
   }
   // How many blocks the device holds at once, or 0 where it cannot start them together.
+  template <class>
+  int64_t resident(const RegisterPlan& plan) const {
+    return cooperative ? resident_registers<T>(plan, limits.multiprocessors) : 0;
+  }
+  void registers(const Arguments<T>& a, const Work<T>& work, const RegisterPlan& plan) const { launch_registers(a, work, plan, stream); }
   template <bool kSoft, class>
   int64_t resident(const TilePlan& plan) const {
     int each = 0;

@@ -16,6 +16,7 @@ struct DeviceBlock {
   __device__ int64_t blocks() const { return gridDim.x; }
   __device__ char* shared() const { return memory; }
   __device__ void sync() const { __syncthreads(); }
+  __device__ void sync_warp() const { __syncwarp(); }
 
   // x of the thread whose number differs by these bits; all of the warp take part.
   template <class A>

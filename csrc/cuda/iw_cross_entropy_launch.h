@@ -28,6 +28,7 @@ struct DeviceLimits {
   int64_t cache;                                        // bytes of the second level cache
   int most_ranks = 1;                                   // blocks of a cluster; 1: there are no clusters
   int64_t most_blocks = 1 << 15;                        // of a grid; each then works on several tiles or rows
+  int64_t registers = 1 << 16;                          // of a block
 };
 
 // What the choice depends on.
@@ -38,7 +39,7 @@ struct LossShape {
   bool even;                  // row (s, unit) begins at s * B * row_stride + unit * pitch, in both, and its classes are adjacent
   bool adjacent;              // the classes of a row of the logits
   bool contiguous;            // the rows of neighbouring units, too, in the logits and in their gradient
-  bool aligned;               // every row, to 16 bytes, in both
+  int64_t access_bytes;       // the widest access in which every row can be taken, in both: 16, 4, or one element
 };
 
 template <class T, class A>
@@ -50,9 +51,9 @@ inline LossShape loss_shape(const LossArguments<T, A>& a) {
   const auto lies_even = [&](int64_t row, int64_t classes, int64_t position) {
     return classes == 1 && (positions == 1 || row == positions * position);
   };
-  const auto align = [&](const T* base, int64_t row, int64_t position) {
-    const auto pitches = static_cast<uint64_t>(row * size) | static_cast<uint64_t>(positions == 1 ? 0 : position * size);
-    return (reinterpret_cast<uintptr_t>(base) | pitches) % 16 == 0;
+  uint64_t ends = static_cast<uint64_t>(a.C * size);  // where rows begin and end, as far as its lowest bits tell
+  const auto begin_at = [&](const T* base, int64_t row, int64_t position) {
+    ends |= reinterpret_cast<uintptr_t>(base) | static_cast<uint64_t>(row * size) | static_cast<uint64_t>(positions == 1 ? 0 : position * size);
   };
   LossShape shape{};
   shape.S = a.S, shape.units = a.units(), shape.C = a.C;
@@ -61,21 +62,44 @@ inline LossShape loss_shape(const LossArguments<T, A>& a) {
   shape.adjacent = a.class_stride == 1;
   shape.even = lies_even(a.row_stride, a.class_stride, a.position_stride);
   shape.contiguous = follow(a.row_stride, a.class_stride, a.position_stride);
-  shape.aligned = a.C * size % 16 == 0 && align(a.logits, a.row_stride, a.position_stride);
+  begin_at(a.logits, a.row_stride, a.position_stride);
   if (a.dlogits != nullptr) {
     shape.even = shape.even && lies_even(a.drow_stride, a.dclass_stride, a.dposition_stride);
     shape.contiguous = shape.contiguous && follow(a.drow_stride, a.dclass_stride, a.dposition_stride);
-    shape.aligned = shape.aligned && align(a.dlogits, a.drow_stride, a.dposition_stride);
+    begin_at(a.dlogits, a.drow_stride, a.dposition_stride);
   }
+  shape.access_bytes = ends % 16 == 0 ? 16 : ends % 4 == 0 ? std::max<int64_t>(4, size) : size;
   return shape;
 }
 
+constexpr int kWarpLanes = 32;
+constexpr int64_t kSlotBytes = 20;       // of a RowSlot and a log-likelihood
 constexpr int kStatsPerRow = 3;          // max, sum, log-likelihood
 constexpr int kPartValues = 5;           // of a RowPart
 constexpr int64_t kScratchBytes = 1024;  // a block's reductions
 constexpr int kDenominatorBlocks = 32;   // of the kernel that does nothing else
 constexpr int kPlainThreads = 256;       // of the kernels that hold nothing in shared memory
 constexpr int kJoinThreads = 1024;       // of those that add up an example's positions
+
+// A team of warps holds the rows of 2^group_bits * places units: in each warp `rows` rows for each group of 32 >> group_bits lanes, of
+// one unit's samples or, where there are fewer of them, of `places` units. iw_cross_entropy_registers.cuh has a kernel for each form.
+struct RegisterPlan {
+  bool use;
+  int access, accesses, rows;  // the form: elements of an access; accesses of a lane in a row; rows of a lane
+  int group_bits, places, warps;
+  int weigh_bits;              // 2^weigh_bits threads weigh a unit
+  int inverse_samples;         // row / S = row * inverse_samples >> 16
+  unsigned last_samples;       // bit r: a lane's row r is of its unit's last sample, and another unit's rows follow
+  int threads;                 // of a block: a team, or several of one warp each
+  bool one_launch;
+  int64_t shared_bytes, tiles, blocks;  // tiles: of a team's units
+  int64_t stride;                       // units from one tile of a team to its next one
+  // Elements, in the logits and in their gradient: between neighbouring units; from a row to the next sample's; and, added to that, from
+  // the row of a last sample to the first one of the next place.
+  struct Steps {
+    int64_t unit, sample, place;
+  } logits, gradient;
+};
 
 // A block holds the rows of n units; row (s, j) begins at s * segment_bytes + j * row_bytes, shifted so that it lies to 16 bytes as
 // it does in memory. lanes threads work on a row, weigh_lanes on a unit's weights: both powers of two.
@@ -118,11 +142,71 @@ inline int lanes_of_row(const LossShape& shape, int most) {
   return static_cast<int>(std::min<int64_t>(most, power_of_two_in(divide_up(shape.C * shape.element_bytes, 16))));
 }
 
+struct RegisterForm {
+  int accesses, rows;
+};
+// Of accesses of 16 bytes, which take four registers, and of narrow ones, of 4 bytes or one element, which take one: at most 64 registers
+// of logits, beside which a thread needs some 40.
+constexpr RegisterForm kWideForms[] = {{1, 8}, {2, 8}, {4, 4}, {16, 1}};
+constexpr RegisterForm kNarrowForms[] = {{2, 8}, {16, 4}, {64, 1}};
+// Up to 32 registers of logits leave room for two blocks of 320 threads on a multiprocessor, 96 registers a thread.
+constexpr bool few_registers(int accesses, int rows, int access_bytes) { return accesses * rows * (access_bytes / 4 > 1 ? access_bytes / 4 : 1) <= 32; }
+constexpr int most_team_warps(int accesses, int rows, int access_bytes) { return few_registers(accesses, rows, access_bytes) ? 10 : 16; }
+
+constexpr int64_t kTeamRegisters = 128;  // of a thread, at most
+
+inline int bits_of(int64_t n) {  // the least b for which 2^b is at least n
+  int bits = 0;
+  while ((int64_t(1) << bits) < n) ++bits;
+  return bits;
+}
+
+// The form with the fewest registers that holds a row.
+inline RegisterPlan register_plan(const LossShape& shape, const DeviceLimits& device) {
+  RegisterPlan plan{};
+  const int64_t accesses = shape.C * shape.element_bytes / std::max<int64_t>(1, shape.access_bytes);
+  if (!shape.even || shape.positions != 1 || shape.units == 0 || shape.element_bytes > 4) return plan;
+  const auto take = [&](const RegisterForm& form) {
+    if (plan.rows == 0 && accesses <= form.accesses * kWarpLanes) plan.accesses = form.accesses, plan.rows = form.rows;
+  };
+  if (shape.access_bytes == 16) for (const RegisterForm& form : kWideForms) take(form);
+  else for (const RegisterForm& form : kNarrowForms) take(form);
+  if (plan.rows == 0 || divide_up(shape.S, plan.rows) > most_team_warps(plan.accesses, plan.rows, static_cast<int>(shape.access_bytes))) return plan;
+  plan.use = divide_up(shape.S, plan.rows) * kWarpLanes * kTeamRegisters <= device.registers;
+  plan.access = static_cast<int>(shape.access_bytes / shape.element_bytes);
+  plan.warps = static_cast<int>(divide_up(shape.S, plan.rows));
+  const int lane_bits = std::min(5, bits_of(accesses));
+  plan.group_bits = 5 - lane_bits;
+  // Several units of few samples, but no fewer than eight teams for a multiprocessor.
+  const int64_t groups = int64_t(1) << plan.group_bits, spread = shape.units / (groups * 8 * device.multiprocessors);
+  plan.places = static_cast<int>(std::max<int64_t>(1, std::min(plan.rows / shape.S, spread)));
+  plan.tiles = divide_up(shape.units, groups * plan.places);
+  const int teams = plan.warps > 1 || plan.tiles < 4 * device.multiprocessors ? 1 : 4;
+  plan.threads = plan.warps * teams * kWarpLanes;
+  const int64_t weigh_lanes = std::max<int64_t>(1, plan.warps * kWarpLanes / (groups * plan.places));
+  plan.weigh_bits = bits_of(power_of_two_in(std::min<int64_t>({shape.S, weigh_lanes, kWarpLanes})));
+  plan.inverse_samples = static_cast<int>(65536 / shape.S + 1);
+  for (int64_t row = shape.S; plan.warps == 1 && row < shape.S * plan.places; row += shape.S) plan.last_samples |= 1u << (row - 1);
+  plan.shared_bytes = kScratchBytes + teams * plan.warps * plan.rows * groups * kSlotBytes;
+  plan.blocks = std::min(divide_up(plan.tiles, teams), device.most_blocks);
+  return plan;
+}
+
+// The steps of a call, for a plan whose blocks are known.
+template <class T, class A>
+void take_steps(RegisterPlan& plan, const LossArguments<T, A>& a) {
+  const int64_t groups = int64_t(1) << plan.group_bits, teams = plan.blocks * (plan.threads / (plan.warps * kWarpLanes));
+  const auto steps = [&](int64_t unit, int64_t row) { return RegisterPlan::Steps{unit, a.B * row, groups * unit - a.S * a.B * row}; };
+  plan.stride = teams * groups * plan.places;
+  plan.logits = steps(a.lane_stride(), a.row_stride);
+  plan.gradient = steps(a.dlane_stride(), a.drow_stride);
+}
+
 inline TilePlan tile_with(const LossShape& shape, int64_t n) {
   TilePlan plan{};
   plan.n = static_cast<int>(n);
   plan.segments = shape.contiguous;
-  plan.flat = shape.contiguous && !shape.aligned;
+  plan.flat = shape.contiguous && shape.access_bytes != 16;
   const int64_t row = shape.C * shape.element_bytes;
   if (plan.segments) {
     plan.row_bytes = row;
@@ -260,24 +344,36 @@ void run_loss_as(const LossArguments<T, A>& a, const DeviceLimits& device, const
   const LossShape shape = loss_shape(a);
   const bool total = a.reduction != Reduction::none;
   const bool mean = a.reduction == Reduction::mean && a.normalizer == nullptr && a.positions() > 0;
-  TilePlan tiles = tile_plan(shape, device);
-  if (tiles.use && total)
-    if (const int64_t resident = launches.template resident<kSoft, T>(tiles); resident > 0)
-      tiles.one_launch = true, tiles.blocks = std::min(tiles.tiles, resident);
-  const ClusterPlan clusters = tiles.use ? ClusterPlan{} : cluster_plan(shape, device, [&](const ClusterPlan& plan) {
+  RegisterPlan registers{};
+  if constexpr (!kSoft && sizeof(T) <= 4) registers = register_plan(shape, device);
+  TilePlan tiles = registers.use ? TilePlan{} : tile_plan(shape, device);
+  bool one_launch = false;
+  if (registers.use) {
+    const int64_t resident = launches.template resident<T>(registers);
+    if (resident > 0) registers.blocks = std::min(registers.blocks, resident);
+    registers.one_launch = one_launch = total && resident > 0;
+    take_steps(registers, a);
+  } else if (tiles.use && total) {
+    const int64_t resident = launches.template resident<kSoft, T>(tiles);
+    if (resident > 0) tiles.blocks = std::min(tiles.tiles, resident);
+    tiles.one_launch = one_launch = resident > 0;
+  }
+  const bool held = registers.use || tiles.use;  // by one block
+  const int64_t held_blocks = registers.use ? registers.blocks : tiles.blocks;
+  const ClusterPlan clusters = held ? ClusterPlan{} : cluster_plan(shape, device, [&](const ClusterPlan& plan) {
     return launches.template clusters<kSoft, T>(plan);
   });
-  const bool sliced = !tiles.use && !clusters.use && shape.units > 0;
+  const bool sliced = !held && !clusters.use && shape.units > 0;
   const SlicePlan slices = sliced ? slice_plan(shape, device) : SlicePlan{};
   const int64_t positions = slices.units * shape.positions;
 
   LossWork<A> work{};
-  if (mean) work.denominator_blocks = tiles.one_launch ? tiles.blocks : std::min<int64_t>(kDenominatorBlocks, divide_up(a.positions(), kPlainThreads));
+  if (mean) work.denominator_blocks = one_launch ? held_blocks : std::min<int64_t>(kDenominatorBlocks, divide_up(a.positions(), kPlainThreads));
   const auto cut = [&](char* base) {
     Cutter memory{base};
     work.denominators = memory.take<double>(work.denominator_blocks);
     work.finished = memory.take<unsigned>(1);
-    work.loss_blocks = tiles.use ? tiles.blocks : clusters.use ? clusters.blocks / clusters.ranks
+    work.loss_blocks = held ? held_blocks : clusters.use ? clusters.blocks / clusters.ranks
                      : sliced ? divide_up(shape.units, slices.units) * slices.unit_blocks : 0;
     work.losses = total ? memory.take<double>(work.loss_blocks) : nullptr;
     work.max = memory.take<A>(a.S * positions);
@@ -288,12 +384,15 @@ void run_loss_as(const LossArguments<T, A>& a, const DeviceLimits& device, const
   };
   cut(allocate(cut(nullptr)));
 
-  if (tiles.one_launch) return launches.template tile<kSoft>(a, work, tiles);
-  if (mean) launches.denominator(a, work);
-  if (tiles.use) launches.template tile<kSoft>(a, work, tiles);
-  else if (clusters.use) launches.template cluster<kSoft>(a, work, clusters);
+  if (mean && !one_launch) launches.denominator(a, work);
+  if (registers.use) {
+    if constexpr (!kSoft && sizeof(T) <= 4) launches.registers(a, work, registers);
+  } else if (tiles.use) {
+    launches.template tile<kSoft>(a, work, tiles);
+  }
+  if (clusters.use) launches.template cluster<kSoft>(a, work, clusters);
   else if (sliced) run_slices<kSoft>(a, work, slices, launches);
-  if (total) launches.total(a, work);
+  if (total && !one_launch) launches.total(a, work);
 }
 
 template <class T, class A, class Allocate, class Launches>

@@ -10,7 +10,8 @@ void sizes() {
     for (const int64_t S : {1, 2, 3, 5, 8}) {
       if (S * C > 4000) continue;
       Case k{S, C > 100 ? 2 : 9, C, 1};
-      for (const auto& device : {roomy, tight, grouped}) {
+      for (auto device : {roomy, tight, grouped, roomy}) {
+        device.registers = k.device.shared_per_block == grouped.shared_per_block ? 1 << 16 : 0;  // the last one's
         k.device = device;
         run<float>(k), run<bf16>(k);
         k.smoothing = 0.125, k.class_weight = true;
@@ -43,9 +44,9 @@ void clusters() {
       Case k{2, 3, C, 1};
       k.special = kInfinite;
       k.device = {2, 1 << 20, 1 << 21, 3000};
-      k.device.most_ranks = ranks;
+      k.device.most_ranks = ranks, k.device.registers = 0;
       // What just holds the rows in that many blocks, so that no fewer are taken.
-      const LossShape shape{k.S, k.B, C, 1, 2, 4, true, true, true, C % 8 == 0};
+      const LossShape shape{k.S, k.B, C, 1, 2, 4, true, true, true, C % 8 == 0 ? 16 : 2};
       k.device.shared_per_block = cluster_with(shape, ranks).shared_bytes;
       k.device.shared_per_multiprocessor = 2 * (k.device.shared_per_block + 1024);
       const int before = counts.clusters;
@@ -54,6 +55,29 @@ void clusters() {
       k.smoothing = 0.1, k.class_weight = true, k.in_place = true;
       run<bf16>(k);
     }
+}
+
+// Units held in registers: each form with rows that fill it and that do not, of one or several warps; several units of few samples in a
+// team; the last team's missing units; fewer blocks than teams.
+void registers() {
+  for (const int64_t C : {1, 2, 6, 8, 10, 30, 64, 100, 129, 250, 256, 511, 512, 1000, 1001, 1024, 2047, 2048, 4096})
+    for (const int64_t S : {1, 2, 3, 4, 5, 8, 9, 20}) {
+      if (S * C > 9000) continue;
+      for (const int64_t blocks : {1, 3}) {
+        Case k{S, S * C > 1000 ? 3 : 37, C, 1};
+        k.resident_blocks = blocks;
+        const int before = counts.registers;
+        run<bf16>(k);
+        CHECK(counts.registers > before, k, "not in registers");
+        k.reduction = blocks == 1 ? Reduction::sum : Reduction::none, k.class_weight = k.example_weight = true, k.alpha = 0.5, k.in_place = true;
+        run<fp16>(k);
+        if (C <= 2048) run<float>(k);
+      }
+    }
+  Case few{1, 600, 24, 1};  // places
+  few.device = {1, 100000, 200000, 60000};
+  few.resident_blocks = 1;
+  run_all(few);
 }
 
 // Every option, layout, alignment and special value with every other, at random.
@@ -79,7 +103,7 @@ void options() {
     if (k.signs == kBoth && !k.per_position && k.T > 1 && k.S > 1 && k.alpha != 0) k.signs = kNegative;
     if (k.signs == kBoth && k.reduction == Reduction::mean) k.normalizer = true;
     if (coin()) k.device = {random.below(4) + 1, 6000, 12000, random.below(4000)};
-    k.device.most_ranks = coin() ? 1 : 1 << random.below(4);
+    k.device.most_ranks = coin() ? 1 : 1 << random.below(4), k.device.registers = coin() ? 0 : 1 << 16;
     k.resident_blocks = random.below(5), k.resident_clusters = random.below(4);
     if (coin()) k.device.most_blocks = random.below(3) + 1;
     if (trial % 4 == 0) run<float>(k);
@@ -91,9 +115,10 @@ void options() {
 
 int main() {
   sizes();
+  registers();
   clusters();
   options();
-  CHECK(counts.tiles > 300 && counts.together > 200 && counts.clusters > 100 && counts.slices > 300, "tiles ", counts.tiles, ", in one launch ",
+  CHECK(counts.registers > 300 && counts.tiles > 300 && counts.together > 200 && counts.clusters > 100 && counts.slices > 300, "registers ", counts.registers, ", tiles ", counts.tiles, ", in one launch ",
         counts.together, ", clusters ", counts.clusters, ", slices ", counts.slices);
   return test::report();
 }

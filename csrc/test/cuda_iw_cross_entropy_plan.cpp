@@ -39,7 +39,7 @@ void plans() {
   const DeviceLimits a100{108, 166912, 167936, 41943040};
   DeviceLimits h200{132, 232448, 233472, 62914560};
   h200.most_ranks = kMostRanks;
-  const auto shape = [](int64_t S, int64_t C, int64_t bytes) { return LossShape{S, 8192, C, 1, bytes, 4, true, true, true, C * bytes % 16 == 0}; };
+  const auto shape = [](int64_t S, int64_t C, int64_t bytes) { return LossShape{S, 8192, C, 1, bytes, 4, true, true, true, C * bytes % 16 == 0 ? 16 : bytes}; };
   const auto ranks = [](const LossShape& s, const DeviceLimits& device, int64_t held = 8) {
     if (tile_plan(s, device).use) return 1;
     const ClusterPlan plan = cluster_plan(s, device, [&](const ClusterPlan&) { return held; });
@@ -49,6 +49,29 @@ void plans() {
     return plan.ranks;
   };
   const auto expect = [](int got, int expected, const char* what) { CHECK(got == expected, what, ": ", got, " blocks, not ", expected); };
+  // In registers: lanes of a row, accesses and rows of a lane, warps of a team, units of it.
+  const auto held = [&](LossShape s, int lanes, int accesses, int rows, int warps, int units, const char* what) {
+    const RegisterPlan plan = register_plan(s, h200);
+    CHECK(plan.use && kWarpLanes >> plan.group_bits == lanes && plan.accesses == accesses && plan.rows == rows && plan.warps == warps &&
+              (plan.places << plan.group_bits) == units,
+          what, ": ", kWarpLanes >> plan.group_bits, ' ', plan.accesses, ' ', plan.rows, ' ', plan.warps, ' ', plan.places << plan.group_bits);
+    CHECK(plan.places * s.S <= plan.rows * plan.warps && plan.tiles * (plan.places << plan.group_bits) >= s.units, what);
+  };
+  const auto pairs = [&](int64_t S, int64_t C) {
+    LossShape s = shape(S, C, 2);
+    s.access_bytes = 4;
+    return s;
+  };
+  held(shape(8, 256, 2), 32, 1, 8, 1, 1, "a warp holds a unit");
+  held(shape(8, 1000, 2), 32, 4, 4, 2, 1, "two warps");
+  held(shape(8, 4096, 2), 32, 16, 1, 8, 1, "a warp for each row");
+  held(shape(64, 256, 2), 32, 1, 8, 8, 1, "many samples");
+  held(shape(4, 256, 2), 32, 1, 8, 1, 2, "two units of few samples");
+  held(shape(3, 8, 4), 2, 1, 8, 1, 16, "units side by side; no places, as there are few of them");
+  held(pairs(8, 2), 1, 2, 8, 1, 32, "a lane for each unit");
+  held(pairs(8, 10), 8, 2, 8, 1, 4, "digits");
+  held(shape(8, 1001, 2), 32, 64, 1, 8, 1, "an odd row, by elements");
+  CHECK(!register_plan(shape(8, 5000, 2), h200).use && !register_plan(shape(8, 10, 8), h200).use && !register_plan(shape(1000, 10, 2), h200).use, "");
   expect(ranks(shape(8, 10, 2), h200), 1, "digits");
   expect(ranks(shape(8, 7000, 2), h200), 1, "the largest tile");
   expect(ranks(shape(8, 8192, 2), h200), 2, "just above");

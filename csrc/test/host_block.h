@@ -132,6 +132,7 @@ struct HostBlock {
   int64_t blocks() const { return grid; }
   char* shared() const { return (*each)[at]; }
   void sync() const { all->wait(all->blocks[at]); }
+  void sync_warp() const { all->wait(all->warps[(at * count + number) / 32]); }
   template <class A>
   A swap(A x, int bits) const {
     const int self = at * count + number;

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../cuda/iw_cross_entropy_cluster.cuh"
+#include "../cuda/iw_cross_entropy_registers.cuh"
 #include "check.h"
 #include "host_block.h"
 
@@ -13,7 +14,7 @@ using namespace iwsgd;
 
 // What ran, over all cases.
 struct Counts {
-  int tiles = 0, together = 0, clusters = 0, slices = 0, others = 0;
+  int registers = 0, tiles = 0, together = 0, clusters = 0, slices = 0, others = 0;
 };
 
 template <class T>
@@ -35,6 +36,10 @@ struct HostLaunches {
   void launch(int64_t blocks, int count, int64_t shared, const Body& body) const {
     launch(blocks, 1, count, shared, body);
   }
+  template <class>
+  int64_t resident(const RegisterPlan&) const {
+    return resident_blocks;
+  }
   template <bool, class>
   int64_t resident(const TilePlan&) const {
     return resident_blocks;
@@ -46,6 +51,15 @@ struct HostLaunches {
   void denominator(const Arguments& a, const Work& work) const {
     ++counts->others;
     launch(work.denominator_blocks, kPlainThreads, kScratchBytes, [&](const HostBlock& block) { loss_denominator(block, a, work); });
+  }
+  void registers(const Arguments& a, const Work& work, const RegisterPlan& plan) const {
+    ++counts->registers, counts->together += plan.one_launch;
+    CHECK(!plan.one_launch || plan.blocks <= resident_blocks, "more blocks than are there at once: ", plan.blocks);
+    with_form<T>(plan, [&](auto form) {
+      using Form = decltype(form);
+      launch(plan.blocks, plan.one_launch ? static_cast<int>(plan.blocks) : 1, plan.threads, plan.shared_bytes,
+             [&](const HostBlock& block) { loss_registers<Form::access, Form::accesses, Form::rows>(block, a, work, plan); });
+    });
   }
   template <bool kSoft>
   void tile(const Arguments& a, const Work& work, const TilePlan& plan) const {

@@ -1,0 +1,289 @@
+// Units held in registers, from one read of their logits to one write of their gradient: one or more units by a warp, or one row of
+// warps, a team, for larger ones. For hard labels, whatever their weights; soft targets take tiles. Compiles for the host too.
+//
+// A lane holds K accesses of V elements of each of R rows, and refills each of them for the team's next units as soon as the
+// gradient has been made of it: memory is busy while a warp computes, without shared memory and without a barrier of the block
+// where the team is one warp.
+#pragma once
+#include "iw_cross_entropy_kernels.cuh"
+
+namespace iwsgd {
+
+// What the lanes of a row and the threads that weigh its unit tell one another.
+struct alignas(16) RowSlot {
+  float max;
+  float factor;  // gradient = factor exp(z - max), less hot for the label; before the likelihood the sum, before the weights c / sum
+  float hot;     // before the weights c
+  int label;     // -1: the gradient is 0
+};
+
+// The form of a plan as a type.
+template <int V, int K, int R>
+struct FormOf {
+  static constexpr int access = V, accesses = K, rows = R;
+};
+
+// Calls body with the plan's FormOf.
+template <class T, class Body>
+void with_form(const RegisterPlan& plan, const Body& body) {
+  const auto narrow_forms = [&](auto access) {
+    constexpr int V = decltype(access)::value;
+    if (plan.accesses == 2) body(FormOf<V, 2, 8>{});
+    else if (plan.accesses == 16) body(FormOf<V, 16, 4>{});
+    else body(FormOf<V, 64, 1>{});
+  };
+  constexpr int V = kVector<T>;
+  if (plan.access == V) {
+    if (plan.accesses == 1) body(FormOf<V, 1, 8>{});
+    else if (plan.accesses == 2) body(FormOf<V, 2, 8>{});
+    else if (plan.accesses == 4) body(FormOf<V, 4, 4>{});
+    else body(FormOf<V, 16, 1>{});
+  } else if (plan.access == 1) {
+    narrow_forms(std::integral_constant<int, 1>{});
+  } else if constexpr (sizeof(T) == 2) {
+    narrow_forms(std::integral_constant<int, 2>{});
+  }
+}
+
+// x, which the compiler takes for another value each time: what depends on it is computed where it is used, not kept over a loop that
+// has no registers to spare.
+template <class X>
+IWSGD_HD X fresh_register(X x) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(X) == 8) asm volatile("" : "+l"(x));
+  else asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+// Two elements in a register are taken apart by each use for itself: their numbers would need twice the registers.
+template <class T, int V>
+IWSGD_HD Elements<T, V> fresh_register(Elements<T, V> x) {
+  if constexpr (kInWords<T, V>) {
+    IWSGD_UNROLL
+    for (int i = 0; i < V / 2; ++i) x.w[i] = fresh_register(x.w[i]);
+  }
+  return x;
+}
+
+// The barrier of a team.
+template <class Block>
+IWSGD_HD void sync_team(const Block& block, bool warp) {
+  if (warp) block.sync_warp();
+  else block.sync();
+}
+
+// Where a thread stands in a team. Made anew in each step, which costs less than to keep it.
+struct TeamPlace {
+  bool alone;          // the team is one warp
+  int lane, warp;
+  int groups, group;   // of lanes: this lane's row is of unit `group`
+  int sub;             // the lane in its group
+  int team;            // of the block
+  int first_row;       // of the warp, among the rows of its team
+
+  template <class Block>
+  IWSGD_HD TeamPlace(const Block& block, const RegisterPlan& plan) : alone(plan.warps == 1) {
+    const int thread = fresh_register(block.thread());
+    lane = thread % kWarpLanes, warp = thread / kWarpLanes;
+    groups = 1 << plan.group_bits, group = lane >> (5 - plan.group_bits), sub = lane & ((kWarpLanes >> plan.group_bits) - 1);
+    team = alone ? warp : 0, first_row = alone ? 0 : warp * plan.rows;
+  }
+};
+
+template <int V, int K, int R, class T, class Block>
+IWSGD_HD void loss_registers(const Block& block, const LossArguments<T, float>& a, const LossWork<float>& work, const RegisterPlan& plan) {
+  const int S = static_cast<int>(a.S), accesses = static_cast<int>(a.C) / V, lanes = kWarpLanes >> plan.group_bits;
+  const int64_t units = a.units();
+  double* scratch = reinterpret_cast<double*>(block.shared());
+  double* scale = scratch + kScratchBytes / 8 - 1;
+  // The slots of the team's rows, row r of group g at r * groups + g, and their log-likelihoods.
+  const auto slots = [&](const TeamPlace& at) {
+    return reinterpret_cast<RowSlot*>(block.shared() + kScratchBytes) + at.team * R * at.groups;  // a team of several warps is the first
+  };
+  const auto likelihoods = [&](const TeamPlace& at) {
+    const int rows = block.threads() / kWarpLanes * R * at.groups;
+    return reinterpret_cast<float*>(reinterpret_cast<RowSlot*>(block.shared() + kScratchBytes) + rows) + at.team * R * at.groups;
+  };
+  double loss = 0;
+
+  Elements<T, V> x[R][K];
+  IWSGD_UNROLL
+  for (int r = 0; r < R; ++r) {
+    IWSGD_UNROLL
+    for (int k = 0; k < K; ++k) x[r][k] = filled<T, V>(-infinity<float>());  // what is beyond the row stays so
+  }
+  // Calls body(r, distance, offset, doffset) for each of the warp's rows: of the unit `distance` behind the group's first, that far from
+  // sample 0 of the latter in the logits and in their gradient.
+  const auto for_rows = [&](const TeamPlace& at, const auto& body) {
+    const int rows = at.alone ? S * plan.places : S - at.first_row;
+    int64_t offset = at.first_row * plan.logits.sample + at.sub * V, doffset = at.first_row * plan.gradient.sample + at.sub * V;
+    int distance = 0;
+    IWSGD_UNROLL
+    for (int r = 0; r < R; ++r) {
+      if (r < rows) body(r, distance, offset, doffset);
+      offset += plan.logits.sample, doffset += plan.gradient.sample;
+      if (plan.last_samples >> r & 1u) offset += plan.logits.place, doffset += plan.gradient.place, distance += at.groups;
+    }
+  };
+  const auto read = [&](int r, const TeamPlace& at, const T* row) {
+    IWSGD_UNROLL
+    for (int k = 0; k < K; ++k)
+      if (accesses - at.sub > k * kWarpLanes) x[r][k] = load<T, V>(row + k * kWarpLanes * V);
+  };
+
+  int64_t first;  // of the team's units
+  {
+    const TeamPlace at(block, plan);
+    first = (block.index() * (at.alone ? block.threads() / kWarpLanes : 1) + at.team) * (at.groups * plan.places);
+    const T* const from = a.logits + (first + at.group) * plan.logits.unit;
+    for_rows(at, [&](int r, int distance, int64_t offset, int64_t) {
+      if (first + at.group + distance < units) read(r, at, from + offset);
+    });
+  }
+  if (plan.one_launch) {  // NOTE [One launch]; the first rows are on their way meanwhile
+    if (work.denominator_blocks > 0) loss_denominator(block, a, work);
+    if (block.index() == 0 && block.thread() == 0) *work.finished = 0;
+    block.wait_grid(block.arrive_grid());
+  }
+  find_scale(block, a, work, scratch, scale);
+  block.sync();
+
+  for (; first < units; first += plan.stride) {
+    // Statistics: in all lanes of a row, and in its slot.
+    float max[R], sum[R];
+    IWSGD_UNROLL
+    for (int r = 0; r < R; ++r) {
+      max[r] = -infinity<float>();
+      IWSGD_UNROLL
+      for (int k = 0; k < K; ++k) {
+        if (k > 0 && k * kWarpLanes >= accesses) break;
+        float part = element(x[r][k], 0);
+        IWSGD_UNROLL
+        for (int j = 1; j < V; ++j) part = larger(part, element(x[r][k], j));
+        max[r] = larger(max[r], part);
+      }
+    }
+    for (int bits = 1; bits < lanes; bits *= 2) {
+      IWSGD_UNROLL
+      for (int r = 0; r < R; ++r) max[r] = larger(max[r], block.swap(max[r], bits));
+    }
+    IWSGD_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const float reference = max[r] == -infinity<float>() ? 0.f : max[r];
+      sum[r] = 0.f;
+      IWSGD_UNROLL
+      for (int k = 0; k < K; ++k) {
+        if (k > 0 && k * kWarpLanes >= accesses) break;
+        const Elements<T, V> z = fresh_register(x[r][k]);
+        float part = exponential(element(z, 0) - reference);
+        IWSGD_UNROLL
+        for (int j = 1; j < V; ++j) part += exponential(element(z, j) - reference);
+        sum[r] += part;
+      }
+    }
+    for (int bits = 1; bits < lanes; bits *= 2) {
+      IWSGD_UNROLL
+      for (int r = 0; r < R; ++r) sum[r] += block.swap(sum[r], bits);
+    }
+    {
+      const TeamPlace at(block, plan);
+      RowSlot* slot = slots(at) + (at.first_row * at.groups + at.group);
+      if (at.sub == 0) {
+        IWSGD_UNROLL
+        for (int r = 0; r < R; ++r, slot += at.groups) slot->max = max[r], slot->factor = sum[r];
+      }
+    }
+    block.sync_warp();
+
+    {  // Log-likelihoods: a thread for each row of the warp.
+      const TeamPlace at(block, plan);
+      IWSGD_UNROLL_BY(1)
+      for (int i = at.first_row * at.groups + at.lane; i < (at.first_row + R) * at.groups; i += kWarpLanes) {
+        const int row = i >> plan.group_bits, place = row * plan.inverse_samples >> 16, s = row - place * S;
+        const int64_t unit = first + place * at.groups + (i & (at.groups - 1));
+        if (place >= plan.places || unit >= units) continue;
+        RowSlot& slot = slots(at)[i];
+        const RowTarget<float> target = row_target<true>(a, unit);
+        RowSum<float> its;
+        its.max = slot.max, its.sum = slot.factor;
+        float u = 0.f, c = 0.f;
+        if (!target.ignored)
+          row_likelihood<false>(target, its, target.logit(a.logits + (s * plan.logits.sample + unit * plan.logits.unit), 1), u, c);
+        slot.factor = c / its.sum, slot.hot = c;
+        slot.label = target.ignored ? -1 : target.label;
+        likelihoods(at)[i] = unit_log_likelihood(u, c);
+      }
+    }
+    sync_team(block, plan.warps == 1);
+
+    {  // Weights: some threads for each unit of the team.
+      const TeamPlace at(block, plan);
+      const int threads = plan.warps * kWarpLanes, thread = at.alone ? at.lane : block.thread();
+      const int weigh_lanes = 1 << plan.weigh_bits, weigh_lane = thread & (weigh_lanes - 1);
+      IWSGD_UNROLL_BY(1)
+      for (int begin = 0; begin < at.groups * plan.places; begin += threads >> plan.weigh_bits) {
+        const int j = begin + (thread >> plan.weigh_bits), row_0 = (j >> plan.group_bits) * S * at.groups + (j & (at.groups - 1));
+        const int64_t unit = first + j;
+        const bool there = j < at.groups * plan.places && unit < units;
+        RowSlot* const its = slots(at) + row_0;  // row s at s * groups
+        const float* const l = likelihoods(at) + row_0;
+        const float c = there ? its->hot : 0.f;
+        const float upstream = there ? static_cast<float>(*scale) * a.example_weight_of(unit) : 0.f;
+        const auto put = [&](int s, float w) {
+          RowSlot& slot = its[s * at.groups];
+          a.log_p[s * units + unit] = l[s * at.groups];
+          a.weights[s * units + unit] = w;
+          if (w == 0.f) slot.label = -1;  // zeros, whatever the logits are; NaN would have made the weight NaN
+          slot.factor *= w * upstream, slot.hot *= w * upstream;
+        };
+        const float bound = weigh_unit(block, static_cast<float>(a.alpha), S, weigh_lane, weigh_lanes, there,
+                                       [&](int s) { return l[s * at.groups]; }, put);
+        if (there && weigh_lane == 0) loss += finish_unit(a, unit, bound, c, *scale);
+      }
+    }
+    sync_team(block, plan.warps == 1);
+
+    {  // Gradient, and the next units' logits in the place of these.
+      const TeamPlace at(block, plan);
+      const int64_t unit = first + at.group;
+      const int left = static_cast<int>(units - unit < 1024 ? units - unit : 1024);  // units, from the group's first on
+      const int next_left = static_cast<int>(units - unit - plan.stride < 1024 ? units - unit - plan.stride : 1024);
+      const T* const next = a.logits + (unit + plan.stride) * plan.logits.unit;
+      T* const to = a.dlogits + unit * plan.gradient.unit;
+      const RowSlot* its = slots(at) + (at.first_row * at.groups + at.group);
+      for_rows(at, [&](int r, int distance, int64_t offset, int64_t doffset) {
+        if (a.dlogits != nullptr && distance < left) {
+          const RowSlot slot = *its;
+          const int label = slot.label - at.sub * V;
+          IWSGD_UNROLL
+          for (int k = 0; k < K; ++k) {
+            if (accesses - at.sub <= k * kWarpLanes) continue;
+            Elements<T, V> dz{};
+            if (slot.label >= 0) {
+              const Elements<T, V> z = fresh_register(x[r][k]);
+              float g[V];
+              IWSGD_UNROLL
+              for (int j = 0; j < V; ++j) g[j] = slot.factor * exponential(element(z, j) - slot.max);
+              if (static_cast<unsigned>(label - k * kWarpLanes * V) < static_cast<unsigned>(V)) {
+                IWSGD_UNROLL
+                for (int j = 0; j < V; ++j)
+                  if (j == label - k * kWarpLanes * V) g[j] -= slot.hot;
+              }
+              dz = scaled<T, V>([&](int j) { return g[j]; }, 1.f);
+            }
+            store<T, V>(to + doffset + k * kWarpLanes * V, dz);
+          }
+        }
+        its += at.groups;
+        if (distance < next_left) read(r, at, next + offset);
+      });
+    }
+    sync_team(block, plan.warps == 1);  // nobody reads the slots any more
+  }
+  if (work.losses == nullptr) return;
+  loss = block_sum(block, loss, scratch);
+  if (block.thread() == 0) work.losses[block.index()] = loss;
+  if (plan.one_launch && block.last(work.finished, reinterpret_cast<int*>(scale))) loss_total(block, a, work);
+}
+
+}  // namespace iwsgd
