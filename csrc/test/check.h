@@ -22,6 +22,7 @@ inline int report() {
 // Addresses for tests that try many: splitmix64, unrelated to the generator under test.
 class Random {
  public:
+  explicit Random(uint64_t seed = 1) : state_(seed) {}
   uint64_t next() {
     uint64_t z = state_ += 0x9E3779B97F4A7C15u;
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
@@ -32,7 +33,7 @@ class Random {
   uint32_t below(uint32_t n) { return static_cast<uint32_t>((uint64_t(word()) * n) >> 32); }
 
  private:
-  uint64_t state_ = 1;
+  uint64_t state_;
 };
 
 }  // namespace test

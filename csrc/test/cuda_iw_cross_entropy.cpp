@@ -51,7 +51,7 @@ void clusters() {
       k.device.shared_per_multiprocessor = 2 * (k.device.shared_per_block + 1024);
       const int before = counts.clusters;
       run<bf16>(k);
-      CHECK(counts.clusters == before + (cluster_with(shape, ranks).classes < cluster_with(shape, ranks / 2).classes ? 2 : 0) || C == 100, k);
+      CHECK(counts.clusters == before + (cluster_with(shape, ranks).classes < cluster_with(shape, ranks / 2).classes ? 4 : 0) || C == 100, k);
       k.smoothing = 0.1, k.class_weight = true, k.in_place = true;
       run<bf16>(k);
     }

@@ -59,14 +59,12 @@ void kernel(int64_t samples, int64_t examples, int64_t features, int64_t draws, 
   std::vector<int64_t> ids;
   for (int64_t i = 0; i < samples; ++i) ids.push_back(random.word());
   const Multinomial call{{origin, given ? ids.data() : nullptr, false, 3, 4}, samples, examples, features, bounds.data(), by_sample, draws};
-  std::vector<int32_t> counts(static_cast<std::size_t>(samples * examples * features), -1), shared(static_cast<std::size_t>(features), -1);
-  const std::vector<char*> memory{reinterpret_cast<char*>(shared.data())};
-  for (const bool backwards : {false, true}) {
-    Threads threads(backwards);
-    for (int64_t r = 0; r < samples * examples; ++r)
-      threads.run(1, kCountThreads, [&](int thread) {
-        multinomial_fwd<kShared>(call, counts.data(), HostBlock{&threads, thread, kCountThreads, r, samples * examples, 0, &memory, {}});
-      });
+  for (const Order order : {Order::forwards, Order::backwards, Order::random}) {
+    std::vector<int32_t> counts(static_cast<std::size_t>(samples * examples * features), -1);
+    Threads threads(order);
+    launch_on_host(threads, samples * examples, 1, kCountThreads, features * 4,
+                   [&](const HostBlock& block) { multinomial_fwd<kShared>(call, counts.data(), block); },
+                   [](int64_t at) { CHECK(false, "written ", at, " bytes behind shared memory"); });
     for (int64_t r = 0; r < samples * examples; ++r) {
       const int64_t s = r / examples, b = r % examples;
       std::vector<int32_t> want(static_cast<std::size_t>(features));

@@ -1,7 +1,7 @@
 // Blocks of the CUDA kernels on the host: their threads are contexts that change places at barriers and exchanges, so that a thread
 // that misses one, or reads shared memory before it is written, is found without a GPU. Blocks that know of one another (of a
-// cluster, or of a grid that is launched together) run side by side. What it cannot find: races between accesses that both orders
-// of the threads happen to do in the right order, and anything about the memory model.
+// cluster, or of a grid that is launched together) run side by side. What takes its time on a GPU (a copy, a push) takes it here:
+// mostly it lands as late as its waits allow. What it cannot find: anything about the memory model.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -9,21 +9,64 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <iostream>
 #include <memory>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
-// The threads of one or several blocks, one running until it waits, then the next; a block goes as far as it can without the others,
-// so that one which does not wait for them where it should is far ahead.
+#include "check.h"
+
+// A fault that no thread survives on a GPU either.
+[[noreturn]] inline void fault(const char* text) {
+  std::cerr << text << std::endl;
+  std::abort();
+}
+
+// What an mbarrier holds in its 8 bytes. A phase ends when neither arrivals nor bytes are awaited; bytes may land before they are
+// expected, and are negative then. 0xFF in all bytes is none.
+struct Arrivals {
+  int32_t bytes;
+  uint16_t expected;  // arrivals of each phase
+  uint16_t pending : 15, parity : 1;  // of the phase that runs
+
+  static Arrivals of(const uint64_t* barrier) {
+    if (reinterpret_cast<uintptr_t>(barrier) % 8 != 0) fault("an mbarrier lies to 8 bytes");
+    Arrivals a;
+    std::memcpy(&a, barrier, sizeof a);
+    if (a.expected == 0 || a.expected > 0x3FFF || a.pending > a.expected) fault("an mbarrier is used before init_arrivals");
+    return a;
+  }
+  // Whether the phase ends with this.
+  bool put(uint64_t* barrier) {
+    if (bytes <= -(1 << 20) || bytes >= 1 << 20) fault("an mbarrier counts less than 2^20 bytes");
+    const bool ends = pending == 0 && bytes == 0;
+    if (ends) pending = expected, parity ^= 1;
+    std::memcpy(barrier, this, sizeof *this);
+    return ends;
+  }
+};
+static_assert(sizeof(Arrivals) == 8, "");
+
+// Which thread runs next, of those that can: the first or the last one, or a random one.
+enum class Order { forwards, backwards, random };
+
+// The threads of one or several blocks, one running until it waits, then the next; a block mostly goes as far as it can without the
+// others, so that one which does not wait for them where it should is far ahead.
 class Threads {
  public:
-  explicit Threads(bool backwards) : backwards_(backwards) {}
+  explicit Threads(Order order, uint64_t seed = 1) : order(order), random(seed) {}
+
+  const Order order;
+  test::Random random;
+  bool seldom(uint32_t n) { return order == Order::random && random.below(n) == 0; }
 
   struct Barrier {
     int size = 0, arrived = 0;
     unsigned generation = 0;
+    std::vector<int> waiting;
   };
   // The generation to wait for.
   unsigned arrive(Barrier& barrier) {
@@ -31,68 +74,72 @@ class Threads {
     if (++barrier.arrived == barrier.size) {
       barrier.arrived = 0;
       ++barrier.generation;
-      progress_ = true;
+      wake(barrier.waiting);
     }
     return generation;
   }
   void wait_for(Barrier& barrier, unsigned generation) {
-    while (barrier.generation == generation)
-      if (_setjmp(places_[current_]) == 0) _longjmp(scheduler_, 1);
-    progress_ = true;
+    if (barrier.generation != generation && order == Order::random) give_way();  // who comes last is not first to go on
+    while (barrier.generation == generation) sleep(barrier.waiting);
   }
   void wait(Barrier& barrier) { wait_for(barrier, arrive(barrier)); }
+
+  // ---- pushes and the mbarriers that count them ----
+
+  struct Push {
+    char value[16];
+    int bytes, block;  // where to
+    char* to;
+    uint64_t* barrier;
+  };
+  void push(const Push& push) {
+    pushes_.push_back(push);
+    if (seldom(8)) land(pushes_.size() - 1);
+  }
+  void update(Arrivals a, uint64_t* barrier) {
+    if (a.put(barrier)) wake(arrivals_waiting_);
+  }
+  void wait_phase(const uint64_t* barrier, int parity) {
+    while (Arrivals::of(barrier).parity == parity) sleep(arrivals_waiting_);
+  }
 
   // body(number), of count threads in each of several blocks, one block after the other in number.
   void run(int several, int count, const std::function<void(int)>& body) {
     const int threads = several * count;
     body_ = &body;
+    count_ = count;
     contexts_.resize(threads);
     places_.resize(threads);
     started_.assign(threads, false);
-    done_.assign(threads, false);
     while (static_cast<int>(stacks_.size()) < threads) stacks_.emplace_back(new char[kStack]);
-    blocks.assign(several, Barrier{count});
-    grid = Barrier{several};
-    cluster = Barrier{threads};
-    warps.assign(threads / 32, Barrier{32});
-    slots.assign(threads * 16, 0);
+    const auto barrier = [](int size) {
+      Barrier one;
+      one.size = size;
+      return one;
+    };
+    blocks.assign(several, barrier(count));
+    grid = barrier(several);
+    cluster = barrier(threads);
+    warps.assign(threads / 32, barrier(32));
+    exchanges.assign(threads / 32, barrier(32));
+    slots.assign(threads * 32, 0);
+    ready_.assign(several, {});
+    left_.assign(several, count);
+    block_ = order == Order::backwards ? several - 1 : 0;
+    std::vector<int> all(threads);
     for (int i = 0; i < threads; ++i) {
-      getcontext(&contexts_[i]);
-      contexts_[i].uc_stack.ss_sp = stacks_[i].get();
-      contexts_[i].uc_stack.ss_size = kStack;
-      contexts_[i].uc_link = nullptr;
-      const auto self = reinterpret_cast<uintptr_t>(this);
-      const auto enter_there = reinterpret_cast<void (*)()>(&Threads::enter);
-      makecontext(&contexts_[i], enter_there, 2, static_cast<unsigned>(self >> 32), static_cast<unsigned>(self));
+      prepare(i);
+      all[i] = order == Order::backwards ? threads - 1 - i : i;
     }
-    for (left_ = threads; left_ > 0;) {
-      moved_ = false;
-      for (block_ = 0; block_ < several; ++block_)
-        do {
-          progress_ = false;
-          for (next_ = 0; next_ < count; ++next_) {
-            current_ = block_ * count + next_;
-            if (backwards_) current_ = threads - 1 - current_;
-            if (done_[current_]) continue;
-            if (_setjmp(scheduler_) == 0) {
-              if (started_[current_]) _longjmp(places_[current_], 1);
-              started_[current_] = true;
-              setcontext(&contexts_[current_]);
-            }
-            if (done_[current_]) --left_, progress_ = true;
-          }
-          moved_ = moved_ || progress_;
-        } while (progress_);
-      if (!moved_) {
-        std::cerr << "the threads of a block wait at different barriers\n";
-        std::abort();
-      }
-    }
+    wake(all);
+    while (next()) resume();
+    for (const int left : left_)
+      if (left > 0) fault("the threads of a block wait at different barriers");
   }
 
-  std::vector<Barrier> blocks, warps;
+  std::vector<Barrier> blocks, warps, exchanges;  // exchanges: of swap and shuffle
   Barrier grid, cluster;
-  std::vector<char> slots;
+  std::vector<char> slots;  // two of 16 bytes for each thread
 
  private:
   static constexpr std::size_t kStack = 64 * 1024;
@@ -100,11 +147,73 @@ class Threads {
     auto* self = reinterpret_cast<Threads*>(static_cast<uintptr_t>(high) << 32 | low);
     const int i = self->current_;
     (*self->body_)(i);
-    self->done_[i] = true;
+    --self->left_[i / self->count_];
     _longjmp(self->scheduler_, 1);
   }
-  bool backwards_, progress_ = false, moved_ = false;
-  int current_ = 0, next_ = 0, block_ = 0, left_ = 0;  // members: setjmp may forget a local variable
+
+  // Functions of their own: what else is in them, setjmp and getcontext may forget.
+  [[gnu::noinline]] void prepare(int i) {
+    ucontext_t& context = contexts_[i];
+    getcontext(&context);
+    context.uc_stack.ss_sp = stacks_[i].get();
+    context.uc_stack.ss_size = kStack;
+    context.uc_link = nullptr;
+    const auto self = reinterpret_cast<uintptr_t>(this);
+    const auto enter_there = reinterpret_cast<void (*)()>(&Threads::enter);
+    makecontext(&context, enter_there, 2, static_cast<unsigned>(self >> 32), static_cast<unsigned>(self));
+  }
+  [[gnu::noinline]] void resume() {
+    if (_setjmp(scheduler_) == 0) {
+      if (started_[current_]) _longjmp(places_[current_], 1);
+      started_[current_] = true;
+      setcontext(&contexts_[current_]);
+    }
+  }
+  [[gnu::noinline]] void leave() {
+    if (_setjmp(places_[current_]) == 0) _longjmp(scheduler_, 1);
+  }
+  void sleep(std::vector<int>& waiting) {
+    waiting.push_back(current_);
+    leave();
+  }
+  void give_way() {
+    ready_[block_].push_back(current_);
+    leave();
+  }
+  void wake(std::vector<int>& waiting) {
+    for (const int i : waiting) ready_[i / count_].push_back(i);
+    waiting.clear();
+  }
+
+  // Makes the next thread current_, if there is one.
+  bool next() {
+    if (!pushes_.empty() && seldom(16)) land(random.below(static_cast<uint32_t>(pushes_.size())));
+    const int several = static_cast<int>(ready_.size());
+    for (;;) {
+      if (seldom(256)) block_ = static_cast<int>(random.below(several));
+      for (int i = 0; i < several && ready_[block_].empty(); ++i) block_ = (block_ + (order == Order::backwards ? several - 1 : 1)) % several;
+      if (!ready_[block_].empty()) break;
+      if (pushes_.empty()) return false;
+      land(order == Order::forwards ? pushes_.size() - 1 : order == Order::backwards ? 0 : random.below(static_cast<uint32_t>(pushes_.size())));
+    }
+    auto& queue = ready_[block_];
+    if (order == Order::random) std::swap(queue.front(), queue[random.below(static_cast<uint32_t>(queue.size()))]);
+    current_ = queue.front();
+    queue.pop_front();
+    return true;
+  }
+
+  void land(std::size_t which) {
+    const Push push = pushes_[which];
+    pushes_.erase(pushes_.begin() + which);
+    if (left_[push.block] == 0) fault("a push lands in a block that has ended");
+    std::memcpy(push.to, push.value, push.bytes);
+    Arrivals a = Arrivals::of(push.barrier);
+    a.bytes -= push.bytes;
+    update(a, push.barrier);
+  }
+
+  int count_ = 0, current_ = 0, block_ = 0;
   const std::function<void(int)>* body_ = nullptr;
   // A context is entered once; from then on setjmp changes places, without the system calls of swapcontext.
   struct Place {
@@ -114,7 +223,11 @@ class Threads {
   jmp_buf scheduler_;
   std::vector<ucontext_t> contexts_;
   std::vector<Place> places_;
-  std::vector<bool> started_, done_;
+  std::vector<char> started_;
+  std::vector<int> left_;  // threads of each block that have not ended
+  std::vector<std::deque<int>> ready_;  // of each block
+  std::vector<int> arrivals_waiting_;
+  std::vector<Push> pushes_;
   std::vector<std::unique_ptr<char[]>> stacks_;
 };
 
@@ -124,32 +237,57 @@ struct HostBlock {
   int64_t block, grid;
   int at;                          // the block among those that run side by side
   const std::vector<char*>* each;  // their shared memories
-  mutable std::vector<std::pair<void*, const void*>> copies;
 
   int thread() const { return number; }
   int threads() const { return count; }
   int64_t index() const { return block; }
   int64_t blocks() const { return grid; }
   char* shared() const { return (*each)[at]; }
-  void sync() const { all->wait(all->blocks[at]); }
-  void sync_warp() const { all->wait(all->warps[(at * count + number) / 32]); }
+  void sync() const {
+    drift();
+    all->wait(all->blocks[at]);
+  }
+  void sync_warp() const {
+    drift();
+    all->wait(all->warps[of_all() / 32]);
+  }
+
   template <class A>
   A swap(A x, int bits) const {
-    const int self = at * count + number;
-    std::memcpy(&all->slots[16 * self], &x, sizeof x);
-    all->wait(all->warps[self / 32]);
-    std::memcpy(&x, &all->slots[16 * (self ^ bits)], sizeof x);
-    all->wait(all->warps[self / 32]);
-    return x;
+    if (bits < 0 || bits > 31) fault("a swap leaves the warp");
+    return exchange(x, of_all() ^ bits);
   }
-  void copy16(void* to, const void* from) const {
-    if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16 != 0) std::abort();
-    copies.emplace_back(to, from);
+  template <class A>
+  A shuffle(A x, int lane) const {
+    if (lane < 0 || lane > 31) fault("a shuffle leaves the warp");
+    return exchange(x, of_all() / 32 * 32 + lane);
+  }
+
+  // ---- copies ----
+
+  // What is copied is read, and written, at some time between here and the wait. Until then the place may hold anything.
+  template <int N>
+  void copy(void* to, const void* from) const {
+    static_assert(N == 4 || N == 8 || N == 16, "");
+    if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % N != 0) fault("a copy lies to its own size");
+    drift();
+    if (all->order == Order::backwards || all->seldom(2)) std::memset(to, 0xFF, N);
+    copies.push_back({to, from, N, committed});
+    if (all->seldom(8)) land(copies.size() - 1);
+  }
+  void copy16(void* to, const void* from) const { copy<16>(to, from); }
+  void commit_copies() const { ++committed; }
+  template <int N>
+  void wait_copies() const {
+    drift();
+    for (std::size_t i = copies.size(); i-- > 0;)
+      if (copies[i].group < committed - N) land(i);
   }
   void finish_copies() const {
-    for (const auto& [to, from] : copies) std::memcpy(to, from, 16);
-    copies.clear();
+    while (!copies.empty()) land(copies.size() - 1);
   }
+
+  // ---- between the blocks of a grid that was launched together ----
 
   double fresh(const double* x) const { return *x; }
   unsigned arrive_grid() const {
@@ -166,11 +304,80 @@ struct HostBlock {
     return *flag != 0;
   }
 
-  void sync_cluster() const { all->wait(all->cluster); }
-  template <class X>
-  const X* of_rank(const X* x, int rank) const {
-    return reinterpret_cast<const X*>(reinterpret_cast<const char*>(x) - (*each)[at] + (*each)[rank]);
+  // ---- between the blocks of a cluster ----
+
+  void sync_cluster() const {
+    drift();
+    all->wait(all->cluster);
   }
+  template <class X>
+  X* of_rank(X* x, int rank) const {
+    if (rank < 0 || rank >= static_cast<int>(each->size())) fault("a cluster has no such rank");
+    return reinterpret_cast<X*>(reinterpret_cast<uintptr_t>(x) - reinterpret_cast<uintptr_t>((*each)[at]) + reinterpret_cast<uintptr_t>((*each)[rank]));
+  }
+
+  void init_arrivals(uint64_t* barrier, int arrivals) const {
+    Arrivals a{0, static_cast<uint16_t>(arrivals), static_cast<uint16_t>(arrivals), 0};
+    a.put(barrier);
+  }
+  void expect_bytes(uint64_t* barrier, int bytes) const {
+    Arrivals a = Arrivals::of(barrier);
+    if (a.pending == 0) fault("more arrive at an mbarrier than it expects");
+    a.bytes += bytes, --a.pending;
+    all->update(a, barrier);
+  }
+  // Lands at some time, in any order, in the place of `to` in the block of that rank; counts there, where `barrier` is here.
+  template <class X>
+  void push(const X& value, X* to, int rank, uint64_t* barrier) const {
+    static_assert(sizeof(X) == 4 || sizeof(X) == 8 || sizeof(X) == 16, "");
+    if (reinterpret_cast<uintptr_t>(to) % sizeof(X) != 0) fault("a push lies to its own size");
+    Threads::Push push{{}, sizeof(X), rank, reinterpret_cast<char*>(of_rank(to, rank)), of_rank(barrier, rank)};
+    std::memcpy(push.value, &value, sizeof(X));
+    all->push(push);
+  }
+  // Until the phase of this parity has ended; the one before the first has parity 1.
+  void wait_arrivals(uint64_t* barrier, int parity) const {
+    drift();
+    all->wait_phase(barrier, parity);
+  }
+
+ private:
+  int of_all() const { return at * count + number; }
+
+  // Two slots for each thread: who writes the next one may be ahead of who still reads this one, but not of the next barrier.
+  template <class A>
+  A exchange(A x, int from) const {
+    static_assert(sizeof(A) <= 16 && std::is_trivially_copyable_v<A>, "");
+    drift();
+    const int which = exchanged++ % 2;
+    std::memcpy(&all->slots[32 * of_all() + 16 * which], &x, sizeof x);
+    all->wait(all->exchanges[of_all() / 32]);
+    std::memcpy(&x, &all->slots[32 * from + 16 * which], sizeof x);
+    return x;
+  }
+
+  struct Copy {
+    void* to;
+    const void* from;
+    int bytes, group;
+  };
+  void land(std::size_t which) const {
+    std::memcpy(copies[which].to, copies[which].from, copies[which].bytes);
+    copies.erase(copies.begin() + which);
+  }
+  // Some copies land before anybody waits for them.
+  void drift() const {
+    for (std::size_t i = copies.size(); i-- > 0;)
+      if (all->seldom(16)) land(i);
+  }
+
+ public:
+  HostBlock(Threads* all, int number, int count, int64_t block, int64_t grid, int at, const std::vector<char*>* each)
+      : all(all), number(number), count(count), block(block), grid(grid), at(at), each(each) {}
+
+ private:
+  mutable int exchanged = 0, committed = 0;
+  mutable std::vector<Copy> copies;
 };
 
 // A kernel: body(block) for each thread. `together` of its blocks, a divisor of their number, run side by side. Calls spilled(bytes)
@@ -186,7 +393,7 @@ void launch_on_host(Threads& threads, int64_t blocks, int together, int count, i
   }
   for (int64_t first = 0; first < blocks; first += together) {
     for (char* bytes : each) std::memset(bytes, 0xFF, memory[0].size() * 16);
-    threads.run(together, count, [&](int i) { body(HostBlock{&threads, i % count, count, first + i / count, blocks, i / count, &each, {}}); });
+    threads.run(together, count, [&](int i) { body(HostBlock(&threads, i % count, count, first + i / count, blocks, i / count, &each)); });
     for (const char* bytes : each)
       for (int64_t i = shared; i < shared + kGuard; ++i)
         if (static_cast<unsigned char>(bytes[i]) != 0xFF) spilled(i - shared);

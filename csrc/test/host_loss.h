@@ -1,5 +1,5 @@
 // One call of the CUDA loss, run on the host by host_block.h with the launches that a GPU would get. Results are compared with a loop in
-// long double, and between two orders of the threads, bit for bit; NaN stands between the rows and in all fresh memory.
+// long double, and between several orders of the threads, bit for bit; NaN stands between the rows and in all fresh memory.
 #pragma once
 #include <limits>
 #include <utility>
@@ -177,7 +177,7 @@ class Problem {
       }
   }
 
-  Results<A> solve(bool backwards, Counts* counts) {
+  Results<A> solve(Threads& threads, Counts* counts) {
     const int64_t units = k_.per_position ? k_.B * k_.T : k_.B;
     constexpr A kStale = A(-77);
     Results<A> r{std::vector<A>(k_.reduction == Reduction::none ? units : 1, kStale), std::vector<A>(k_.S * units, kStale),
@@ -201,8 +201,6 @@ class Problem {
     a.normalizer = k_.normalizer ? &normalizer : nullptr;
     a.reduction = k_.reduction, a.per_position = k_.per_position, a.alpha = k_.alpha;
     a.loss = r.loss.data(), a.log_p = r.log_p.data(), a.weights = r.weights.data(), a.bound = r.bound.data(), a.outer = r.outer.data();
-    static Threads orders[2] = {Threads(false), Threads(true)};
-    Threads& threads = orders[backwards];
     std::vector<std::pair<double, double>> memory;
     const auto allocate = [&](int64_t bytes) {
       memory.assign(bytes / 16 + 1, {std::nan(""), std::nan("")});
@@ -360,11 +358,15 @@ inline Counts counts;
 template <class T>
 void run(const Case& k) {
   Problem<T> problem(k);
-  const auto got = problem.solve(false, &counts), again = problem.solve(true, &counts);
+  static Threads forwards(Order::forwards), backwards(Order::backwards), random(Order::random, 1), other(Order::random, 2);
+  const auto got = problem.solve(forwards, &counts);
   problem.compare(got);
-  CHECK(equal(got.loss, again.loss) && equal(got.log_p, again.log_p) && equal(got.weights, again.weights) &&
-            equal(got.bound, again.bound) && equal(got.outer, again.outer) && equal(got.dlogits, again.dlogits),
-        k, "the order of the threads shows in the results");
+  for (Threads* threads : {&backwards, &random, &other}) {
+    const auto again = problem.solve(*threads, &counts);
+    CHECK(equal(got.loss, again.loss) && equal(got.log_p, again.log_p) && equal(got.weights, again.weights) &&
+              equal(got.bound, again.bound) && equal(got.outer, again.outer) && equal(got.dlogits, again.dlogits),
+          k, "the order of the threads shows in the results");
+  }
 }
 
 inline void run_all(const Case& k) {
