@@ -55,11 +55,13 @@ IWSGD_HD Elements<T, V> load(const T* from) {
 // Where a pointer that is not to a local variable leads.
 enum class Space { global, shared };
 
-// One access. In a plain assignment of a struct of words, nvcc makes each of the words a store of its own.
+// One access; two where the elements have 32 bytes. In a plain assignment of a struct of words, nvcc makes each of the words a
+// store of its own.
 template <class T, int V, Space kSpace = Space::global>
 IWSGD_HD void store(T* to, const Elements<T, V>& elements) {
 #if defined(__CUDA_ARCH__)
   constexpr int kBytes = V * sizeof(T);
+  static_assert(kBytes <= 8 || kBytes % 16 == 0, "the accesses below");
   if constexpr (kBytes < 8) {
     *reinterpret_cast<Elements<T, V>*>(to) = elements;
   } else {
@@ -67,12 +69,16 @@ IWSGD_HD void store(T* to, const Elements<T, V>& elements) {
     std::memcpy(w, &elements, kBytes);
     if constexpr (kSpace == Space::global) {
       const auto at = __cvta_generic_to_global(to);
-      if constexpr (kBytes == 16) asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]) : "memory");
-      else asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(at), "r"(w[0]), "r"(w[1]) : "memory");
+      if constexpr (kBytes == 8) asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(at), "r"(w[0]), "r"(w[1]) : "memory");
+      IWSGD_UNROLL
+      for (int i = 0; i + 4 <= kBytes / 4; i += 4)
+        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(at + 4 * i), "r"(w[i]), "r"(w[i + 1]), "r"(w[i + 2]), "r"(w[i + 3]) : "memory");
     } else {
       const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-      if constexpr (kBytes == 16) asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]) : "memory");
-      else asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(at), "r"(w[0]), "r"(w[1]) : "memory");
+      if constexpr (kBytes == 8) asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(at), "r"(w[0]), "r"(w[1]) : "memory");
+      IWSGD_UNROLL
+      for (int i = 0; i + 4 <= kBytes / 4; i += 4)
+        asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at + 4 * i), "r"(w[i]), "r"(w[i + 1]), "r"(w[i + 2]), "r"(w[i + 3]) : "memory");
     }
   }
 #else
