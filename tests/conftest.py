@@ -35,17 +35,23 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves the cases of this process: each by itself, but those of a file that share what is slow to make."""
+    """Leaves the cases of this process: each by itself, but those together that share what is slow to make."""
     for item in items:
-        if item.get_closest_marker("one_process"):
-            item.add_marker(pytest.mark.xdist_group(item.path.name))  # for make test, which deals out by pytest-xdist
+        if together(item):
+            item.add_marker(pytest.mark.xdist_group(together(item)))  # for make test, which deals out by pytest-xdist
     if SHARDS == 1:
         return
-    keys = [item.path if item.get_closest_marker("one_process") else item.nodeid for item in items]
+    keys = [together(item) or item.nodeid for item in items]
     numbers = {key: n for n, key in enumerate(dict.fromkeys(keys))}
     mine = [numbers[key] % SHARDS == SHARD for key in keys]
     config.hook.pytest_deselected(items=[item for item, kept in zip(items, mine, strict=True) if not kept])
     items[:] = [item for item, kept in zip(items, mine, strict=True) if kept]
+
+
+def together(item) -> str | None:
+    """What the case shares with others, which run in its process: the name in its mark one_process, or its file."""
+    mark = item.get_closest_marker("one_process")
+    return mark and (mark.args[0] if mark.args else item.path.name)
 
 
 @pytest.fixture

@@ -1,24 +1,18 @@
 """The CUDA kernels without a GPU: they compile, spill nothing, and come along in a library that loads on any torch."""
 
-import functools
 import os
 import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from compiled_kernels import MARKS, OLDEST, ROOT, SOURCES, compile_kernels, ptxas_report
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
-import gpu_exercise  # noqa: E402
-import ptxas_report  # noqa: E402
+import gpu_exercise  # isort: skip, compiled_kernels shows the way to tools/
 
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-OLDEST = "75"  # Turing: of few registers for each thread, so that some spill
 OPS = {
     "gaussian.cu": ("gaussian", "gaussian_sum"),
     "iw_cross_entropy_registers.cu": (),  # launched by the one below
@@ -27,23 +21,7 @@ OPS = {
     "noise.cu": ("noise", "noise_out", "noise_sum"),
 }
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.one_process,
-    pytest.mark.skipif(ptxas_report.find_nvcc() is None, reason="no nvcc: not in CUDA_HOME, /usr/local/cuda or on the PATH"),
-    pytest.mark.skipif(shutil.which("g++") is None, reason="no g++, which nvcc needs"),
-]
-
-
-@functools.cache
-def started() -> dict:
-    """Every compilation, side by side on the machine's cores."""
-    pool = ThreadPoolExecutor(os.cpu_count())
-    return {(s, a): pool.submit(ptxas_report.compile_kernels, s, a) for s in SOURCES for a in (*ptxas_report.ARCHITECTURES, OLDEST)}
-
-
-def compile_kernels(source: Path, arch: str) -> list[ptxas_report.Kernel]:
-    return started()[source, arch].result()
+pytestmark = MARKS
 
 
 @pytest.mark.parametrize("arch", ptxas_report.ARCHITECTURES)

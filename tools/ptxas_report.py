@@ -68,11 +68,12 @@ def parse(report: str) -> list[Kernel]:
         stack, stores, loads = map(int, frame.groups())
         shared = re.search(r"(\d+) bytes smem", part)
         registers = int(re.search(r"Used (\d+) registers", part)[1])
-        kernels.append(Kernel(_readable(name), arch, registers, stores + loads, stack, int(shared[1]) if shared else 0))
+        kernels.append(Kernel(readable(name), arch, registers, stores + loads, stack, int(shared[1]) if shared else 0))
     return kernels
 
 
-def _readable(name: str) -> str:
+def readable(name: str) -> str:
+    """A mangled name as it is written, without namespaces and parameters."""
     if name.startswith("_Z") and shutil.which("c++filt"):
         name = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout.strip()
     name = name.replace("(anonymous namespace)::", "").replace("iwsgd::", "").removeprefix("void ")
