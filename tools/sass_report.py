@@ -13,6 +13,7 @@ import functools
 import heapq
 import importlib.util
 import itertools
+import operator
 import os
 import re
 import shutil
@@ -216,6 +217,24 @@ class Kernel:
         for goal in through[1:] if through[:1] == (0,) else through:
             way += self._shortest(way[-1], goal)
         return way if self._is_exit(way[-1]) else way + self._shortest(way[-1], None)
+
+    def way_with(self, accesses: dict[Access, int]) -> list[int]:
+        """The way of fewest instructions from the entry to an exit that makes each access so often: where everything common holds."""
+        of = [tuple(sum(i.access == access for i in block.instructions) for access in accesses) for block in self.blocks]
+        wanted = tuple(accesses.values())
+        seen: set[tuple[int, ...]] = set()
+        front = [(0, of[0], [0])]
+        while front:
+            cost, done, way = heapq.heappop(front)
+            here = way[-1]
+            if any(map(operator.gt, done, wanted)) or (here, *done) in seen:
+                continue
+            if done == wanted and self.blocks[here].last.opcode == "EXIT":
+                return way
+            seen.add((here, *done))
+            for to in self.blocks[here].successors:
+                heapq.heappush(front, (cost + len(self.blocks[to].instructions), tuple(map(operator.add, done, of[to])), [*way, to]))
+        raise ValueError(f"{self.name}: no way makes these accesses: {accesses}")
 
     def flight(self, blocks: Sequence[int]) -> Flight:
         """Global loads under way along a path, from the first of its widest loads on."""

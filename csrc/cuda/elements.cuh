@@ -52,6 +52,20 @@ IWSGD_HD Elements<T, V> load(const T* from) {
 #endif
 }
 
+// The same of memory that nothing writes while the kernel runs: stores before it do not hold it up.
+template <class T, int V>
+IWSGD_HD Elements<T, V> load_constant(const T* from) {
+#if defined(__CUDA_ARCH__)
+  static_assert(sizeof(Elements<T, V>) == 16, "one access");
+  const int4 words = __ldg(reinterpret_cast<const int4*>(from));
+  Elements<T, V> elements;
+  std::memcpy(&elements, &words, sizeof elements);
+  return elements;
+#else
+  return load<T, V>(from);
+#endif
+}
+
 // Where a pointer that is not to a local variable leads.
 enum class Space { global, shared };
 
@@ -157,19 +171,20 @@ IWSGD_HD Elements<T, V> scaled(const Number& number, acc_t<T> scale) {
   return y;
 }
 
-// Element j where bit j is set, else zero, whatever x was.
+// Element j where bit j is set, else fill, whatever x was.
 template <class T, int V>
-IWSGD_HD Elements<T, V> masked(Elements<T, V> x, uint32_t bits) {
+IWSGD_HD Elements<T, V> masked(Elements<T, V> x, uint32_t bits, T fill) {
   if constexpr (kInWords<T, V>) {
+    const uint32_t two = fill.bits * 0x10001u;
     IWSGD_UNROLL
     for (int i = 0; i < V / 2; ++i) {
-      if (!(bits >> (2 * i) & 1u)) x.w[i] &= 0xFFFF0000u;
-      if (!(bits >> (2 * i + 1) & 1u)) x.w[i] &= 0x0000FFFFu;
+      if (!(bits >> (2 * i) & 1u)) x.w[i] = (x.w[i] & 0xFFFF0000u) | (two & 0x0000FFFFu);
+      if (!(bits >> (2 * i + 1) & 1u)) x.w[i] = (x.w[i] & 0x0000FFFFu) | (two & 0xFFFF0000u);
     }
   } else {
     IWSGD_UNROLL
     for (int j = 0; j < V; ++j)
-      if (!(bits >> j & 1u)) x.e[j] = T{};
+      if (!(bits >> j & 1u)) x.e[j] = fill;
   }
   return x;
 }

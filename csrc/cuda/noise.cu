@@ -12,35 +12,43 @@
 namespace iwsgd {
 namespace {
 
+// Blocks on a multiprocessor at once, which limit the registers and say how many there are: left to itself ptxas saves them, and does so
+// by beginning half of kAhead's loads only when the others have been used. Where x is expanded there is one load, and warps do more.
+template <class T, int V>
+constexpr int kAheadBlocks = V == kGroup ? 4 : V > 1 && sizeof(T) == 4 ? 3 : 2;
+template <class T, int V>
+constexpr int kExpandBlocks = V == kGroup ? 5 : V > 1 && sizeof(T) == 4 ? 4 : 2;
+
 template <class T, int V, bool kGroups, bool kExpand>
-__global__ void __launch_bounds__(kBlock) noise_fwd_kernel(const __grid_constant__ NoiseWork work,
-                                                           const T* x,  // [O, B, I] where kExpand, else [O, S*B, I]
-                                                           T* y,        // [O, S*B, I]
-                                                           acc_t<T> scale, int part) {
-  noise_fwd<T, V, kGroups, kExpand>(work, x, y, scale, part, blockIdx.x, static_cast<int>(blockIdx.y),
-                                   static_cast<int>(threadIdx.x));
+__global__ void __launch_bounds__(kBlock, kExpand ? kExpandBlocks<T, V> : kAheadBlocks<T, V>) noise_fwd_kernel(const __grid_constant__ NoiseWork work,
+                                                                                   const T* x,  // [O, B, I] where kExpand, else as y
+                                                                                   T* y,        // [O, S*B, I]
+                                                                                   const __grid_constant__ Affine<T> map, int part) {
+  noise_fwd<T, V, kGroups, kExpand>(work, x, y, map, part, blockIdx.x, static_cast<int>(blockIdx.y), static_cast<int>(threadIdx.x));
 }
 
 template <class T, int V, bool kGroups>
-__global__ void __launch_bounds__(kBlock) noise_bwd_kernel(const __grid_constant__ NoiseWork work,
-                                                           const T* dy,  // [O, S*B, I]
-                                                           T* dx,        // [O, B, I]
-                                                           acc_t<T> scale) {
+__global__ void __launch_bounds__(kBlock, kAheadBlocks<T, V>) noise_bwd_kernel(const __grid_constant__ NoiseWork work,
+                                                                                   const T* dy,  // [O, S*B, I]
+                                                                                   T* dx,        // [O, B, I]
+                                                                                   acc_t<T> scale) {
   noise_bwd<T, V, kGroups>(work, dy, dx, scale, blockIdx.x, static_cast<int>(threadIdx.x));
 }
 
-// Blocks on a multiprocessor at once: left to itself, the compiler aims at four and spills.
-template <class T>
-constexpr int kRuleBlocks = sizeof(T) == 8 ? 2 : 3;
+// With more, the compiler spills.
+template <class T, int V, bool kGroups>
+constexpr int kRuleBlocks = sizeof(T) == 8 || (sizeof(T) == 4 && !kGroups) ? 2 : 3;
 
-template <class T, int V, bool kExpand>
-__global__ void __launch_bounds__(kBlock, kRuleBlocks<T>) noise_rule_fwd_kernel(const __grid_constant__ NoiseWork work, const T* x, T* y, int part) {
-  noise_rule_fwd<T, V, kExpand>(work, x, y, part, blockIdx.x, static_cast<int>(blockIdx.y), static_cast<int>(threadIdx.x));
+template <class T, int V, bool kGroups, bool kExpand>
+__global__ void __launch_bounds__(kBlock, kRuleBlocks<T, V, kGroups>) noise_rule_fwd_kernel(const __grid_constant__ NoiseWork work, const T* x, T* y,
+                                                                                const __grid_constant__ Affine<T> map, int part) {
+  noise_rule_fwd<T, V, kGroups, kExpand>(work, x, y, map, part, blockIdx.x, static_cast<int>(blockIdx.y), static_cast<int>(threadIdx.x));
 }
 
-template <class T, int V>
-__global__ void __launch_bounds__(kBlock, kRuleBlocks<T>) noise_rule_bwd_kernel(const __grid_constant__ NoiseWork work, const T* dy, T* dx) {
-  noise_rule_bwd<T, V>(work, dy, dx, blockIdx.x, static_cast<int>(threadIdx.x));
+template <class T, int V, bool kGroups>
+__global__ void __launch_bounds__(kBlock, kRuleBlocks<T, V, kGroups>) noise_rule_bwd_kernel(const __grid_constant__ NoiseWork work, const T* dy, T* dx,
+                                                                                const __grid_constant__ Affine<T> map) {
+  noise_rule_bwd<T, V, kGroups>(work, dy, dx, map, blockIdx.x, static_cast<int>(threadIdx.x));
 }
 
 // Calls body with the elements of an access, as a std::integral_constant.
@@ -64,21 +72,34 @@ void with_layout(const NoiseWork& work, std::initializer_list<const void*> tenso
   });
 }
 
+// The same for a threshold of every position: where the accesses are wide, packs are groups or not known to be.
+template <class T, class Body>
+void with_rule_layout(const NoiseWork& work, std::initializer_list<const void*> tensors, const Body& body) {
+  with_access<T>(work, tensors, [&](auto vector) {
+    if constexpr (decltype(vector)::value > 1) {
+      if (thresholds_are_groups(work)) return body(vector, std::true_type{});
+    }
+    body(vector, std::false_type{});
+  });
+}
+
 dim3 dimensions(const NoiseGrid& grid) { return {static_cast<unsigned>(grid.blocks), static_cast<unsigned>(grid.parts), 1}; }
 
+// Of one noise sample, x is laid out as y, and the kernels for both layouts can run: each time the one with more under way.
 template <class T>
-void noise_fwd_cuda(const Draw& draw, const T* x, T* y, cudaStream_t stream) {
+void noise_fwd_cuda(const Draw& draw, const T* x, T* y, const Affine<T>& map, cudaStream_t stream) {
   const NoiseWork work(draw);
   if (work.total == 0) return;
   const NoiseGrid grid = noise_grid(work, true);
   const int part = static_cast<int>(grid.part);
-  if (!draw.rule.plain()) {
-    with_access<T>(work, {x, y}, [&](auto vector) {
+  if (draw.rule.thresholds != nullptr) {
+    with_rule_layout<T>(work, {x, y}, [&](auto vector, auto groups) {
       constexpr int V = decltype(vector)::value;
-      if (draw.expand)
-        noise_rule_fwd_kernel<T, V, true><<<dimensions(grid), kBlock, 0, stream>>>(work, x, y, part);
+      constexpr bool kGroups = decltype(groups)::value;
+      if (draw.expand && draw.samples > 1)
+        noise_rule_fwd_kernel<T, V, kGroups, true><<<dimensions(grid), kBlock, 0, stream>>>(work, x, y, map, part);
       else
-        noise_rule_fwd_kernel<T, V, false><<<dimensions(grid), kBlock, 0, stream>>>(work, x, y, part);
+        noise_rule_fwd_kernel<T, V, kGroups, false><<<dimensions(grid), kBlock, 0, stream>>>(work, x, y, map, part);
     });
     check_launch();
     return;
@@ -87,26 +108,31 @@ void noise_fwd_cuda(const Draw& draw, const T* x, T* y, cudaStream_t stream) {
     check(cudaMemsetAsync(y, 0, draw.samples * draw.layout.outer * work.step * sizeof(T), stream));
     return;
   }
-  const auto scale = static_cast<acc_t<T>>(draw.rule.scale);
   with_layout<T>(work, {x, y}, [&](auto vector, auto groups) {
     constexpr int V = decltype(vector)::value;
     constexpr bool kGroups = decltype(groups)::value;
-    if (draw.expand)
-      noise_fwd_kernel<T, V, kGroups, true><<<dimensions(grid), kBlock, 0, stream>>>(work, x, y, scale, part);
+    if (draw.expand || draw.samples == 1)
+      noise_fwd_kernel<T, V, kGroups, true><<<dimensions(grid), kBlock, 0, stream>>>(work, x, y, map, part);
     else
-      noise_fwd_kernel<T, V, kGroups, false><<<dimensions(grid), kBlock, 0, stream>>>(work, x, y, scale, part);
+      noise_fwd_kernel<T, V, kGroups, false><<<dimensions(grid), kBlock, 0, stream>>>(work, x, y, map, part);
   });
   check_launch();
 }
 
 template <class T>
 void noise_bwd_cuda(const Draw& draw, const T* dy, T* dx, cudaStream_t stream) {
+  Affine<T> map(draw.rule);
+  if (draw.samples == 1) {  // a sum of one number is that number plus 0
+    map.shift = 0;
+    return noise_fwd_cuda(draw, dy, dx, map, stream);
+  }
   const NoiseWork work(draw);
   if (work.total == 0) return;
   const NoiseGrid grid = noise_grid(work, false);
   if (draw.rule.thresholds != nullptr) {
-    with_access<T>(work, {dy, dx}, [&](auto vector) {
-      noise_rule_bwd_kernel<T, decltype(vector)::value><<<dimensions(grid), kBlock, 0, stream>>>(work, dy, dx);
+    with_rule_layout<T>(work, {dy, dx}, [&](auto vector, auto groups) {
+      noise_rule_bwd_kernel<T, decltype(vector)::value, decltype(groups)::value>
+          <<<dimensions(grid), kBlock, 0, stream>>>(work, dy, dx, map);
     });
     check_launch();
     return;
@@ -115,9 +141,8 @@ void noise_bwd_cuda(const Draw& draw, const T* dy, T* dx, cudaStream_t stream) {
     check(cudaMemsetAsync(dx, 0, draw.layout.outer * work.step * sizeof(T), stream));
     return;
   }
-  const auto scale = static_cast<acc_t<T>>(draw.rule.scale);
   with_layout<T>(work, {dy, dx}, [&](auto vector, auto groups) {
-    noise_bwd_kernel<T, decltype(vector)::value, decltype(groups)::value><<<dimensions(grid), kBlock, 0, stream>>>(work, dy, dx, scale);
+    noise_bwd_kernel<T, decltype(vector)::value, decltype(groups)::value><<<dimensions(grid), kBlock, 0, stream>>>(work, dy, dx, map.scale);
   });
   check_launch();
 }
@@ -126,7 +151,7 @@ struct Cuda {
   template <class T>
   static void forward(const Draw& draw, const T* x, T* y, const Tensor& tensor) {
     const OnDeviceOf device(tensor);
-    noise_fwd_cuda(draw, x, y, device.stream());
+    noise_fwd_cuda(draw, x, y, Affine<T>(draw.rule), device.stream());
   }
   template <class T>
   static void backward(const Draw& draw, const T* dy, T* dx, const Tensor& tensor) {

@@ -24,7 +24,16 @@ struct Keys {
 };
 
 IWSGD_HD uint64_t product(uint32_t a, uint32_t b) { return static_cast<uint64_t>(a) * b; }
-IWSGD_HD uint32_t high(uint64_t a) { return static_cast<uint32_t>(a >> 32); }
+// Asked for as a register: of a shift ptxas makes, for keys that are not in uniform registers, an addition of zero.
+IWSGD_HD uint32_t high(uint64_t a) {
+#if defined(__CUDA_ARCH__)
+  uint32_t word;
+  asm("{ .reg .b32 unused; mov.b64 {unused, %0}, %1; }" : "=r"(word) : "l"(a));
+  return word;
+#else
+  return static_cast<uint32_t>(a >> 32);
+#endif
+}
 IWSGD_HD uint32_t low(uint64_t a) { return static_cast<uint32_t>(a); }
 
 // One group's share of rounds 0 and 1.
@@ -68,26 +77,31 @@ IWSGD_HD uint32_t keep_bits(const Words& words, uint32_t threshold) {
   return bits;
 }
 
-// Where a pack lies.
+// Where a pack lies. kWhole: rows are whole packs; places past the last pack are then not asked for.
 struct Place {
-  int64_t x;        // its first element, in [O, B, I]
-  int64_t o, b, i;  // the same as outer index, example, and element of the row
-  int count;        // elements, kGroup but at the end of a row; none past the last pack
+  int64_t x, y;      // its first element, in [O, B, I] and in sample 0 of [O, S*B, I]
+  int64_t o, b;      // outer index and example
+  int64_t index;     // the element's number within the example
+  int count;         // elements, kGroup but at the end of a row; none past the last pack
 
-  IWSGD_HD Place(const NoiseWork& work, int64_t pack) {
+  template <bool kWhole>
+  IWSGD_HD Place(const NoiseWork& work, int64_t pack, std::bool_constant<kWhole>) {
     const Layout& layout = work.draw.layout;
-    const int64_t known = pack < work.total ? pack : work.total - 1;
-    const int64_t row = work.by_packs(known);
-    i = (known - row * work.packs) * kGroup;
-    x = row * layout.inner + i;
+    const int64_t known = kWhole || pack < work.total ? pack : work.total - 1;
+    b = work.by_packs(known);
+    index = (known - b * work.packs) * kGroup;
+    x = y = kWhole ? known * kGroup : b * layout.inner + index;
+    count = pack < work.total ? kWhole ? kGroup : static_cast<int>(std::min<int64_t>(kGroup, layout.inner - index)) : 0;
     o = 0;
-    b = row;
     if (layout.outer > 1) {
-      o = work.by_examples(row);
-      b = row - o * layout.examples;
+      o = work.by_examples(b);
+      b -= o * layout.examples;
+      index += o * layout.inner;
+      y = of_sample_0(work);
     }
-    count = pack < work.total ? static_cast<int>(std::min<int64_t>(kGroup, layout.inner - i)) : 0;
   }
+
+  IWSGD_HD int64_t of_sample_0(const NoiseWork& work) const { return x + o * (work.draw.samples - 1) * work.step; }
 };
 
 // What a thread draws: the keep bits of one pack, for one noise sample after the other.
@@ -104,7 +118,7 @@ struct PackNoise {
       : b(place.b),
         row(work.draw.address.row(0, place.b, work.draw.layout.examples)),
         keys(row.seed),
-        position(place.o * work.draw.layout.inner + place.i),
+        position(place.index),
         left(1) {
     if constexpr (!kGroups) {
       const int64_t index = position;
@@ -112,7 +126,7 @@ struct PackNoise {
       left = work.draw.layout.share - (index - position * work.draw.layout.share);
     }
     if (work.wraps) position -= work.by_positions(position) * work.draw.layout.positions;
-    group = Group(static_cast<uint32_t>(position / kGroup), row.stream, keys);
+    group = Group(static_cast<uint32_t>(static_cast<uint64_t>(position) / kGroup), row.stream, keys);
   }
 
   // Bit j: whether element j of the pack is kept by noise sample s. ids: the call's address.
@@ -156,6 +170,7 @@ IWSGD_HD void with_address(const NoiseWork& work, const Body& body) {
 template <int V, bool kGroups>
 struct Slots {
   static constexpr int kSlots = kGroup / V;
+  static constexpr std::bool_constant<kSlots == 1> kWhole{};  // by rows_are_aligned
   const NoiseWork& work;
   int64_t warp_pack;  // the warp's first pack
   int lane;
@@ -164,13 +179,16 @@ struct Slots {
   bool inside[kSlots];
 
   IWSGD_HD Slots(const NoiseWork& work, int64_t block, int thread)
-      : work(work), warp_pack(block * kBlock + thread / kWarp * kWarp), lane(thread % kWarp), own(work, warp_pack + lane) {
+      : work(work),
+        warp_pack(block * kBlock + thread - thread % kWarp),
+        lane(static_cast<unsigned>(thread) % kWarp),
+        own(work, block * kBlock + thread, kWhole) {
     IWSGD_UNROLL
     for (int k = 0; k < kSlots; ++k) {
       const Place place = place_of(source(k));
       inside[k] = first(k) < place.count;
       x[k] = place.x + (inside[k] ? first(k) : 0);  // an element that can be read in any case
-      y[k] = x[k] + place.o * (work.draw.samples - 1) * work.step;
+      y[k] = place.y + (x[k] - place.x);
     }
   }
 
@@ -185,7 +203,7 @@ struct Slots {
 
   // These two are for all lanes of a warp together.
 
-  // x, o and count of another lane's pack; packs of one warp are less than 2^31 elements apart.
+  // x, y and count of another lane's pack; packs of one warp are less than 2^31 elements apart.
   IWSGD_HD Place place_of(int source) const {
     if constexpr (kSlots == 1) return own;
 #if defined(__CUDA_ARCH__)
@@ -193,9 +211,10 @@ struct Slots {
     place.x += static_cast<int>(__shfl_sync(0xFFFFFFFFu, low(own.x), source) - low(own.x));
     place.o += static_cast<int>(__shfl_sync(0xFFFFFFFFu, low(own.o), source) - low(own.o));
     place.count = __shfl_sync(0xFFFFFFFFu, own.count, source);
+    place.y = place.of_sample_0(work);
     return place;
 #else
-    return Place(work, warp_pack + source);
+    return Place(work, warp_pack + source, kWhole);
 #endif
   }
 
@@ -227,14 +246,26 @@ IWSGD_HD void for_batches(int begin, int end, const Body& body) {
   }
 }
 
-// ---- forward: y = keep * scale * x, [O, S*B, I] ----
+// What becomes of an element: x * scale + shift where it is kept, fill where it is dropped.
+template <class T>
+struct Affine {
+  acc_t<T> scale, shift;
+  T fill;
+  // Of plain dropout the shift is -0, with which every product stays as it is; +0 would make +0 of -0.
+  explicit Affine(const Rule& rule)
+      : scale(static_cast<acc_t<T>>(rule.scale)),
+        shift(static_cast<acc_t<T>>(rule.plain() ? -0.0 : rule.shift)),
+        fill(from_acc<T>(static_cast<acc_t<T>>(rule.fill))) {}
+};
+
+// ---- forward: y = x * scale + shift where kept, else fill, [O, S*B, I] ----
 //
-// kExpand: x is [O, B, I], read once; its scaled and rounded values stay in registers, and of each sample remain the draws,
+// kExpand: x is [O, B, I], read once; its values, mapped and rounded, stay in registers, and of each sample remain the draws,
 // one masking of them and the stores. No cache hints: what is written here is read next, and a tensor that the cache cannot
 // hold loses nothing by the ordinary policy.
 
 template <class T, int V, bool kGroups, bool kExpand>
-IWSGD_HD void noise_fwd(const NoiseWork& work, const T* x, T* y, acc_t<T> scale, int part, int64_t block, int which, int thread) {
+IWSGD_HD void noise_fwd(const NoiseWork& work, const T* x, T* y, const Affine<T>& map, int part, int64_t block, int which, int thread) {
   const Slots<V, kGroups> slots(work, block, thread);
   if (slots.idle()) return;
   const PackNoise<kGroups> noise(work, slots.own);
@@ -255,16 +286,17 @@ IWSGD_HD void noise_fwd(const NoiseWork& work, const T* x, T* y, acc_t<T> scale,
       from[k] += work.step;
     }
   };
-  const auto scale_all = [&](int u) {
+  const auto map_all = [&](int u) {
     IWSGD_UNROLL
-    for (int k = 0; k < kSlots; ++k) values[u][k] = scaled<T, V>([&](int j) { return element(values[u][k], j); }, scale);
+    for (int k = 0; k < kSlots; ++k)
+      values[u][k] = scaled<T, V>([&](int j) { return element(values[u][k], j) * map.scale + map.shift; }, acc_t<T>(1));
   };
   const auto write = [&](int u, const CallAddress& ids, int s) {
     const uint32_t drawn = noise.bits(work, ids, s);
     IWSGD_UNROLL
     for (int k = 0; k < kSlots; ++k) {
       const uint32_t bits = slots.bits(ids, s, k, drawn);
-      if (slots.writes(k)) store<T, V>(to[k], masked<T, V>(values[u][k], bits));
+      if (slots.writes(k)) store<T, V>(to[k], masked<T, V>(values[u][k], bits, map.fill));
       to[k] += work.step;
     }
   };
@@ -272,7 +304,7 @@ IWSGD_HD void noise_fwd(const NoiseWork& work, const T* x, T* y, acc_t<T> scale,
   with_address(work, [&](const CallAddress& ids) {
     if constexpr (kExpand) {
       read(0);
-      scale_all(0);
+      map_all(0);
       IWSGD_UNROLL_BY(V == 1 ? 1 : 2)
       for (int s = begin; s < end; ++s) write(0, ids, s);
     } else {
@@ -281,7 +313,7 @@ IWSGD_HD void noise_fwd(const NoiseWork& work, const T* x, T* y, acc_t<T> scale,
         for (int u = 0; u < batch; ++u) read(u);
         IWSGD_UNROLL
         for (int u = 0; u < batch; ++u) {
-          scale_all(u);
+          map_all(u);
           write(u, ids, s + u);
         }
       });

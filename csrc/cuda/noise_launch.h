@@ -77,6 +77,13 @@ inline bool rows_are_aligned(const Layout& layout, int64_t element_bytes, std::i
   return aligned;
 }
 
+// Whether every pack is a whole group of the generator, its thresholds two aligned accesses of 16 bytes.
+inline bool thresholds_are_groups(const NoiseWork& work) {
+  const Layout& layout = work.draw.layout;
+  return work.groups && layout.inner % kGroup == 0 && layout.positions % kGroup == 0 &&
+         reinterpret_cast<uintptr_t>(work.draw.rule.thresholds) % 16 == 0;
+}
+
 // The grid: blocks in x, which has room for 2^31 - 1 of them (more elements than any memory holds); in y the noise samples in
 // `parts` of `part` each.
 struct NoiseGrid {

@@ -1,46 +1,74 @@
-// The noise kernels for rules that noise_kernels.cuh leaves out: a threshold for every position, and an affine map of what is kept
-// (alpha dropout). A thread reads and writes its own pack; nothing passes between threads.
+// The noise kernels for a threshold of every position, which noise_kernels.cuh leaves out. A thread reads and writes its own pack;
+// nothing passes between threads.
 #pragma once
+#include <cmath>
+
 #include "noise_kernels.cuh"
 
 namespace iwsgd {
 
-// What a thread's pack becomes under one noise sample after the other.
-template <class T>
+// 1 / d, rounded once, of the integers d in [1, kFieldRange]. A GPU's reciprocal is within one unit in the
+// last place; of each of the three numbers that it may be, `refined` makes the nearest one (csrc/test/cuda_noise.cpp tries all).
+IWSGD_HD float refined(float reciprocal, float d) { return std::fma(std::fma(-d, reciprocal, 1.0f), reciprocal, reciprocal); }
+
+// scale times the inverse of the probability that an element is kept.
+template <class A>
+IWSGD_HD A kept_factor(A scale, int32_t threshold) {
+  const A d = A(std::max(int32_t(kFieldRange) - threshold, 1));
+#if defined(__CUDA_ARCH__)
+  if constexpr (std::is_same_v<A, float>) {
+    float reciprocal;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(d));
+    return refined(reciprocal, d) * (scale * float(kFieldRange));  // a power of two: the same as in the other order
+  }
+#endif
+  return scale * (A(kFieldRange) / d);
+}
+
+// A thread's pack under one noise sample after the other. kGroups: packs are known to be groups of the generator, whose thresholds lie in
+// two accesses of 16 bytes; they and the factors are then read once for all samples that share them.
+template <class T, bool kGroups>
 struct PackRule {
   using A = acc_t<T>;
   const NoiseWork& work;
-  Place place;
-  PackNoise<false> noise;
-  A scale, shift, fill;
-  uint32_t kept;      // bit j: whether element j is
-  A factor[kGroup];  // of element j where it is kept
+  const Place place;
+  Elements<int32_t, 4> thresholds[2];  // where kGroups
+  const PackNoise<kGroups> noise;
+  const Affine<T>& map;
+  const bool by_sample;  // each sample has thresholds of its own
+  A factor[kGroup];      // of element j where it is kept
 
-  IWSGD_HD PackRule(const NoiseWork& work, int64_t pack)
+  // first: the first noise sample. Its thresholds are loaded before the keys are waited for.
+  IWSGD_HD PackRule(const NoiseWork& work, const Affine<T>& map, const Place& place, int first)
       : work(work),
-        place(work, pack),
-        noise(work, place),
-        scale(static_cast<A>(work.draw.rule.scale)),
-        shift(static_cast<A>(work.draw.rule.shift)),
-        fill(static_cast<A>(work.draw.rule.fill)),
-        kept(0) {
-    IWSGD_UNROLL
-    for (int j = 0; j < kGroup; ++j) factor[j] = scale;
+        place(place),
+        noise((load_thresholds(first), work), place),
+        map(map),
+        by_sample(!kGroups || (work.draw.rule.threshold_rows != 1 && work.draw.rule.threshold_rows != work.draw.layout.examples)) {
+    set_factors();
   }
 
-  IWSGD_HD void draw(int s) {
-    const Draw& call = work.draw;
-    if (call.rule.thresholds == nullptr) {
-      kept = noise.bits(work, call.address, s);
-      return;
+  // Goes on to noise sample s, which has thresholds of its own.
+  IWSGD_HD void next(int s) {
+    if constexpr (kGroups) {
+      load_thresholds(s);
+      set_factors();
     }
-    const Layout& layout = call.layout;
-    const int32_t* thresholds = call.rule.of_row(s, place.b, layout.examples, layout.positions);
-    const uint32_t sample = call.address.row(s, place.b, layout.examples).sample;
-    Group group = noise.group;
-    Words words = philox(group, noise.row.example, sample, noise.keys);
+  }
+
+  // Bit j: whether element j is kept.
+  IWSGD_HD uint32_t draw(int s) {
+    const Layout& layout = work.draw.layout;
+    const uint32_t sample = work.draw.address.row(s, place.b, layout.examples).sample;
+    Words words = philox(noise.group, noise.row.example, sample, noise.keys);
+    uint32_t kept = 0;
+    if constexpr (kGroups) {
+      IWSGD_UNROLL
+      for (int j = 0; j < kGroup; ++j) kept |= static_cast<uint32_t>(static_cast<int32_t>(field(words, j)) >= threshold(j)) << j;
+      return kept;
+    }
+    const int32_t* thresholds = of_row(s);
     int64_t at = noise.position, same = noise.left;
-    kept = 0;
     IWSGD_UNROLL
     for (int j = 0; j < kGroup; ++j) {
       const int32_t threshold = thresholds[at];
@@ -50,71 +78,113 @@ struct PackRule {
       for (int w = 1; w < 4; ++w) word = within / 2 == w ? words.w[w] : word;
       const uint32_t drawn = within % 2 ? word >> 16 : word & 0xFFFFu;
       kept |= static_cast<uint32_t>(static_cast<int32_t>(drawn) >= threshold) << j;
-      factor[j] = scale * (A(kFieldRange) / A(threshold < int32_t(kFieldRange) ? int32_t(kFieldRange) - threshold : 1));
+      factor[j] = kept_factor(map.scale, threshold);
       if (--same > 0) continue;
       same = layout.share;
       const int64_t before = at++;
       if (at == layout.positions) at = 0;
-      if (at / kGroup != before / kGroup) {
-        group = Group(static_cast<uint32_t>(at / kGroup), noise.row.stream, noise.keys);
-        words = philox(group, noise.row.example, sample, noise.keys);
-      }
+      if (at / kGroup != before / kGroup)
+        words = philox(Group(static_cast<uint32_t>(at / kGroup), noise.row.stream, noise.keys), noise.row.example, sample, noise.keys);
+    }
+    return kept;
+  }
+
+ private:
+  IWSGD_HD const int32_t* of_row(int s) const {
+    return work.draw.rule.of_row(s, place.b, work.draw.layout.examples, work.draw.layout.positions);
+  }
+  IWSGD_HD int32_t threshold(int j) const { return thresholds[j / 4].e[j % 4]; }
+
+  IWSGD_HD void load_thresholds(int s) {
+    int64_t position = place.index;
+    if constexpr (kGroups) {
+      if (work.wraps) position -= work.by_positions(position) * work.draw.layout.positions;
+      IWSGD_UNROLL
+      for (int i = 0; i < 2; ++i) thresholds[i] = load_constant<int32_t, 4>(of_row(s) + position + 4 * i);
+    }
+  }
+
+  IWSGD_HD void set_factors() {
+    if constexpr (kGroups) {
+      IWSGD_UNROLL
+      for (int j = 0; j < kGroup; ++j) factor[j] = kept_factor(map.scale, threshold(j));
     }
   }
 };
 
-template <class T, int V, bool kExpand>
-IWSGD_HD void noise_rule_fwd(const NoiseWork& work, const T* x, T* y, int part, int64_t block, int which, int thread) {
+template <class T, int V, bool kGroups, bool kExpand>
+IWSGD_HD void noise_rule_fwd(const NoiseWork& work, const T* x, T* y, const Affine<T>& map, int part, int64_t block, int which, int thread) {
   constexpr int kSlots = kGroup / V;
-  PackRule<T> rule(work, block * kBlock + thread);
-  const Place& place = rule.place;
+  const Place place(work, block * kBlock + thread, std::bool_constant<kGroups>{});
   if (place.count == 0) return;
   const int begin = which * part, end = std::min(begin + part, static_cast<int>(work.draw.samples));
-  const int64_t row = place.x + place.o * (work.draw.samples - 1) * work.step;  // in [O, S*B, I], of sample 0
-  Elements<T, V> values[kSlots];
-  const auto read = [&](const T* from) {
+  const int64_t row = place.y + begin * work.step;  // in [O, S*B, I], of the first sample
+  const T* from = x + (kExpand ? place.x : row);
+  T* to = y + row;
+  Elements<T, V> read[kSlots], values[kSlots];
+  const auto read_all = [&] {
     IWSGD_UNROLL
     for (int k = 0; k < kSlots; ++k)
-      if (k * V < place.count) values[k] = load<T, V>(from + k * V);
+      if (kGroups || k * V < place.count) read[k] = load<T, V>(from + k * V);
+    from += work.step;
   };
-  if (kExpand) read(x + place.x);
-  IWSGD_UNROLL_BY(1)
-  for (int s = begin; s < end; ++s) {
-    if (!kExpand) read(x + row + s * work.step);
-    rule.draw(s);
+  read_all();
+  PackRule<T, kGroups> rule(work, map, place, begin);
+  const auto map_all = [&] {
     IWSGD_UNROLL
     for (int k = 0; k < kSlots; ++k) {
-      const auto becomes = [&](int j) {
-        const int e = k * V + j;
-        return rule.kept >> e & 1u ? element(values[k], j) * rule.factor[e] + rule.shift : rule.fill;
-      };
-      if (k * V < place.count) store<T, V>(y + row + s * work.step + k * V, scaled<T, V>(becomes, acc_t<T>(1)));
+      const auto becomes = [&](int j) { return element(read[k], j) * rule.factor[k * V + j] + map.shift; };
+      values[k] = scaled<T, V>(becomes, acc_t<T>(1));
     }
+  };
+  if constexpr (kGroups && kExpand) map_all();
+  IWSGD_UNROLL_BY(1)
+  for (int s = begin; s < end; ++s) {
+    if (s > begin) {
+      if constexpr (!kExpand) read_all();
+      if (rule.by_sample) {
+        rule.next(s);
+        if constexpr (kGroups && kExpand) map_all();
+      }
+    }
+    const uint32_t kept = rule.draw(s);
+    if constexpr (!kGroups || !kExpand) map_all();
+    IWSGD_UNROLL
+    for (int k = 0; k < kSlots; ++k)
+      if (kGroups || k * V < place.count) store<T, V>(to + k * V, masked<T, V>(values[k], kept >> (k * V), map.fill));
+    to += work.step;
   }
 }
 
-template <class T, int V>
-IWSGD_HD void noise_rule_bwd(const NoiseWork& work, const T* dy, T* dx, int64_t block, int thread) {
-  constexpr int kSlots = kGroup / V;
-  PackRule<T> rule(work, block * kBlock + thread);
-  const Place& place = rule.place;
+template <class T, int V, bool kGroups>
+IWSGD_HD void noise_rule_bwd(const NoiseWork& work, const T* dy, T* dx, const Affine<T>& map, int64_t block, int thread) {
+  constexpr int kSlots = kGroup / V, kSamples = kGroups ? kAhead<T, V> : 1;
+  const Place place(work, block * kBlock + thread, std::bool_constant<kGroups>{});
   if (place.count == 0) return;
-  const T* from = dy + place.x + place.o * (work.draw.samples - 1) * work.step;
+  PackRule<T, kGroups> rule(work, map, place, 0);
+  const T* from = dy + place.y;
   acc_t<T> sum[kGroup] = {};
-  IWSGD_UNROLL_BY(1)
-  for (int64_t s = 0; s < work.draw.samples; ++s, from += work.step) {
-    Elements<T, V> values[kSlots];
+  for_batches<kSamples>(0, static_cast<int>(work.draw.samples), [&](auto batch, int s) {
+    Elements<T, V> values[batch][kSlots];
     IWSGD_UNROLL
-    for (int k = 0; k < kSlots; ++k)
-      if (k * V < place.count) values[k] = load<T, V>(from + k * V);
-    rule.draw(static_cast<int>(s));
+    for (int u = 0; u < batch; ++u) {
+      IWSGD_UNROLL
+      for (int k = 0; k < kSlots; ++k)
+        if (kGroups || k * V < place.count) values[u][k] = load<T, V>(from + k * V);
+      from += work.step;
+    }
     IWSGD_UNROLL
-    for (int e = 0; e < kGroup; ++e)
-      if (e < place.count && rule.kept >> e & 1u) sum[e] += element(values[e / V], e % V) * rule.factor[e];
-  }
+    for (int u = 0; u < batch; ++u) {
+      if (rule.by_sample && s + u > 0) rule.next(s + u);
+      const uint32_t kept = rule.draw(s + u);
+      IWSGD_UNROLL
+      for (int e = 0; e < kGroup; ++e)
+        if ((kGroups || e < place.count) && kept >> e & 1u) sum[e] += element(values[u][e / V], e % V) * rule.factor[e];
+    }
+  });
   IWSGD_UNROLL
   for (int k = 0; k < kSlots; ++k)
-    if (k * V < place.count) store<T, V>(dx + place.x + k * V, scaled<T, V>([&](int j) { return sum[k * V + j]; }, acc_t<T>(1)));
+    if (kGroups || k * V < place.count) store<T, V>(dx + place.x + k * V, scaled<T, V>([&](int j) { return sum[k * V + j]; }, acc_t<T>(1)));
 }
 
 }  // namespace iwsgd

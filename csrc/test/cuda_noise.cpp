@@ -75,6 +75,16 @@ void choices() {
   CHECK(!packs_are_groups({1, 5, 64, 1, 64}) && !packs_are_groups({1, 5, 16 * 64, 16, 64}), "shared draws");
 }
 
+// A GPU's reciprocal may be one unit in the last place off, either way: what is made of it is the nearest number in any case.
+void factors() {
+  for (uint32_t d = 1; d <= kFieldRange; ++d) {
+    const float nearest = 1.0f / static_cast<float>(d);
+    for (const float from : {std::nextafter(nearest, 0.0f), nearest, std::nextafter(nearest, 2.0f)})
+      CHECK(refined(from, static_cast<float>(d)) == nearest, "1 / ", d, " from ", from);
+  }
+  CHECK(kept_factor(1.0f, 0) == 1 && kept_factor(1.0f, 32768) == 2 && kept_factor(1.0f, 65536) == 65536, "halves, and none kept");
+}
+
 // ---- the kernels ----
 
 enum class Ids { none, per_sample, per_example };
@@ -90,6 +100,8 @@ struct Case {
 // Sizes on both sides of a pack (8), a warp's packs (256) and a block's (2048), and rows that end inside each.
 const Case kCases[] = {
     {"one element", {1, 1, 1, 1, 1}, 1},
+    {"one sample", {1, 3, 4104, 4104, 1}, 1},
+    {"one sample, odd", {3, 5, 37, 3 * 37, 1}, 1},
     {"less than a group", {1, 3, 5, 5, 1}, 2},
     {"whole groups", {1, 3, 64, 64, 1}, 3},
     {"half a group left", {1, 3, 500, 500, 1}, 4},
@@ -166,21 +178,25 @@ class Trial {
     forward<true>();
     forward<false>();
     backward();
+    rule_.scale = 0.75, rule_.shift = 0.3125, rule_.fill = -1.5;
+    forward<true>();
+    forward<false>();
   }
 
-  // The kernels of noise_rule_kernels.cuh: an affine map, and thresholds for all rows, by example, and by row.
+  // The kernels of noise_rule_kernels.cuh: thresholds for all rows, by example, and by row; alone and with an affine map.
   void run_rules() {
-    rule_.scale = 0.75, rule_.shift = 0.3125, rule_.fill = -1.5;
-    rule_forward<true>();
-    rule_forward<false>();
     const Layout& l = c_.layout;
     for (const int64_t rows : {int64_t(1), l.examples, l.examples * c_.samples}) {
-      std::vector<int32_t> thresholds(rows * l.positions);
-      for (int32_t& t : thresholds) t = static_cast<int32_t>(random_.below(10) == 0 ? random_.below(2) * kFieldRange : random_.below(kFieldRange));
+      Buffer<int32_t> thresholds(rows * l.positions, kGroups ? 0 : 1);
+      for (int64_t i = 0; i < rows * l.positions; ++i)
+        thresholds.data()[i] = static_cast<int32_t>(random_.below(10) == 0 ? random_.below(2) * kFieldRange : random_.below(kFieldRange));
       rule_ = {0, 1.0, 0.0, 0.0, thresholds.data(), rows};
       rule_forward<true>();
       rule_forward<false>();
       rule_backward();
+      rule_ = {0, 0.75, 0.3125, -1.5, thresholds.data(), rows};
+      rule_forward<true>();
+      rule_forward<false>();
     }
   }
 
@@ -214,6 +230,7 @@ class Trial {
 
   void fill(T* x, int64_t n) {
     for (int64_t i = 0; i < n; ++i) x[i] = from_acc<T>(static_cast<acc_t<T>>(static_cast<int64_t>(random_.below(4001)) - 2000) / 64);
+    if (n > 22) x[21] = from_acc<T>(-acc_t<T>(0)), x[22] = from_acc<T>(-static_cast<acc_t<T>>(1e-45));
     // what a mask that multiplies would let through
     if (n > 20) x[random_.below(20)] = from_acc<T>(static_cast<acc_t<T>>(INFINITY)), x[20] = from_acc<T>(static_cast<acc_t<T>>(NAN));
   }
@@ -225,15 +242,16 @@ class Trial {
     const int64_t inputs = c_.layout.outer * work.step, outputs = inputs * c_.samples;
     Buffer<T> x(kExpand ? inputs : outputs, offset_), y(outputs, offset_);
     fill(x.data(), kExpand ? inputs : outputs);
-    const auto scale = static_cast<acc_t<T>>(rule_.scale);
+    const Affine<T> map(rule_);
     const NoiseGrid grid = noise_grid(work, true);
     for (int64_t block = 0; block < grid.blocks; ++block)
       for (int part = 0; part < grid.parts; ++part)
         for (int thread = 0; thread < kBlock; ++thread)
-          noise_fwd<T, V, kGroups, kExpand>(work, x.data(), y.data(), scale, static_cast<int>(grid.part), block, part, thread);
+          noise_fwd<T, V, kGroups, kExpand>(work, x.data(), y.data(), map, static_cast<int>(grid.part), block, part, thread);
     expected(draw, [&](int64_t o, int64_t s, int64_t b, int64_t i, bool kept) {
-      const T want = kept ? from_acc<T>(to_acc(x.data()[draw.input_row(o, s, b) + i]) * scale) : T{};
-      CHECK(same(y.data()[draw.row(o, s, b) + i], want), where(kExpand ? "expand" : "rows"), " at ", o, " ", s, " ", b, " ", i);
+      const acc_t<T> value = to_acc(x.data()[draw.input_row(o, s, b) + i]) * map.scale;
+      const T want = kept ? from_acc<T>(rule_.plain() ? value : value + map.shift) : from_acc<T>(static_cast<acc_t<T>>(rule_.fill));
+      CHECK((rule_.plain() ? same<T> : close)(y.data()[draw.row(o, s, b) + i], want), where(kExpand ? "expand" : "rows"), " at ", o, " ", s, " ", b, " ", i);
     });
     CHECK(x.guarded() && y.guarded(), where("forward"), " writes outside");
   }
@@ -257,6 +275,21 @@ class Trial {
       CHECK(same(dx.data()[i], want) || (std::isnan(to_acc(want)) && std::isnan(to_acc(dx.data()[i]))), where("backward"), " at ", i);
     }
     CHECK(dy.guarded() && dx.guarded(), where("backward"), " writes outside");
+    if (c_.samples == 1) sum_of_one(work, dy.data(), dx.data(), inputs);
+  }
+
+  // Forward's kernels, which make the sum of one sample: the same bits, those of zeros too.
+  void sum_of_one(const NoiseWork& work, const T* dy, const T* dx, int64_t n) {
+    Affine<T> map(rule_);
+    map.shift = 0;
+    Buffer<T> y(n, offset_);
+    const NoiseGrid grid = noise_grid(work, true);
+    for (int64_t block = 0; block < grid.blocks; ++block)
+      for (int thread = 0; thread < kBlock; ++thread) {
+        if (rule_.thresholds == nullptr) noise_fwd<T, V, kGroups, true>(work, dy, y.data(), map, 1, block, 0, thread);
+        else noise_rule_fwd<T, V, kGroups, false>(work, dy, y.data(), map, 1, block, 0, thread);
+      }
+    for (int64_t i = 0; i < n; ++i) CHECK(same(y.data()[i], dx[i]) || (std::isnan(to_acc(dx[i])) && std::isnan(to_acc(y.data()[i]))), where("sum of one"), " at ", i);
   }
 
   // What a kept element is multiplied by.
@@ -284,7 +317,7 @@ class Trial {
     for (int64_t block = 0; block < grid.blocks; ++block)
       for (int part = 0; part < grid.parts; ++part)
         for (int thread = 0; thread < kBlock; ++thread)
-          noise_rule_fwd<T, V, kExpand>(work, x.data(), y.data(), static_cast<int>(grid.part), block, part, thread);
+          noise_rule_fwd<T, V, kGroups, kExpand>(work, x.data(), y.data(), Affine<T>(rule_), static_cast<int>(grid.part), block, part, thread);
     expected(draw, [&](int64_t o, int64_t s, int64_t b, int64_t i, bool kept) {
       const acc_t<T> value = to_acc(x.data()[draw.input_row(o, s, b) + i]) * factor(draw, o, s, b, i) + static_cast<acc_t<T>>(rule_.shift);
       const T want = from_acc<T>(kept ? value : static_cast<acc_t<T>>(rule_.fill));
@@ -301,7 +334,7 @@ class Trial {
     fill(dy.data(), outputs);
     const NoiseGrid grid = noise_grid(work, false);
     for (int64_t block = 0; block < grid.blocks; ++block)
-      for (int thread = 0; thread < kBlock; ++thread) noise_rule_bwd<T, V>(work, dy.data(), dx.data(), block, thread);
+      for (int thread = 0; thread < kBlock; ++thread) noise_rule_bwd<T, V, kGroups>(work, dy.data(), dx.data(), Affine<T>(rule_), block, thread);
     std::vector<acc_t<T>> sum(static_cast<std::size_t>(inputs));
     expected(draw, [&](int64_t o, int64_t s, int64_t b, int64_t i, bool kept) {
       if (kept) sum[draw.example(o, b) + i] += to_acc(dy.data()[draw.row(o, s, b) + i]) * factor(draw, o, s, b, i);
@@ -309,6 +342,7 @@ class Trial {
     // Kept elements can be 65536 times as large as those that cancel them.
     for (int64_t i = 0; i < inputs; ++i) CHECK(near(dx.data()[i], sum[i]), where("rule backward"), " at ", i);
     CHECK(dy.guarded() && dx.guarded(), where("rule backward"), " writes outside");
+    if (c_.samples == 1) sum_of_one(work, dy.data(), dx.data(), inputs);
   }
   static bool near(T a, acc_t<T> want) {
     const double x = static_cast<double>(to_acc(a)), y = static_cast<double>(to_acc(from_acc<T>(want)));
@@ -338,6 +372,7 @@ void trials(const Case& c, test::Random& random) {
     Trial<T, kWide, false>(c, 0, random).run_rules();
     if constexpr (kWide == kGroup)
       if (packs_are_groups(c.layout)) Trial<T, kWide, true>(c, 0, random).run();
+    if (packs_are_groups(c.layout) && c.layout.inner % kGroup == 0 && c.layout.positions % kGroup == 0) Trial<T, kWide, true>(c, 0, random).run_rules();
   }
   for (const int64_t offset : {0, 1}) Trial<T, 1, false>(c, offset, random).run();
   Trial<T, 1, false>(c, 1, random).run_rules();
@@ -347,6 +382,7 @@ int main() {
   dividers();
   grids();
   choices();
+  factors();
   test::Random random;
   for (const Case& c : kCases) {
     trials<float>(c, random);
