@@ -23,7 +23,7 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 NATIVE_SOURCES := $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/* csrc/python/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo demo-short test test-fast test-models ctest bench gpu lint clean distclean FORCE
+.PHONY: help setup build demo demo-short test test-fast test-models ctest bench gpu gpu-first gpu-second lint clean distclean FORCE
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -86,8 +86,16 @@ bench: $(VENV)/.built  ## measure ops, layers and training steps beside plain Py
 	$(PY) -m bench $(ARGS)
 
 # No .venv is made: the Python with torch is used as it is, which asks for no network and no package. OUT= is where the report goes.
+GPU = '$(PYTHON)' tools/gpu.py $(1) $(if $(OUT),--out '$(OUT)') $(ARGS)
+
 gpu:  ## build for this machine's GPU, run every check on it, measure (OUT=dir for the report, PYTHON= the Python with torch)
-	'$(PYTHON)' tools/gpu.py $(if $(OUT),--out '$(OUT)') $(ARGS)
+	$(call GPU,full)
+
+gpu-first:  ## what to know of new kernels on a GPU, in 210 seconds: build, exercise, timing, counters, sanitizers
+	$(call GPU,first)
+
+gpu-second:  ## then, in 240 seconds: build, exercise, timing, the tests of the CUDA kernels
+	$(call GPU,second)
 
 lint: $(VENV)/.ready  ## check the Python code with ruff
 	@$(PY) -m ruff --version > /dev/null 2>&1 || $(SETUP) ruff

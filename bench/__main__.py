@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=[], metavar="DTYPE", help=f"these: {', '.join(DTYPES)}")
     p.add_argument("--device", choices=("cpu", "cuda"), help="(cuda where there is one)")
     p.add_argument("--threads", nargs="+", type=int, default=[], metavar="N", help="numbers of torch's threads (all cores)")
-    p.add_argument("--seconds", type=float, help="for each provider of a case (1; with --quick 0.2)")
+    p.add_argument("--seconds", type=float, help="for each provider of a case (1; with --quick and on a GPU 0.2)")
     p.add_argument("--minutes", type=float, help="for the whole run (1.8 with --quick): important cases come first")
     p.add_argument("--out", type=Path, help="folder for results.json, results.csv, figures and report.html")
     p.add_argument("--markdown", action="store_true", help="print a table to be pasted, instead of the terminal's")
@@ -89,7 +89,8 @@ def _measure(todo: list[Case], device: torch.device, selection: Selection, optio
     log = Progress("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=out, transient=True)
     about = machine(device)
     about["freed memory kept"] = keep_freed_memory() if not options.fresh_memory and device.type == "cpu" else False
-    seconds = options.seconds or (0.2 if options.quick else 1.0)
+    # a GPU's runs take under a millisecond, and a case that takes long leaves no time for the next
+    seconds = options.seconds or (0.2 if options.quick or device.type == "cuda" else 1.0)
     minutes = options.minutes or (QUICK_MINUTES if options.quick else None)
     deadline = start + 60 * minutes - FINISHING if minutes else float("inf")
     run = Run(device, selection, seconds, least=3 if options.quick else 5, deadline=deadline)

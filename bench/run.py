@@ -11,6 +11,7 @@ import torch
 from . import host, iw_cross_entropy, layer, noise, step
 from .case import BASELINE, Case, Grid, Skip, Variant
 from .measure import (
+    HOLD,
     LEAST,
     Flush,
     Timing,
@@ -158,7 +159,9 @@ class Run:
                 self._row(case, name, "skipped" if _is_memory(error) else "failed", _reason(error))
         if not ready:
             return None
-        watch = stopwatch(self.device, host=case.level == "host")
+        # a training step is timed as a user sees it, with the host's time where the GPU waits for it
+        hold = HOLD if case.level in ("op", "layer") else 0
+        watch = stopwatch(self.device, host=case.level == "host", hold=hold)
         flush = self.flush if case.flush else None
         times: dict[str, list[float]] = {}
         try:

@@ -9,9 +9,7 @@ import torch
 import iwsgd_ext as iw
 from iwsgd_ext.sampling import current
 
-# tools/gpu.py asks for the cases of one device, and deals them out to processes: IWSGD_TEST_SHARD=2/10 is the third of ten.
-ONLY = os.environ.get("IWSGD_TEST_DEVICE")
-SHARD, SHARDS = map(int, os.environ.get("IWSGD_TEST_SHARD", "0/1").split("/"))
+ONLY = os.environ.get("IWSGD_TEST_DEVICE")  # tools/gpu.py asks for the cases of one device
 DEVICES = [d for d in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])) if ONLY in (None, d)]
 BUILT = iw.backend_info()["built"]
 # Triton's kernels run on GPUs, or, in a process that was started with TRITON_INTERPRET=1, on the CPU.
@@ -34,18 +32,35 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("device", DEVICES, indirect=True)
 
 
-def pytest_collection_modifyitems(config, items):
-    """Leaves the cases of this process: each by itself, but those together that share what is slow to make."""
+def pytest_collection_modifyitems(items):
+    """Cases that share what is slow to make stay in one process of pytest-xdist."""
     for item in items:
         if together(item):
-            item.add_marker(pytest.mark.xdist_group(together(item)))  # for make test, which deals out by pytest-xdist
-    if SHARDS == 1:
-        return
-    keys = [together(item) or item.nodeid for item in items]
-    numbers = {key: n for n, key in enumerate(dict.fromkeys(keys))}
-    mine = [numbers[key] % SHARDS == SHARD for key in keys]
-    config.hook.pytest_deselected(items=[item for item, kept in zip(items, mine, strict=True) if not kept])
-    items[:] = [item for item, kept in zip(items, mine, strict=True) if kept]
+            item.add_marker(pytest.mark.xdist_group(together(item)))
+
+
+_context_is_lost = False
+
+
+@pytest.fixture(autouse=True)
+def _errors_of_the_device():
+    """An error of a kernel is its own case's, and not that of the next one that waits for the device."""
+    global _context_is_lost
+    yield
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            _context_is_lost = True
+            raise
+
+
+def pytest_runtest_logfinish():
+    """No case can pass in a process whose CUDA context is lost: it ends, and pytest-xdist starts another one."""
+    if _context_is_lost:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        pytest.exit("the CUDA context is lost", returncode=3)
 
 
 def together(item) -> str | None:

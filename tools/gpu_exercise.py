@@ -1,19 +1,24 @@
-"""Launches every kernel in every regime on small tensors and compares with plain PyTorch: what compute-sanitizer watches.
+"""Launches every kernel in every regime on small tensors and compares with plain PyTorch: what compute-sanitizer watches, too.
 
-    python tools/gpu_exercise.py [--kernels | --large] [--device cuda] [--backend cuda|triton] [--dtype bfloat16 ...]
+    python tools/gpu_exercise.py [--family NAME ...] [--kernels] [--patience 60] [--backend cuda|triton] [--dtype bfloat16 ...]
 
---kernels says which of the backend's kernels ran, and fails where one was not among them. --large takes sizes that fill a GPU, once
-each, for a profiler; nothing is compared then.
+Each case is a line of its own where it fails, and the others still run. --kernels says which of the families' kernels ran, and counts
+one that did not as a failure. An error that breaks the CUDA context, and a case that takes longer than --patience, end the process.
+Started again, it goes on behind that case, where IWSGD_CASES names the file that tells (tools/gpu_cases.py).
 """
 
 import argparse
 import contextlib
+import faulthandler
+import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 
+import gpu_cases
 import torch
 
 import iwsgd_ext as iw
@@ -23,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = {"cuda": sorted((ROOT / "csrc" / "cuda").glob("*.cu")), "triton": sorted((ROOT / "iwsgd_ext" / "triton").glob("*.py"))}
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 SAMPLES = 3
+BROKEN = 3  # exit code: the CUDA context cannot be used any more
 SHAPES = ((3, 5, 4, 8), (6, 3, 5, 7))  # of x: rows that are whole groups and accesses, and rows that are not
 
 
@@ -60,12 +66,50 @@ def reference_of(call, *tensors):
         return call(*tensors)
 
 
+class Cases:
+    """Runs cases and keeps going: a failure is a line, and is written down at once."""
+
+    def __init__(self, device: torch.device, patience: float = 60.0):
+        self.device, self.patience = device, patience
+        self.before = gpu_cases.begun()
+        self.count = self.failures = 0
+
+    def run(self, name: str, work: Callable[[], None]) -> None:
+        if name in self.before:
+            return
+        self.count += 1
+        gpu_cases.write(name, "began")
+        faulthandler.dump_traceback_later(self.patience, exit=True)
+        try:
+            work()
+            self._synchronize()
+        except Exception as error:
+            self.fail(name, f"{type(error).__name__}: {error}", traceback.format_exc())
+            try:
+                self._synchronize()
+            except RuntimeError:
+                print(f"the CUDA context is lost in {name}", flush=True)
+                os._exit(BROKEN)  # what a profiler or torch does at the end needs the context
+        else:
+            gpu_cases.write(name, "passed")
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+    def fail(self, name: str, message: str, text: str = "") -> None:
+        self.failures += 1
+        gpu_cases.write(name, "failed", message, text)
+        print(f"FAILED {name}: {' '.join(message.split())[:400]}", flush=True)
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
 # ---- noise: forward and backward of a form(x, p, samples=, seed=, stream=, expand=) ----
 
 
-def agrees(
-    name: str, form: Callable, p, device: torch.device, dtype: torch.dtype, shape: tuple, expand: bool, shift: int, **tolerance
-) -> None:
+def agrees(cases: Cases, name: str, form: Callable, p, dtype: torch.dtype, shape: tuple, expand: bool, shift: int, **tolerance) -> None:
+    device, name = cases.device, f"{name} {dtype} expand={expand} {shape} shift {shift}"
     x = torch.randn(shape).to(dtype)
     dy = torch.randn((SAMPLES * shape[0] if expand else shape[0], *shape[1:])).to(dtype)
 
@@ -74,10 +118,12 @@ def agrees(
         y = form(x, p, samples=SAMPLES, seed=7, stream=1, expand=expand)
         return y.detach(), torch.autograd.grad(y, x, dy)[0]
 
-    got = both(apart(x, device, shift), apart(dy, device, shift), p.to(device) if isinstance(p, torch.Tensor) else p)
-    for part, mine, expected in zip(("forward", "backward"), got, reference_of(both, x, dy, p), strict=True):
-        at = f"{name} {dtype} expand={expand} {shape} shift {shift} {part}"
-        torch.testing.assert_close(mine.cpu(), expected, **tolerance, msg=lambda text, at=at: f"{at}: {text}")
+    def work():
+        got = both(apart(x, device, shift), apart(dy, device, shift), p.to(device) if isinstance(p, torch.Tensor) else p)
+        for part, mine, expected in zip(("forward", "backward"), got, reference_of(both, x, dy, p), strict=True):
+            torch.testing.assert_close(mine.cpu(), expected, **tolerance, msg=lambda text, part=part: f"{part}: {text}")
+
+    cases.run(name, work)
 
 
 def rates(rows: int, *sizes: int) -> torch.Tensor:
@@ -102,30 +148,23 @@ def rules(shape: tuple, expand: bool) -> Iterator[tuple]:
     yield "rates of elements", functional.dropout, rates(*shape)
 
 
-def exercise_noise(device: torch.device, dtypes: list[torch.dtype]) -> int:
-    count = 0
+def exercise_noise(cases: Cases, dtypes: list[torch.dtype]) -> None:
     for dtype, expand, shift, shape in product(dtypes, (True, False), (0, 1), SHAPES):
         for name, form, p in rules(shape, expand):
-            agrees(name, form, p, device, dtype, shape, expand, shift)
-            count += 1
-    agrees("p=1", functional.dropout, 1.0, device, torch.float32, SHAPES[0], True, 0)
-    return count + 1
+            agrees(cases, name, form, p, dtype, shape, expand, shift)
+    agrees(cases, "p=1", functional.dropout, 1.0, torch.float32, SHAPES[0], True, 0)
 
 
-def exercise_gaussian(device: torch.device, dtypes: list[torch.dtype]) -> int:
-    count = 0
+def exercise_gaussian(cases: Cases, dtypes: list[torch.dtype]) -> None:
     forms = {"gaussian dropout": functional.gaussian_dropout, "gaussian noise": functional.gaussian_noise}
     for dtype, expand, shift, shape, (name, form) in product(dtypes, (True, False), (0, 1), SHAPES, forms.items()):
         # numbers agree within 5e-5, and three of them are added up; what is rounded to 16 bits may go either way
         close = {"rtol": 2e-2, "atol": 1e-2} if dtype.itemsize == 2 else {"rtol": 1e-4, "atol": 5e-4}
-        agrees(name, form, 0.4, device, dtype, shape, expand, shift, **close)
-        count += 1
-    return count
+        agrees(cases, name, form, 0.4, dtype, shape, expand, shift, **close)
 
 
-def exercise_multinomial(device: torch.device, dtypes: list[torch.dtype]) -> int:
+def exercise_multinomial(cases: Cases, dtypes: list[torch.dtype]) -> None:
     """Few features, which a CUDA block counts in shared memory, and more than fit there; bounds for all samples, and for each."""
-    count = 0
     for features, draws, by_sample in product((1, 24, 20011), (1, 7, 2000), (False, True)):
         probabilities = torch.rand(SAMPLES, features) if by_sample else torch.rand(features)
         bounds, origin = iw.multinomial.bounds_of(probabilities), torch.tensor([7, 0, 0])
@@ -134,15 +173,15 @@ def exercise_multinomial(device: torch.device, dtypes: list[torch.dtype]) -> int
         def counts(origin, bounds, arguments=arguments, draws=draws):
             return backend.op("multinomial", bounds.device)(origin, None, *arguments, bounds, draws)
 
-        expected = reference_of(counts, origin, bounds)
-        assert torch.equal(counts(origin.to(device), bounds.to(device)).cpu(), expected), (features, draws, by_sample)
-        assert int(expected.sum()) == SAMPLES * 2 * draws
-        count += 1
+        def work(origin=origin, bounds=bounds, counts=counts, draws=draws):
+            expected = reference_of(counts, origin, bounds)
+            assert torch.equal(counts(origin.to(cases.device), bounds.to(cases.device)).cpu(), expected), "counts differ"
+            assert int(expected.sum()) == SAMPLES * 2 * draws, "the draws do not add up"
+
+        cases.run(f"multinomial of {features} features, {draws} draws, bounds by sample {by_sample}", work)
     for dtype, expand, shift in product(dtypes, (True, False), (0, 1)):
         form = lambda x, p, **address: functional.multinomial_dropout(x, p, 9, **address)  # noqa: E731
-        agrees("multinomial dropout", form, None, device, dtype, SHAPES[1], expand, shift)
-        count += 1
-    return count
+        agrees(cases, "multinomial dropout", form, None, dtype, SHAPES[1], expand, shift)
 
 
 # samples, examples, classes, positions, options. Classes by regime: registers (each form, units of one warp and of several), several rows
@@ -171,8 +210,8 @@ LOSSES = [
 TRITON_LOSSES = [(4, 160, 6000, 1, {})]  # more examples than multiprocessors, each too large to be held: read twice by one program
 
 
-def exercise_loss(device: torch.device, dtypes: list[torch.dtype]) -> int:
-    count = 0
+def exercise_loss(cases: Cases, dtypes: list[torch.dtype]) -> None:
+    device, count = cases.device, 0
     losses = LOSSES + (TRITON_LOSSES if backend.backend_of(device) == "triton" else [])
     for (samples, batch, classes, positions, options), dtype, shift, last in product(losses, dtypes, (0, 1), (False, True)):
         large = samples * batch * classes > 100_000
@@ -191,29 +230,32 @@ def exercise_loss(device: torch.device, dtypes: list[torch.dtype]) -> int:
             dz = torch.autograd.grad(loss, z, torch.full_like(loss, upstream))[0]
             return loss.detach(), stats.log_p, stats.weights, stats.bound, dz
 
-        there = apart(logits.movedim(1, -1).contiguous(), device, shift).movedim(-1, 1) if last else apart(logits, device, shift)
-        got = both(there, target.to(device), weight.to(device))
-        expected = reference_of(both, logits, target, weight)
+        def work(both=both, logits=logits, target=target, weight=weight, shift=shift, last=last):
+            there = apart(logits.movedim(1, -1).contiguous(), device, shift).movedim(-1, 1) if last else apart(logits, device, shift)
+            got = both(there, target.to(device), weight.to(device))
+            expected = reference_of(both, logits, target, weight)
+            for part, mine, other in zip(("loss", "log_p", "weights", "bound", "gradient"), got, expected, strict=True):
+                rough = {"rtol": 2e-2, "atol": 1e-3} if mine.dtype in (torch.bfloat16, torch.float16) else {"rtol": 1e-3, "atol": 1e-5}
+                torch.testing.assert_close(mine.cpu(), other, **rough, msg=lambda text, part=part: f"{part}: {text}")
+
         name = f"loss {dtype} S={samples} B={batch} C={classes} T={positions} {options} shift {shift} class-last {last} upstream {upstream}"
-        for mine, other in zip(got, expected, strict=True):
-            rough = {"rtol": 2e-2, "atol": 1e-3} if mine.dtype in (torch.bfloat16, torch.float16) else {"rtol": 1e-3, "atol": 1e-5}
-            torch.testing.assert_close(mine.cpu(), other, **rough, msg=lambda text, at=name: f"{at}: {text}")
+        cases.run(name, work)
         count += 1
-    return count
 
 
-def exercise_scale(device: torch.device, dtypes: list[torch.dtype]) -> int:
+def exercise_scale(cases: Cases, dtypes: list[torch.dtype]) -> None:
     """The product with an upstream gradient, in place, also where memory begins and ends inside an access."""
-    if backend.backend_of(device) == "reference":
-        return 0  # which makes a new tensor
-    count = 0
+    if backend.backend_of(cases.device) == "reference":
+        return  # which makes a new tensor
     for dtype, shift, factor in product(dtypes, (0, 1, 5), (1.0, 0.3)):
         x, by = torch.randn(6, 37, 1).to(dtype), torch.tensor(factor, dtype=torch.promote_types(dtype, torch.float32))
-        mine = apart(x, device, shift)
-        backend.op("iw_cross_entropy_scale_", device)(mine, by.to(device))
-        torch.testing.assert_close(mine.cpu(), (x.to(by.dtype) * by).to(dtype), rtol=0, atol=0)
-        count += 1
-    return count
+
+        def work(x=x, by=by, shift=shift):
+            mine = apart(x, cases.device, shift)
+            backend.op("iw_cross_entropy_scale_", cases.device)(mine, by.to(cases.device))
+            torch.testing.assert_close(mine.cpu(), (x.to(by.dtype) * by).to(x.dtype), rtol=0, atol=0)
+
+        cases.run(f"scale {dtype} shift {shift} by {factor}", work)
 
 
 # What each launches: of CUDA's kernels and of Triton's, which have the same names where they do the same.
@@ -229,55 +271,45 @@ EXERCISES = {
 }
 
 
-def exercise(device: torch.device, dtypes: list[torch.dtype]) -> str:
-    counts = {work.__name__.removeprefix("exercise_"): work(device, dtypes) for work in EXERCISES}
-    return ", ".join(f"{count} {name} cases" for name, count in counts.items())
+FAMILIES = {work.__name__.removeprefix("exercise_"): work for work in EXERCISES}
 
 
-def large(device: torch.device) -> None:
-    """One call of each benchmark's kind."""
-    x = torch.randn(64 << 20, device=device, dtype=torch.bfloat16).view(1024, -1).requires_grad_()
-    functional.dropout(x, 0.5, samples=4, seed=7).backward(torch.randn(4 * 1024, x.shape[1], device=device, dtype=torch.bfloat16))
-    x = x.detach()[:256]
-    functional.gaussian_dropout(x, 0.5, samples=4, seed=7)
-    functional.multinomial_dropout(x[:, :4096], None, 2048, samples=4, seed=7)
-    for rows, classes in ((131072 * 8, 10), (65536, 256), (65536, 1000), (16384, 4096), (8192, 32000), (4096, 128256)):
-        logits = torch.randn(rows, classes, device=device, dtype=torch.bfloat16).requires_grad_()
-        iw.iw_cross_entropy(logits, torch.randint(classes, (rows // 8,), device=device), 8).backward()
+def exercise(cases: Cases, families: list[str], dtypes: list[torch.dtype]) -> None:
+    for name in families:
+        FAMILIES[name](cases, dtypes)
 
 
-def kernels_launched(device: torch.device, dtypes: list[torch.dtype]) -> set[str]:
-    """The names of what ran on the GPU, template arguments and all."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        exercise(device, dtypes)
-        torch.cuda.synchronize()
-    return {event.key for event in seen.key_averages()}
+def never_launched(families: list[str], there: set[str], ran: set[str]) -> list[str]:
+    """Of a backend's kernels those that the families are to launch and did not; ``ran``: names with template arguments and all."""
+    wanted = {kernel for name in families for kernel in EXERCISES[FAMILIES[name]]} & there
+    return sorted(name for name in wanted if not any(re.search(rf"\b{name}\b", launched) for launched in ran))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--family", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
+    parser.add_argument("--kernels", action="store_true")
+    parser.add_argument("--patience", type=float, default=60, metavar="SECONDS")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backend", choices=("cuda", "triton"), help="default: the one that the library takes for the device")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--kernels", action="store_true")
-    what.add_argument("--large", action="store_true")
     options = parser.parse_args()
-    device, dtypes = torch.device(options.device), [DTYPES[name] for name in options.dtype]
+    cases = Cases(torch.device(options.device), options.patience)
+    dtypes = [DTYPES[name] for name in options.dtype]
     torch.manual_seed(7)
     with on_backend(options.backend):
-        if options.large:
-            large(device)
-            return 0
-        if options.kernels:
-            there, ran = kernels(backend.backend_of(device)), kernels_launched(device, dtypes)
-            missing = sorted(name for name in there if not any(re.search(rf"\b{name}\b", launched) for launched in ran))
-            print(f"never launched: {', '.join(missing)}" if missing else f"all {len(there)} kernels were launched")
-            return int(bool(missing))
-        print(f"{exercise(device, dtypes)} agree with plain PyTorch")
-    return 0
+        if not options.kernels or cases.before:
+            exercise(cases, options.family, dtypes)
+        else:
+            from torch.profiler import ProfilerActivity, profile
+
+            with profile(activities=[ProfilerActivity.CUDA]) as seen:
+                exercise(cases, options.family, dtypes)
+            there, ran = kernels(backend.backend_of(cases.device)), {event.key for event in seen.key_averages()}
+            for name in never_launched(options.family, there, ran):
+                cases.fail(f"launch of {name}", "it was never launched")
+    print(f"{cases.count} cases of {', '.join(options.family)}, {cases.failures} failed")
+    return int(cases.failures > 0)
 
 
 if __name__ == "__main__":
