@@ -252,7 +252,7 @@ def _run_stage(stage: Stage, session: Session) -> Result:
             raise Skipped(f"{needed.name} {'was skipped' if needed.status == 'skipped' else 'failed'}")
         if session.deadline - begin < min(LEAST, stage.seconds):
             raise Skipped("no time was left")
-        text = stage.work(run)
+        text = stage.work(run) or ""
     except Skipped as why:
         status, text = "skipped", str(why)
     except Failed as why:
