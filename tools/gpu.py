@@ -234,6 +234,11 @@ def sanitizer(name: str) -> Callable[[Run], str]:
 
 TRITON = "cuda-triton"  # in the names of the cases that run on it: tests/conftest.py
 NATIVE = "cuda-native"  # on the CUDA kernels
+OTHERS = (
+    "--ignore=tests/test_cuda_run.py",
+    "--ignore=tests/test_cuda_large.py",
+    "--ignore=tests/test_cuda_build.py",
+)  # not on a GPU, or apart
 WORKERS = max(2, (os.cpu_count() or 1) - 6)  # the other stages of the group need about a core each
 
 
@@ -394,13 +399,7 @@ PLANS = {
         8,
         [
             *(MACHINE_STAGE, *BUILD, EXERCISE, TIMING, PROFILE),
-            Stage(
-                "tests",
-                200,
-                tests("-k", f"not {TRITON}", "-m", "not one_process", workers=WORKERS - WORKERS // 2),
-                group="checks",
-                needs="build",
-            ),
+            Stage("tests", 200, tests("-k", f"not {TRITON}", *OTHERS, workers=WORKERS - WORKERS // 2), group="checks", needs="build"),
             Stage("tests-triton", 200, triton_tests, group="checks", needs="build"),
             *(STREAMS, LARGE, *CHECKS.values(), TRITON_EXERCISE),
             Stage("resources", 120, resources, group="checks", needs="build"),
@@ -424,8 +423,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--only: expected stages of {', '.join(s.name for s in stages)}, got {', '.join(sorted(unknown))}")
     stages = [s for s in stages if not options.only or s.name in (*options.only, "machine")]
     seconds = 60 * (options.minutes or minutes)
-    exit_at(seconds - 1)
-    session = Session(options.out.resolve(), time.monotonic() + seconds - min(FINISH, seconds / 4))
+    finish = min(FINISH, seconds / 4)
+    exit_at(seconds - finish / 10)
+    session = Session(options.out.resolve(), time.monotonic() + seconds - finish)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, session.stop)
     return run_stages(stages, session)
