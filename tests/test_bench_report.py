@@ -177,6 +177,9 @@ def test_goals():
     }
     (goal,) = summary.goals([row("iw cuda", 1.0, **of_gpu)])
     assert (goal.measured, goal.wanted) == (0.83, 0.80)
+    noise = {"device": "cuda", "dtype": "bfloat16", "of_limit": 0.52}
+    (goal,) = summary.goals([row("iw cuda", 1.0, **noise), row(summary.LIMIT, 0.93, **noise)])
+    assert (goal.measured, goal.wanted) == (0.52, 0.92), "by the bytes that must move, not by S copies, which move twice as many"
 
 
 def test_goal_of_memory():

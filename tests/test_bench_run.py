@@ -1,5 +1,6 @@
 """Runs of the benchmark suite, never timed: turns, ratios, the noise criterion, filters, reasons, interruption."""
 
+import dataclasses
 import json
 import math
 import re
@@ -201,3 +202,33 @@ def test_every_case_has_memory_and_classes_in_proportion():
         for c in run.cases(Grid(device), run.Selection(levels=("op", "layer", "step"))):
             assert 0 < c.need < 200 * 2**30 * (8 if c.samples > 8 else 1), c.name
             assert math.prod((c.samples, c.batch)) > 0
+
+
+def test_a_gpus_events_do_not_enclose_the_host(monkeypatch):
+    """With stubs: the GPU is busy before the first event, while the host launches. A training step's time holds the host's."""
+    done = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            done.append("event")
+
+        def synchronize(self):
+            done.append("wait")
+
+        def elapsed_time(self, end):
+            return 5.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append(cycles))
+    for hold, before in ((0, []), (measure.HOLD, [measure.HOLD])):
+        done.clear()
+        assert measure.stopwatch(torch.device("cuda"), hold=hold)(lambda: done.append("run")) == 0.005
+        assert done == [*before, "event", "run", "event", "wait"]
+    asked = []
+    monkeypatch.setattr(run, "stopwatch", lambda device, host, hold: asked.append((host, hold)) or (lambda f: (f(), 0.1)[1]))
+    for level in ("op", "layer", "step", "host"):
+        measured(dataclasses.replace(fake_case({BASELINE: fine}), level=level), monkeypatch)
+    assert asked == [(False, measure.HOLD), (False, measure.HOLD), (False, 0), (True, 0)]
