@@ -1,5 +1,6 @@
 """tools/gpu.py with stages made for it: what fails, hangs or is left out, and what is then reported; no GPU takes part."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -397,3 +398,77 @@ def test_cases_of_triton_have_a_stage_of_their_own(tmp_path):
         {"test_a[cuda-triton]"},
         {"test_a[cuda-reference]", "test_a[cuda-native]", "test_b[cuda]", "test_triton"},
     ]
+
+
+EXERCISE = """
+import os, sys, time
+import torch
+import gpu_exercise
+how, device = sys.argv.pop(), torch.device("cpu")
+def exercise_noise(cases, dtypes):
+    def third():
+        if how == "dies": os._exit(9)
+        if how == "hangs": time.sleep(60)
+        cases._synchronize = broken
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    def broken(): raise RuntimeError("lost")
+    cases.run("one", lambda: None)
+    cases.run("two", lambda: torch.testing.assert_close(torch.ones(1), torch.zeros(1)))
+    cases.run("three", third)
+    cases.run("four", lambda: None)
+gpu_exercise.FAMILIES["noise"] = exercise_noise
+sys.argv[1:] = ["--device", "cpu", "--family", "noise", "--patience", "1"]
+sys.exit(gpu_exercise.main())
+"""
+
+
+@pytest.mark.parametrize("how", ["loses", "dies", "hangs"])
+def test_the_exercise_goes_on_behind_a_case_that_ends_it(session, tmp_path, monkeypatch, how):
+    """A case that fails is followed by the next one; a process that ends in a case by another process."""
+    (tmp_path / "exercise.py").write_text(EXERCISE)
+    monkeypatch.setattr(gpu, "FAMILIES", ("noise",))
+    real = gpu.Run.command
+    monkeypatch.setattr(gpu.Run, "command", lambda self, *words, **o: real(self, words[0], tmp_path / "exercise.py", how, **o))
+    assert gpu.run_stages([gpu.Stage("exercise", 60, gpu.exercise)], session, lambda line: None) == 1
+    text = session.results["exercise"].text
+    assert text.startswith(f"2 passed, {2 if how == 'loses' else 1} failed"), text
+    assert "two: AssertionError" in text and "1 of 1 processes died" not in text
+    assert ("three: RuntimeError: CUDA error: an illegal" if how == "loses" else "began and did not end: three") in text
+    assert (session.out / "log.txt").read_text().count("first case: ") == 2
+
+
+SANITIZED = """
+import sys
+words = sys.argv[1:]
+if "loss" in words and "--tool memcheck" in " ".join(words):
+    print("========= Invalid __global__ write of size 4 bytes\\n=========     at iwsgd::loss_kernel()+0x10")
+    print("========= ERROR SUMMARY: 1 error\\n3 cases of it")
+    sys.exit(9)
+print("========= COMPUTE-SANITIZER\\n========= " + ("RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)" if "racecheck" in words
+      else "ERROR SUMMARY: 0 errors") + "\\n3 cases of it")
+"""
+
+
+def test_sanitizers(session, tmp_path, monkeypatch):
+    """What one of them found, and the words that each is given: the library's kernels alone but for initcheck, ports of their own."""
+    (tmp_path / "sanitizer.py").write_text(SANITIZED)
+    monkeypatch.setattr(gpu, "tool", lambda name: name)
+    real, asked = gpu.Run.command, []
+
+    def command(self, *words, **options):
+        asked.append((self.name, " ".join(map(str, words))))
+        return real(self, sys.executable, tmp_path / "sanitizer.py", *words, **options)
+
+    monkeypatch.setattr(gpu.Run, "command", command)
+    monkeypatch.setattr(gpu, "cases_of", lambda run: gpu.Cases(passed=3))
+    stages = [dataclasses.replace(gpu.CHECKS[name], needs=None) for name in gpu.SANITIZERS]
+    assert gpu.run_stages(stages, session, lambda line: None) == 1
+    found = outcome(session)
+    assert {name: status for name, (status, _) in found.items()} == {**dict.fromkeys(gpu.SANITIZERS, "ok"), "memcheck": "failed"}
+    assert "ERROR SUMMARY: 1 error" in found["memcheck"][1] and "at iwsgd::loss_kernel()+0x10" in found["memcheck"][1]
+    assert "0 hazards" in found["racecheck"][1]
+    assert len({re.search(r"--port (\d+)", words)[1] for _, words in asked}) == len(asked) == 4 * len(gpu.FAMILIES)
+    assert all(("--kernel-name kns=iwsgd" in words) == (name != "initcheck") for name, words in asked)
+    assert all(
+        f"--tool {name} " in words and "--report-api-errors no" in words and "--launch-timeout 120" in words for name, words in asked
+    )

@@ -78,6 +78,8 @@ class Cases:
         if name in self.before:
             return
         self.count += 1
+        if self.count == 1:
+            print(f"first case: {name}", flush=True)  # what starts this program again looks for it
         gpu_cases.write(name, "began")
         faulthandler.dump_traceback_later(self.patience, exit=True)
         try:
@@ -87,7 +89,7 @@ class Cases:
             self.fail(name, f"{type(error).__name__}: {error}", traceback.format_exc())
             try:
                 self._synchronize()
-            except RuntimeError:
+            except Exception:
                 print(f"the CUDA context is lost in {name}", flush=True)
                 os._exit(BROKEN)  # what a profiler or torch does at the end needs the context
         else:
@@ -285,6 +287,19 @@ def never_launched(families: list[str], there: set[str], ran: set[str]) -> list[
     return sorted(name for name in wanted if not any(re.search(rf"\b{name}\b", launched) for launched in ran))
 
 
+def started_profiler(cases: Cases):
+    """torch's, or None and a failure: the cases run without it, too."""
+    from torch.profiler import ProfilerActivity, profile
+
+    profiler = profile(activities=[ProfilerActivity.CUDA])
+    try:
+        profiler.start()
+    except Exception as error:
+        cases.fail("profiler", f"it does not start, so nobody knows which kernels ran: {error}")
+        return None
+    return profiler
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--family", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
@@ -298,14 +313,11 @@ def main() -> int:
     dtypes = [DTYPES[name] for name in options.dtype]
     torch.manual_seed(7)
     with on_backend(options.backend):
-        if not options.kernels or cases.before:
-            exercise(cases, options.family, dtypes)
-        else:
-            from torch.profiler import ProfilerActivity, profile
-
-            with profile(activities=[ProfilerActivity.CUDA]) as seen:
-                exercise(cases, options.family, dtypes)
-            there, ran = kernels(backend.backend_of(cases.device)), {event.key for event in seen.key_averages()}
+        profiler = started_profiler(cases) if options.kernels and not cases.before else None
+        exercise(cases, options.family, dtypes)
+        if profiler is not None:
+            profiler.stop()
+            there, ran = kernels(backend.backend_of(cases.device)), {event.key for event in profiler.key_averages()}
             for name in never_launched(options.family, there, ran):
                 cases.fail(f"launch of {name}", "it was never launched")
     print(f"{cases.count} cases of {', '.join(options.family)}, {cases.failures} failed")

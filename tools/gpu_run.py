@@ -93,7 +93,7 @@ class Run:
     name: str
     end: float
     logged: int = 0
-    tail: deque = field(default_factory=lambda: deque(maxlen=30))
+    tail: deque = field(default_factory=lambda: deque(maxlen=15))
 
     @property
     def left(self) -> float:
@@ -143,7 +143,7 @@ class Run:
 
     def _say(self, line: str) -> None:
         """A line of log.txt: seconds since the begin, stage, text. It is in the file, not in a buffer of this process, on return."""
-        self.tail.append(line)
+        self.tail.append(line[:300])
         if self.logged > MOST_LOG:
             return
         self.logged += len(line) + 1
