@@ -188,7 +188,7 @@ def test_every_stage_fails_or_dies(rehearsal, plan, how):
     assert (code, status) == (1, expected), output
     text = summary_of(output)
     if how == "fail":
-        assert "AssertionError: exercise is wrong" in text and "FAILED: RuntimeError: no room" in text
+        assert "- exercise: noise 1: AssertionError: exercise is wrong" in text and "FAILED: RuntimeError: no room" in text
     else:
         assert "began and did not end: noise 1" in text and "processes died" in text
         assert "loss C=1000              began and did not end" in text

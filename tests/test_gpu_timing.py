@@ -169,6 +169,7 @@ def test_counters_of_ncu_are_read():
     name = "sm__warps_active.avg.pct"
     assert first == {
         "kernel": "void iwsgd::noise_fwd_kernel<bf16, 8>(int, float)",
+        "grid": "(132, 1, 1)",
         "gpu__time_duration.sum": 358016.0,
         "launch__registers_per_thread": 64.0,
         name: 93.25,

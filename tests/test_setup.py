@@ -298,7 +298,8 @@ def test_make_in_a_path_with_spaces(tmp_path):
     assert make("bench") == ["python -m bench"]
     assert make("test-models") == ["python tools/test_models.py"]
     assert make("lint")[-1] == "python -m ruff check ."
-    assert make("gpu") == [f"python tools/gpu.py --out {tmp_path / 'out of it'}"]
+    for target, plan in {"gpu": "full", "gpu-first": "first", "gpu-second": "second"}.items():
+        assert make(target) == [f"python tools/gpu.py {plan} --out {tmp_path / 'out of it'}"]
     assert make("test-fast")[-1].startswith("python -m pytest ")
     started = [line.split()[0] for line in make("test")]
     assert started == ["python", "python", "cmake", "cmake", "ctest"] if shutil.which("c++") else ["python", "python"]

@@ -103,7 +103,7 @@ class Run:
         """Exit code and output of a command in the checkout's root. Raises Failed where the stage's time runs out."""
         if self.left <= 0:
             raise Failed("stopped at its time limit")
-        self._say("$ " + " ".join(map(str, words)))
+        self._say(" ".join(["$", *map(str, words)]).replace("\n", " "))
         process = subprocess.Popen(
             [str(word) for word in words],
             cwd=ROOT,
@@ -143,7 +143,8 @@ class Run:
 
     def _say(self, line: str) -> None:
         """A line of log.txt: seconds since the begin, stage, text. It is in the file, not in a buffer of this process, on return."""
-        self.tail.append(line[:300])
+        if not line.startswith("$ "):
+            self.tail.append(line[:300])
         if self.logged > MOST_LOG:
             return
         self.logged += len(line) + 1
@@ -292,7 +293,10 @@ class Cases:
 
 
 def read_cases(path: Path, *stages: str) -> Cases:
-    """Of the stages named, or of all. A case that failed and then passed has failed: its end may have broken the device."""
+    """Of the stages named, or of all, then with the stage's name.
+
+    A case that failed and then passed has failed: its end may have broken the device.
+    """
     found, open_, failed = Cases(), {}, {}
     for line in gpu_cases.read(path):
         if stages and line["stage"] not in stages:
@@ -308,8 +312,9 @@ def read_cases(path: Path, *stages: str) -> Cases:
             found.skipped[line["message"]] = found.skipped.get(line["message"], 0) + 1
         else:
             failed.setdefault(key, line["message"])
-    found.failed = [(case, message) for (_, case), message in failed.items()]
-    found.unfinished = [case for _, case in open_]
+    name = (lambda key: key[1]) if stages else ": ".join
+    found.failed = [(name(key), message) for key, message in failed.items()]
+    found.unfinished = [name(key) for key in open_]
     return found
 
 
