@@ -20,7 +20,7 @@ PLANS = {
     "first": ["machine", "build", "clusters", "exercise", "timing", "profile", "memcheck", "racecheck", "synccheck", "streams-and-graphs"],
     "second": ["machine", "build", "exercise", "timing", "tests-native", "large", "initcheck", "exercise-triton"],
 }
-MOST_PRINTED, MOST_FILES, MOST_BYTES = 12_000, 8, 16 << 20  # what can be sent from a machine that is lent
+MOST_PRINTED, MOST_FILES, MOST_BYTES = 12_000, 8, 16 << 20  # what is sure to be seen of a run elsewhere
 
 # Takes the place of every command: name of the stage, then the command's words. What a program would leave behind until it fails, hangs
 # or dies, it leaves behind, too.
