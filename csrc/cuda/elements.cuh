@@ -24,6 +24,17 @@
 
 namespace iwsgd {
 
+// x, which the compiler takes for another value each time: what depends on it is computed where it is used, not kept over a loop that
+// has no registers to spare.
+template <class X>
+IWSGD_HD X fresh_register(X x) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(X) == 8) asm volatile("" : "+l"(x));
+  else asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 template <class T>
 constexpr int kVector = 16 / sizeof(T);  // elements of one 16-byte access
 

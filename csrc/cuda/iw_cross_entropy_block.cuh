@@ -24,17 +24,27 @@ struct DeviceBlock {
     return __shfl_xor_sync(0xFFFFFFFFu, x, bits);
   }
 
-  // 16 bytes into shared memory, there for this thread after finish_copies.
+  // 16 bytes into shared memory, there for this thread after finish_copies; the first `bytes` of them are read, the others zeros.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-  __device__ void copy16(void* to, const void* from) const { *static_cast<uint4*>(to) = __ldcg(static_cast<const uint4*>(from)); }
+  __device__ void copy16(void* to, const void* from, int bytes = 16) const {
+    if (bytes == 16) {
+      *static_cast<uint4*>(to) = __ldcg(static_cast<const uint4*>(from));
+    } else {
+      *static_cast<uint4*>(to) = uint4{};
+      memcpy(to, from, bytes);
+    }
+  }
   __device__ void finish_copies() const {}
 #else
   __device__ void copy16(void* to, const void* from) const {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from)
-                 : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address(to)), "l"(from) : "memory");
+  }
+  __device__ void copy16(void* to, const void* from, int bytes) const {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address(to)), "l"(from), "r"(bytes) : "memory");
   }
   __device__ void finish_copies() const { asm volatile("cp.async.wait_all;" ::: "memory"); }
 #endif
+  static __device__ uint32_t address(const void* x) { return static_cast<uint32_t>(__cvta_generic_to_shared(x)); }
 
   // ---- between the blocks of a grid that was launched together ----
 
@@ -58,10 +68,36 @@ struct DeviceBlock {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   __device__ void sync_cluster() const { cooperative_groups::this_cluster().sync(); }
-  // The same place in the shared memory of another of the cluster's blocks.
+
+  // An mbarrier in shared memory: a phase of it ends when `arrivals` threads have said how many bytes to expect, and these have come. The
+  // other blocks know of it after sync_cluster.
+  __device__ void init_arrivals(uint64_t* barrier, int arrivals) const {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(barrier)), "r"(arrivals) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __device__ void expect_bytes(uint64_t* barrier, int bytes) const {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(barrier)), "r"(bytes) : "memory");
+  }
+  // 16 bytes to the place of `to` in the shared memory of another of the cluster's blocks, whose barrier in the place of `barrier` counts them.
   template <class X>
-  __device__ const X* of_rank(const X* x, int rank) const {
-    return cooperative_groups::this_cluster().map_shared_rank(x, rank);
+  __device__ void push(const X& value, X* to, int rank, uint64_t* barrier) const {
+    static_assert(sizeof(X) == 16, "");
+    uint32_t w[4], there, counts;
+    memcpy(w, &value, 16);
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address(to)), "r"(rank));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counts) : "r"(address(barrier)), "r"(rank));
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(there), "r"(w[0]), "r"(w[1]),
+                 "r"(w[2]), "r"(w[3]), "r"(counts)
+                 : "memory");
+  }
+  // Until the phase of this parity, 0 of the first one, has ended.
+  __device__ void wait_arrivals(uint64_t* barrier, int parity) const {
+    uint32_t done = 0;
+    while (done == 0)
+      asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                   : "=r"(done)
+                   : "r"(address(barrier)), "r"(parity)
+                   : "memory");
   }
 #endif
 };

@@ -39,6 +39,7 @@ struct LossShape {
   bool even;                  // row (s, unit) begins at s * B * row_stride + unit * pitch, in both, and its classes are adjacent
   bool adjacent;              // the classes of a row of the logits
   bool contiguous;            // the rows of neighbouring units, too, in the logits and in their gradient
+  bool soft;                  // probabilities, or smoothed labels
   int64_t access_bytes;       // the widest access in which every row can be taken, in both: 16, 4, or one element
 };
 
@@ -59,6 +60,7 @@ inline LossShape loss_shape(const LossArguments<T, A>& a) {
   shape.S = a.S, shape.units = a.units(), shape.C = a.C;
   shape.positions = a.per_position ? 1 : positions;
   shape.element_bytes = size, shape.acc_bytes = sizeof(A);
+  shape.soft = a.probabilities != nullptr || a.smoothing > A(0);
   shape.adjacent = a.class_stride == 1;
   shape.even = lies_even(a.row_stride, a.class_stride, a.position_stride);
   shape.contiguous = follow(a.row_stride, a.class_stride, a.position_stride);
@@ -75,7 +77,6 @@ inline LossShape loss_shape(const LossArguments<T, A>& a) {
 constexpr int kWarpLanes = 32;
 constexpr int64_t kSlotBytes = 20;       // of a RowSlot and a log-likelihood
 constexpr int kStatsPerRow = 3;          // max, sum, log-likelihood
-constexpr int kPartValues = 5;           // of a RowPart
 constexpr int64_t kScratchBytes = 1024;  // a block's reductions
 constexpr int kDenominatorBlocks = 32;   // of the kernel that does nothing else
 constexpr int kPlainThreads = 256;       // of the kernels that hold nothing in shared memory
@@ -165,7 +166,7 @@ inline int bits_of(int64_t n) {  // the least b for which 2^b is at least n
 inline RegisterPlan register_plan(const LossShape& shape, const DeviceLimits& device) {
   RegisterPlan plan{};
   const int64_t accesses = shape.C * shape.element_bytes / std::max<int64_t>(1, shape.access_bytes);
-  if (!shape.even || shape.positions != 1 || shape.units == 0 || shape.element_bytes > 4) return plan;
+  if (!shape.even || shape.positions != 1 || shape.units == 0 || shape.element_bytes > 4 || shape.soft) return plan;
   const auto take = [&](const RegisterForm& form) {
     if (plan.rows == 0 && accesses <= form.accesses * kWarpLanes) plan.accesses = form.accesses, plan.rows = form.rows;
   };
@@ -242,6 +243,9 @@ inline TilePlan tile_plan(const LossShape& shape, const DeviceLimits& device) {
   return plan;
 }
 
+// What a warp sends of its part of a row: five values, or three where the target is hard, in whole pieces of 16 bytes.
+IWSGD_HD constexpr int64_t part_bytes(bool soft, int64_t acc_bytes) { return ((soft ? 5 : 3) * acc_bytes + 15) / 16 * 16; }
+
 constexpr int kMostRanks = 16;       // of a cluster; more than 8 must be asked for
 constexpr int kClusterThreads = 512;
 
@@ -252,12 +256,11 @@ inline ClusterPlan cluster_with(const LossShape& shape, int ranks) {
   const int64_t line = 128 / shape.element_bytes;  // ranges begin at whole lines of memory where rows do
   plan.classes = divide_up(divide_up(shape.C, ranks), line) * line;
   plan.row_bytes = plan.classes * shape.element_bytes + 16;
-  plan.rows_at = kScratchBytes + divide_up(((kPartValues + kStatsPerRow) * shape.S + 1) * shape.acc_bytes, 16) * 16;
-  plan.shared_bytes = plan.rows_at + shape.S * plan.row_bytes;
   // All rows at once where there are warps enough, so that each is merged once.
-  const int64_t accesses = divide_up(plan.classes * shape.element_bytes, 16);
-  const int spread = plan.threads / std::min(plan.threads / 32, power_of_two_in(shape.S));
-  plan.lanes = static_cast<int>(std::min<int64_t>(spread, power_of_two_in(accesses)));
+  plan.lanes = plan.threads / std::min(plan.threads / kWarpLanes, power_of_two_in(shape.S));
+  const int64_t inbox = 2 * shape.S * ranks * (plan.lanes / kWarpLanes) * part_bytes(shape.soft, shape.acc_bytes);
+  plan.rows_at = kScratchBytes + 16 + inbox + divide_up((kStatsPerRow * shape.S + 1) * shape.acc_bytes, 16) * 16;
+  plan.shared_bytes = plan.rows_at + shape.S * plan.row_bytes;
   return plan;
 }
 

@@ -45,16 +45,6 @@ void with_form(const RegisterPlan& plan, const Body& body) {
   }
 }
 
-// x, which the compiler takes for another value each time: what depends on it is computed where it is used, not kept over a loop that
-// has no registers to spare.
-template <class X>
-IWSGD_HD X fresh_register(X x) {
-#if defined(__CUDA_ARCH__)
-  if constexpr (sizeof(X) == 8) asm volatile("" : "+l"(x));
-  else asm volatile("" : "+r"(x));
-#endif
-  return x;
-}
 // Two elements in a register are taken apart by each use for itself: their numbers would need twice the registers.
 template <class T, int V>
 IWSGD_HD Elements<T, V> fresh_register(Elements<T, V> x) {

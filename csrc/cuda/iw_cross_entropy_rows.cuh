@@ -65,9 +65,9 @@ struct RowTarget {
   }
 };
 
-// kCheck: once for each position is enough.
+// label: of the position, where there are labels. kCheck: once for each position is enough.
 template <bool kCheck, class T, class A>
-IWSGD_HD RowTarget<A> row_target(const LossArguments<T, A>& a, int64_t position) {
+IWSGD_HD RowTarget<A> row_target(const LossArguments<T, A>& a, int64_t position, int64_t label) {
   RowTarget<A> target{};
   target.weight = a.position_weight != nullptr ? a.position_weight[position] : A(1);
   target.class_weight = a.class_weight;
@@ -75,7 +75,6 @@ IWSGD_HD RowTarget<A> row_target(const LossArguments<T, A>& a, int64_t position)
   target.uniform = a.smoothing / static_cast<A>(a.C);
   target.label = -1;
   if (a.labels != nullptr) {
-    const int64_t label = a.labels[position];
     target.ignored = label == a.ignore_index;
     if (kCheck) assert((target.ignored || (label >= 0 && label < a.C)) && "target: expected class indices in [0, C) or ignore_index");
     target.label = static_cast<int>(label);
@@ -86,6 +85,11 @@ IWSGD_HD RowTarget<A> row_target(const LossArguments<T, A>& a, int64_t position)
     target.probability_stride = T_;
   }
   return target;
+}
+
+template <bool kCheck, class T, class A>
+IWSGD_HD RowTarget<A> row_target(const LossArguments<T, A>& a, int64_t position) {
+  return row_target<kCheck>(a, position, a.labels != nullptr ? a.labels[position] : 0);
 }
 
 // ---- statistics ----
@@ -225,24 +229,48 @@ IWSGD_HD void zero_row(T* dz, int64_t dstride, int C, int lane, int lanes) {
   for (int i = lane; i < pieces.edges; i += lanes) dz[pieces.edge(i)] = T{};
 }
 
-// dz = factor * exp(z - max) - k * (q v); dz, in kSpace, may be z.
+// The gradient of a row: factor * exp(z - max) - k * (q v).
+template <bool kSoft, class A>
+struct RowGradient {
+  const RowTarget<A>& target;
+  A max, factor, k, hot;
+
+  IWSGD_HD RowGradient(const RowTarget<A>& target, A max, A factor, A k) : target(target), max(max), factor(factor), k(k), hot(k * target.hot) {}
+
+  // Of class i, without the label's part.
+  IWSGD_HD A outside(int i, A z) const {
+    A g = factor * exponential(z - max);
+    if (kSoft) g -= k * target.soft(i);
+    return g;
+  }
+  template <class T>
+  IWSGD_HD T of(int i, T z) const {
+    const A g = outside(i, widen(z));
+    return narrow<T>(i == target.label ? g - hot : g);
+  }
+  // Of V neighbouring classes.
+  template <class T, int V>
+  IWSGD_HD Elements<T, V> of(int first, const Elements<T, V>& z) const {
+    A g[V];
+    IWSGD_UNROLL
+    for (int j = 0; j < V; ++j) g[j] = outside(first + j, element(z, j));
+    if (static_cast<unsigned>(target.label - first) < static_cast<unsigned>(V)) {
+      IWSGD_UNROLL
+      for (int j = 0; j < V; ++j)
+        if (first + j == target.label) g[j] -= hot;
+    }
+    return scaled<T, V>([&](int j) { return g[j]; }, A(1));
+  }
+};
+
+// Of a whole row; dz, in kSpace, may be z.
 template <bool kSoft, int kLoads, Space kSpace = Space::global, class T, class A>
 IWSGD_HD void row_gradient(const RowTarget<A>& target, const T* z, int64_t stride, T* dz, int64_t dstride, int C, A max, A factor, A k,
                            int lane, int lanes) {
-  const A hot = k * target.hot;
-  const auto number = [&](int i, A x) {
-    A g = factor * exponential(x - max);
-    if (kSoft) g -= k * target.soft(i);
-    return g;
-  };
-  const auto write_one = [&](int i) {
-    A g = number(i, widen(z[i * stride]));
-    if (i == target.label) g -= hot;
-    dz[i * dstride] = narrow<T>(g);
-  };
+  const RowGradient<kSoft, A> gradient(target, max, factor, k);
   if (stride != 1 || dstride != 1) {
     IWSGD_UNROLL_BY(4)
-    for (int i = lane; i < C; i += lanes) write_one(i);
+    for (int i = lane; i < C; i += lanes) dz[i * dstride] = gradient.of(i, z[i * stride]);
     return;
   }
   constexpr int V = kVector<T>;
@@ -256,18 +284,10 @@ IWSGD_HD void row_gradient(const RowTarget<A>& target, const T* z, int64_t strid
     for (int n = 0; n < kLoads; ++n) {
       if (i + n * lanes >= pieces.chunks) break;
       const int first = pieces.chunk(i + n * lanes);
-      A g[V];
-      IWSGD_UNROLL
-      for (int j = 0; j < V; ++j) g[j] = number(first + j, element(x[n], j));
-      if (static_cast<unsigned>(target.label - first) < static_cast<unsigned>(V)) {
-        IWSGD_UNROLL
-        for (int j = 0; j < V; ++j)
-          if (first + j == target.label) g[j] -= hot;
-      }
-      store<T, V, kSpace>(dz + first, scaled<T, V>([&](int j) { return g[j]; }, A(1)));
+      store<T, V, kSpace>(dz + first, gradient.of(first, x[n]));
     }
   }
-  for (int i = lane; i < pieces.edges; i += lanes) write_one(pieces.edge(i));
+  for (int i = lane; i < pieces.edges; i += lanes) dz[pieces.edge(i)] = gradient.of(pieces.edge(i), z[pieces.edge(i)]);
 }
 
 }  // namespace iwsgd

@@ -16,11 +16,13 @@ IWSGD_HD void scale_elements(T* x, int64_t n, const acc_t<T>* factor, int64_t th
   if (by == acc_t<T>(1)) return;
   const auto before = static_cast<int64_t>((16 - reinterpret_cast<uintptr_t>(x) % 16) % 16 / sizeof(T));
   const int64_t head = before < n ? before : n, chunks = (n - head) / V;
+  IWSGD_UNROLL_BY(1)
   for (int64_t i = thread; i < chunks; i += threads) {
     T* const at = x + head + i * V;
     const Elements<T, V> old = load<T, V>(at);
     store<T, V>(at, scaled<T, V>([&](int j) { return element(old, j); }, by));
   }
+  IWSGD_UNROLL_BY(1)
   for (int64_t i = thread; i < n - chunks * V; i += threads) {
     T* const at = x + (i < head ? i : i + chunks * V);
     *at = narrow<T>(widen(*at) * by);

@@ -37,24 +37,33 @@ void sizes() {
     }
 }
 
-// Units held by 2 to 16 blocks: ranges of classes that are uneven, a block without any, labels in each.
+// Units held by 2 to 16 blocks: ranges of classes that are uneven, a block without any, labels in each, rows that begin anywhere in a
+// granule, units that follow one another in a cluster.
 void clusters() {
+  int taken[kMostRanks + 1] = {};
   for (const int ranks : {2, 4, 8, 16})
-    for (const int64_t C : {100, 515, 1030, 1031, 2048}) {
-      Case k{2, 3, C, 1};
-      k.special = kInfinite;
-      k.device = {2, 1 << 20, 1 << 21, 3000};
-      k.device.most_ranks = ranks, k.device.registers = 0;
-      // What just holds the rows in that many blocks, so that no fewer are taken.
-      const LossShape shape{k.S, k.B, C, 1, 2, 4, true, true, true, C % 8 == 0 ? 16 : 2};
-      k.device.shared_per_block = cluster_with(shape, ranks).shared_bytes;
-      k.device.shared_per_multiprocessor = 2 * (k.device.shared_per_block + 1024);
-      const int before = counts.clusters;
-      run<bf16>(k);
-      CHECK(counts.clusters == before + (cluster_with(shape, ranks).classes < cluster_with(shape, ranks / 2).classes ? 4 : 0) || C == 100, k);
-      k.smoothing = 0.1, k.class_weight = true, k.in_place = true;
-      run<bf16>(k);
-    }
+    for (const int64_t C : {100, 2048, 3001, 4099})
+      for (const bool soft : {false, true}) {
+        Case k{ranks < 8 ? 2 : 16, 5, C, 1};
+        k.special = C < 3000 ? kInfinite : kOrdinary;
+        k.device = {2, 1 << 20, 1 << 21, 3000};
+        k.device.most_ranks = ranks, k.device.registers = 0;
+        // What just holds the rows in that many blocks, so that no fewer are taken.
+        const LossShape shape{k.S, k.B, C, 1, 2, 4, true, true, true, soft, C % 8 == 0 ? 16 : 2};
+        k.device.shared_per_block = cluster_with(shape, ranks).shared_bytes;
+        k.device.shared_per_multiprocessor = 2 * (k.device.shared_per_block + 1024);
+        if (soft) k.smoothing = 0.1, k.class_weight = true, k.in_place = true;
+        const int before = counts.clusters;
+        run<bf16>(k);
+        CHECK((counts.clusters > before) == !tile_plan(shape, k.device).use, k);
+        taken[cluster_plan(shape, k.device, [](const ClusterPlan&) { return 1; }).ranks] += counts.clusters > before;
+        if (ranks != 4) continue;
+        k.offset = 3, k.apart = !soft;  // the gradient lies elsewhere in its granules
+        run<bf16>(k);
+        k.layout = kPadded;
+        run<float>(k), run<double>(k);
+      }
+  for (const int ranks : {2, 4, 8, 16}) CHECK(taken[ranks] > 0, "no cluster of ", ranks);
 }
 
 // Units held in registers: each form with rows that fill it and that do not, of one or several warps; several units of few samples in a

@@ -39,13 +39,13 @@ void plans() {
   const DeviceLimits a100{108, 166912, 167936, 41943040};
   DeviceLimits h200{132, 232448, 233472, 62914560};
   h200.most_ranks = kMostRanks;
-  const auto shape = [](int64_t S, int64_t C, int64_t bytes) { return LossShape{S, 8192, C, 1, bytes, 4, true, true, true, C * bytes % 16 == 0 ? 16 : bytes}; };
+  const auto shape = [](int64_t S, int64_t C, int64_t bytes) { return LossShape{S, 8192, C, 1, bytes, 4, true, true, true, false, C * bytes % 16 == 0 ? 16 : bytes}; };
   const auto ranks = [](const LossShape& s, const DeviceLimits& device, int64_t held = 8) {
     if (tile_plan(s, device).use) return 1;
     const ClusterPlan plan = cluster_plan(s, device, [&](const ClusterPlan&) { return held; });
     if (!plan.use) return 0;
     CHECK(plan.shared_bytes <= device.shared_per_block && plan.ranks * plan.classes >= s.C && plan.blocks == plan.ranks * held, "C ", s.C);
-    CHECK(plan.threads % plan.lanes == 0 && (plan.lanes & (plan.lanes - 1)) == 0, "lanes ", plan.lanes);
+    CHECK(plan.lanes >= kWarpLanes && plan.threads % plan.lanes == 0 && (plan.lanes & (plan.lanes - 1)) == 0, "lanes ", plan.lanes);
     return plan.ranks;
   };
   const auto expect = [](int got, int expected, const char* what) { CHECK(got == expected, what, ": ", got, " blocks, not ", expected); };
@@ -80,7 +80,7 @@ void plans() {
   expect(ranks(shape(8, 128256, 2), h200), 16, "2 MB, one block on a multiprocessor");
   expect(ranks(shape(8, 220000, 2), h200), 16, "3.5 MB");
   expect(ranks(shape(8, 262144, 2), h200), 0, "4 MB: slices");
-  expect(ranks(shape(64, 27000, 2), h200), 16, "many samples");
+  expect(ranks(shape(64, 23000, 2), h200), 16, "many samples");
   expect(ranks(shape(64, 131072, 2), h200), 0, "too many");
   expect(ranks(shape(8, 128256, 2), h200, 0), 0, "no group of multiprocessors is large enough");
   expect(ranks(shape(8, 32000, 2), a100), 0, "no clusters");

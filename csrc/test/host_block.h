@@ -272,10 +272,15 @@ struct HostBlock {
     if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % N != 0) fault("a copy lies to its own size");
     drift();
     if (all->order == Order::backwards || all->seldom(2)) std::memset(to, 0xFF, N);
-    copies.push_back({to, from, N, committed});
+    copies.push_back({to, from, N, N, committed});
     if (all->seldom(8)) land(copies.size() - 1);
   }
-  void copy16(void* to, const void* from) const { copy<16>(to, from); }
+  // 16 bytes: the first ones, and zeros behind them.
+  void copy16(void* to, const void* from, int bytes = 16) const {
+    copy<16>(to, from);
+    if (!copies.empty() && copies.back().to == to) copies.back().read = bytes;
+    else std::memset(static_cast<char*>(to) + bytes, 0, 16 - bytes);  // has landed
+  }
   void commit_copies() const { ++committed; }
   template <int N>
   void wait_copies() const {
@@ -359,10 +364,12 @@ struct HostBlock {
   struct Copy {
     void* to;
     const void* from;
-    int bytes, group;
+    int bytes, read, group;
   };
   void land(std::size_t which) const {
-    std::memcpy(copies[which].to, copies[which].from, copies[which].bytes);
+    const Copy& copy = copies[which];
+    std::memcpy(copy.to, copy.from, copy.read);
+    std::memset(static_cast<char*>(copy.to) + copy.read, 0, copy.bytes - copy.read);
     copies.erase(copies.begin() + which);
   }
   // Some copies land before anybody waits for them.

@@ -306,8 +306,10 @@ void Problem<T>::compare(const Results<A>& got) const {
     }
     const Wide example = k_.example_weight ? example_weight[unit * each / std::max<int64_t>(k_.T, 1)] : 1.0;
     const Wide weight = outer * example * scale, of_unit = weight == 0 && !std::isnan(bound) ? 0 : -weight * bound;
-    Wide size = 1;
+    Wide size = 1, whole = 0;
+    for (int64_t p = unit * each; p < (unit + 1) * each; ++p) whole += std::abs(c[p]);
     for (Wide x : l) size = std::isfinite(x) ? std::max<Wide>(size, std::abs(x)) : size;
+    if (outer != 0 && counts > 0) size *= std::max<Wide>(1, whole / counts / std::abs(outer));  // weights of both signs cancel in part
     for (int64_t s = 0; s < S; ++s) {
       const A its_l = got.log_p[s * units + unit], its_w = got.weights[s * units + unit];
       const Wide steep = std::isinf(k_.alpha) ? 1 : std::max(1.0, k_.alpha);
