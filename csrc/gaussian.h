@@ -92,8 +92,9 @@ IWSGD_HD Pair<float> normal_pair<float>(uint32_t a, uint32_t b) {
   const float h = as_float((turned >> 7 & 0x7FFFFFu) | 0x3F800000u) - 1.5f, h2 = h * h;
   const float s = (((kSin7 * h2 + kSin5) * h2 + kSin3) * h2 + kSin1) * h;
   const float c = ((kCos6 * h2 + kCos4) * h2 + kCos2) * h2 + 1.0f;
-  const bool odd = (turned & 0x40000000u) != 0;
-  const uint32_t cos_sign = (turned + 0x40000000u) & 0x80000000u, sin_sign = turned & 0x80000000u;
+  const uint32_t next = turned + 0x40000000u;  // its upper bit is not that of turned where the quarter turns are odd in number
+  const bool odd = static_cast<int32_t>(turned ^ next) < 0;
+  const uint32_t cos_sign = next & 0x80000000u, sin_sign = turned & 0x80000000u;
   return {r * as_float(as_bits(odd ? s : c) ^ cos_sign), r * as_float(as_bits(odd ? c : s) ^ sin_sign)};
 }
 

@@ -5,6 +5,8 @@ import itertools
 import pytest
 from compiled_kernels import MARKS, SOURCES, disassemble, sass_report
 
+import noise_prediction  # isort: skip, compiled_kernels shows the way to tools/
+
 compiled = [*MARKS, pytest.mark.skipif(sass_report.find_cuobjdump() is None, reason="no cuobjdump: neither CUDA's nor triton's")]
 
 # Whose generic accesses are meant: kernel, ways, and the reason.
@@ -53,6 +55,36 @@ def test_wide_kernels_access_tensors_by_16_bytes(name):
         counts = kernel.counts()
         assert set(counts.of("global", "store")) == {16}, kernel.name
         assert 16 in counts.of("global", "load"), kernel.name
+
+
+@marked
+@pytest.mark.parametrize("name", ["noise_bwd_kernel<{}, 8, true>", "noise_fwd_kernel<{}, 8, true, false>"])
+@pytest.mark.parametrize("type_", ["bf16", "fp16"])
+def test_four_samples_are_loaded_before_the_first_is_used(name, type_):
+    """Without a bound on the blocks ptxas begins two of them, to save registers. In the loops with and without sample ids."""
+    (kernel,) = sass_report.named(disassemble("noise"), name.format(type_))
+    paths = [kernel.path(loop) for loop in kernel.loops]
+    wide = [path for path in paths if kernel.counts(path).of("global", "load").get(16) == 4]
+    assert len(wide) == 2
+    for path in wide:
+        assert kernel.flight(path)[:2] == (4, 64), kernel.name
+
+
+@marked
+def test_noise_kernels_do_not_divide():
+    """Rates included: their factors are reciprocals of small integers. float64, which nobody trains in, may call a subroutine."""
+    kernels = [k for k in disassemble("noise") if "double" not in k.name]
+    assert {k.name: k.counts() for k in kernels if k.counts().divisions or k.counts().calls} == {}
+
+
+@marked
+@pytest.mark.parametrize("form", noise_prediction.FORMS, ids=lambda form: form.name)
+def test_predicted_part_of_the_copy_rate(form):
+    """What docs/gpu-speed.md says. Gaussian noise in 16 bits is bound by the arithmetic of its numbers."""
+    least = {"noise": 0.8 if "rates" in form.name else 0.92, "gaussian": 0.56}[form.source]
+    for type_, samples in itertools.product(noise_prediction.TYPES, (1, 4, 8)):
+        predicted = noise_prediction.predict(disassemble(form.source), form, type_, samples)
+        assert predicted.part >= least, (type_, samples, predicted)
 
 
 def elements_of_an_access(kernel) -> int:

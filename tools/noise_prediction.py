@@ -23,10 +23,13 @@ REGISTERS, MOST_WARPS, BLOCK_WARPS = 65536, 64, 8  # of a multiprocessor; of one
 MEMORY = 750e-9 * CLOCK  # clocks that a load takes while the memory is busy
 CACHE = 200  # clocks of a load that the second level cache answers: what all threads read
 START = 500  # clocks from one block's end to the first instruction of the next in its place
-STEP = 3  # clocks from one instruction of a warp to the next, without others beside it: some 2 where independent, 4 to 6 where not
+STEP = 3  # clocks from one instruction of a warp to the next without others beside it: 2 where independent, 4 to 6 where not
 # Warp instructions that a multiprocessor begins in a clock, in all and by what executes them (CUDA's programming guide, table of
 # throughputs for 9.0, over 32).
 RATES = {"all": 4.0, "logic": 2.0, "multiply": 2.0, "mufu": 0.5, "conversion": 2.0, "uniform": 2.0, "shuffle": 1.0, "fp32": 4.0}
+
+
+TYPES = {"bf16": 2, "float": 4}
 
 
 class Form(NamedTuple):
@@ -89,9 +92,12 @@ def warps(registers: int) -> int:
     return min(MOST_WARPS, REGISTERS // of_warp // BLOCK_WARPS * BLOCK_WARPS)
 
 
-def predict(kernel: sass_report.Kernel, form: Form, samples: int, group_bytes: int) -> Prediction:
-    """group_bytes: of what a thread draws for."""
-    reads, writes = (group_bytes * (1 if what == "x" else samples) for what in (form.reads, form.writes))
+def predict(kernels: list[sass_report.Kernel], form: Form, type_: str, samples: int) -> Prediction:
+    bytes_ = TYPES[type_]
+    name = form.one if form.one and samples == 1 else form.kernel
+    (kernel,) = sass_report.named(kernels, name.format(T=type_, V=16 // bytes_, G="true" if bytes_ == 2 else "false"))
+    drawn = 16 if form.source == "gaussian" else 8 * bytes_  # bytes of what a thread draws for
+    reads, writes = (drawn * (1 if what == "x" else samples) for what in (form.reads, form.writes))
     loads = reads // 16 + form.shared_loads
     way = kernel.way_with({sass_report.Access("global", "load", 16): loads, sass_report.Access("global", "store", 16): writes // 16})
     counts, moved = kernel.counts(way), reads + writes
@@ -113,7 +119,6 @@ def predict(kernel: sass_report.Kernel, form: Form, samples: int, group_bytes: i
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", default=[""], help="forms whose names contain one of these")
-    parser.add_argument("--types", nargs="+", default=["bf16", "float"])
     parser.add_argument("--samples", nargs="+", type=int, default=[1, 4, 8])
     parser.add_argument("--objects", type=Path, help="a folder with compiled noise.o and gaussian.o, instead of compiling")
     arguments = parser.parse_args()
@@ -124,13 +129,9 @@ def main() -> int:
             continue
         file = arguments.objects / f"{form.source}.o" if arguments.objects else CUDA / f"{form.source}.cu"
         kernels = sass_report.kernels(file, "90")
-        for type_, bytes_ in (("bf16", 2), ("float", 4)):
-            if type_ not in arguments.types:
-                continue
+        for type_ in TYPES:
             for samples in arguments.samples:
-                name = form.one if form.one and samples == 1 else form.kernel
-                (kernel,) = sass_report.named(kernels, name.format(T=type_, V=16 // bytes_, G="true" if type_ == "bf16" else "false"))
-                p = predict(kernel, form, samples, 16 if form.source == "gaussian" else 8 * bytes_)
+                p = predict(kernels, form, type_, samples)
                 print(
                     f"| {form.name} | {type_} | {samples} | {p.registers} | {p.warps} | {p.flight / 1024:.0f} | {p.instructions:.0f} "
                     f"| {p.resident:.2f} | {p.issue:.2f} | {p.part:.2f} |"

@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import ptxas_report
 
@@ -175,8 +176,7 @@ class Counts:
         return {access.bytes: n for access, n in sorted(self.accesses.items(), key=str) if (access.space, access.way) == (space, way)}
 
 
-@dataclass(frozen=True)
-class Flight:
+class Flight(NamedTuple):
     """Global loads that begin before the first one's value is used."""
 
     loads: int

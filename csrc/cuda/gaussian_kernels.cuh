@@ -42,6 +42,7 @@ struct PackNormals {
  private:
   IWSGD_HD PackNormals(const GaussianWork& work, int64_t pack, int64_t line)
       : b(line), row(), keys(work.draw.address.seed()), which(0) {
+    hold(keys);
     const Layout& layout = work.draw.layout;
     const int64_t i = (pack - line * work.packs) * P;
     int64_t o = 0;
@@ -76,7 +77,7 @@ IWSGD_HD void gaussian_fwd(const GaussianWork& work, const T* x, T* y, int part,
   const T* from = x + (kExpand ? noise.x : noise.y + begin * work.step);
   T* to = y + noise.y + begin * work.step;
   Elements<T, P> values = load<T, P>(from);
-  with_address(work, [&](const CallAddress& ids) {
+  const auto samples = [&](auto multiply, const CallAddress& ids) {
     IWSGD_UNROLL_BY(1)
     for (int s = begin; s < end; ++s) {
       if constexpr (!kExpand) {
@@ -87,11 +88,16 @@ IWSGD_HD void gaussian_fwd(const GaussianWork& work, const T* x, T* y, int part,
       noise.draw(work, ids, s, z);
       const auto noisy = [&](int j) {
         const A value = element(values, j);
-        return work.multiply ? value * (std * z[j] + A(1)) : value + std * z[j];
+        if constexpr (multiply) return value * (std * z[j] + A(1));
+        else return value + std * z[j];
       };
       store<T, P>(to, scaled<T, P>(noisy, A(1)));
       to += work.step;
     }
+  };
+  with_address(work, [&](const CallAddress& ids) {
+    if (work.multiply) samples(std::true_type{}, ids);
+    else samples(std::false_type{}, ids);
   });
 }
 

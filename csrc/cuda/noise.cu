@@ -12,15 +12,19 @@
 namespace iwsgd {
 namespace {
 
-// Blocks on a multiprocessor at once, which limit the registers and say how many there are: left to itself ptxas saves them, and does so
-// by beginning half of kAhead's loads only when the others have been used. Where x is expanded there is one load, and warps do more.
-template <class T, int V>
-constexpr int kAheadBlocks = V == kGroup ? 4 : V > 1 && sizeof(T) == 4 ? 3 : 2;
-template <class T, int V>
-constexpr int kExpandBlocks = V == kGroup ? 5 : V > 1 && sizeof(T) == 4 ? 4 : 2;
+// Blocks on a multiprocessor at once, which give the registers. Where x is not expanded, as many as leave room for kAhead's loads: left to
+// itself ptxas saves registers, and does so by beginning half of the loads only when the others have been used. Where x is expanded there
+// is one load, and warps do more.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kMostBlocks = 4;  // Turing's
+#else
+constexpr int kMostBlocks = 5;
+#endif
+template <class T, int V, bool kExpand>
+constexpr int kBlocks = std::min(kMostBlocks, (V == kGroup ? 4 : V > 1 && sizeof(T) == 4 ? 3 : 2) + (kExpand && V > 1 ? 1 : 0));
 
 template <class T, int V, bool kGroups, bool kExpand>
-__global__ void __launch_bounds__(kBlock, kExpand ? kExpandBlocks<T, V> : kAheadBlocks<T, V>) noise_fwd_kernel(const __grid_constant__ NoiseWork work,
+__global__ void __launch_bounds__(kBlock, kBlocks<T, V, kExpand>) noise_fwd_kernel(const __grid_constant__ NoiseWork work,
                                                                                    const T* x,  // [O, B, I] where kExpand, else as y
                                                                                    T* y,        // [O, S*B, I]
                                                                                    const __grid_constant__ Affine<T> map, int part) {
@@ -28,7 +32,7 @@ __global__ void __launch_bounds__(kBlock, kExpand ? kExpandBlocks<T, V> : kAhead
 }
 
 template <class T, int V, bool kGroups>
-__global__ void __launch_bounds__(kBlock, kAheadBlocks<T, V>) noise_bwd_kernel(const __grid_constant__ NoiseWork work,
+__global__ void __launch_bounds__(kBlock, kBlocks<T, V, false>) noise_bwd_kernel(const __grid_constant__ NoiseWork work,
                                                                                    const T* dy,  // [O, S*B, I]
                                                                                    T* dx,        // [O, B, I]
                                                                                    acc_t<T> scale) {
@@ -37,7 +41,7 @@ __global__ void __launch_bounds__(kBlock, kAheadBlocks<T, V>) noise_bwd_kernel(c
 
 // With more, the compiler spills.
 template <class T, int V, bool kGroups>
-constexpr int kRuleBlocks = sizeof(T) == 8 || (sizeof(T) == 4 && !kGroups) ? 2 : 3;
+constexpr int kRuleBlocks = sizeof(T) < 8 && (kGroups || V == kGroup) ? 3 : 2;
 
 template <class T, int V, bool kGroups, bool kExpand>
 __global__ void __launch_bounds__(kBlock, kRuleBlocks<T, V, kGroups>) noise_rule_fwd_kernel(const __grid_constant__ NoiseWork work, const T* x, T* y,

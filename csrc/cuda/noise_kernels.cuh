@@ -23,6 +23,14 @@ struct Keys {
   }
 };
 
+// Keeps the keys in registers: without it each use adds anew what makes a round's key of the seed.
+IWSGD_HD void hold([[maybe_unused]] Keys& keys) {
+#if defined(__CUDA_ARCH__)
+  IWSGD_UNROLL
+  for (int i = 0; i < kPhiloxRounds; ++i) asm volatile("" : "+r"(keys.k0[i]), "+r"(keys.k1[i]));
+#endif
+}
+
 IWSGD_HD uint64_t product(uint32_t a, uint32_t b) { return static_cast<uint64_t>(a) * b; }
 // Asked for as a register: of a shift ptxas makes, for keys that are not in uniform registers, an addition of zero.
 IWSGD_HD uint32_t high(uint64_t a) {

@@ -4,7 +4,7 @@
 // thread draws for one pack of one example and goes through the noise samples; a warp reads and writes the elements of its
 // 32 packs. Packs of all rows are numbered in one sequence, so that rows of any length fill the warps, and the grid has one
 // thread for each. A persistent grid would share a thread's set-up (the key schedule, one or two divisions, addresses: about
-// 180 instructions in sm_90's code, 3 for each of the 64 elements of S = 8, beside the 8 to 10 of its draw and its access); it
+// 160 instructions in sm_90's code, 2.5 for each of the 64 elements of S = 8, beside the 9 of its draw and its access); it
 // would cost a loop around everything, its registers, and work that ends in unequal shares.
 #pragma once
 #include <algorithm>
