@@ -61,7 +61,7 @@ def test_wide_kernels_access_tensors_by_16_bytes(name):
 @pytest.mark.parametrize("name", ["noise_bwd_kernel<{}, 8, true>", "noise_fwd_kernel<{}, 8, true, false>"])
 @pytest.mark.parametrize("type_", ["bf16", "fp16"])
 def test_four_samples_are_loaded_before_the_first_is_used(name, type_):
-    """Without a bound on the blocks ptxas begins two of them, to save registers. In the loop without sample ids, which is the common one."""
+    """In the common loop, without sample ids. With no bound on the blocks ptxas begins two of them or one, to save registers."""
     (kernel,) = sass_report.named(disassemble("noise"), name.format(type_))
     paths = [kernel.path(loop) for loop in kernel.loops]
     assert [kernel.flight(path)[:2] for path in paths if kernel.counts(path).of("global", "load") == {16: 4}] == [(4, 64)], kernel.name
