@@ -147,7 +147,9 @@ IWSGD_HD void loss_total(const Block& block, const LossArguments<T, A>& a, const
 // 16-byte accesses of a thread in flight: to hide shared memory's latency, and memory's. With two, sm_90's code has 129 instructions
 // for the statistics of 16 elements of bf16 (18 of them exponentials) and 166 for their gradient (16): 18.5 an element. 132
 // multiprocessors at 1.7 GHz issue 28.7 T a second, enough for 1.55 T elements; memory at 4.3 TB/s brings and takes 1.07 T.
-constexpr int kTileLoads = 2, kSliceLoads = 4;
+template <class T>
+constexpr int kTileLoads = sizeof(T) == 8 ? 1 : 2;  // of doubles, two spill
+constexpr int kSliceLoads = 4;
 
 // ---- units in shared memory ----
 
@@ -166,11 +168,26 @@ IWSGD_HD void copy_out(T* to, const T* from, int n, int lane, int lanes) {
   for (int i = lane; i < pieces.edges; i += lanes) to[pieces.edge(i)] = from[pieces.edge(i)];
 }
 
+// A row of a tile: its team's, which goes on to the next one without a division.
+struct TileRow {
+  int lane, teams, r, s, j;  // row r is of unit j under sample s
+
+  template <class Block>
+  IWSGD_HD TileRow(const Block& block, const TilePlan& plan) {
+    const int thread = fresh_register(block.thread());
+    lane = thread & (plan.lanes - 1), teams = block.threads() / plan.lanes;
+    r = thread / plan.lanes, s = r / plan.n, j = r - s * plan.n;
+  }
+  IWSGD_HD void next(const TilePlan& plan) {
+    r += teams, s += plan.step_samples, j += plan.step_units;
+    if (j >= plan.n) j -= plan.n, ++s;
+  }
+};
+
 // n units at a time, from logits to gradient. A unit is one position here.
 template <bool kSoft, class T, class A, class Block>
 IWSGD_HD void loss_tile(const Block& block, const LossArguments<T, A>& a, const LossWork<A>& work, const TilePlan& plan) {
   const int S = static_cast<int>(a.S), C = static_cast<int>(a.C), n = plan.n, rows = S * n;
-  const int lane = block.thread() % plan.lanes, team = block.thread() / plan.lanes, teams = block.threads() / plan.lanes;
   double* scratch = reinterpret_cast<double*>(block.shared());
   double* scale = scratch + kScratchBytes / 8 - 1;
   A* max = reinterpret_cast<A*>(block.shared() + kScratchBytes);  // [S, n]
@@ -195,8 +212,8 @@ IWSGD_HD void loss_tile(const Block& block, const LossArguments<T, A>& a, const 
     if (plan.segments) {
       for (int s = 0; s < S; ++s) copy_in(block, row_in_shared(s, 0), row_in_memory(s, 0), count * C, block.thread(), block.threads());
     } else {
-      for (int r = team; r < rows; r += teams)
-        if (const int s = r / n, j = r % n; j < count) copy_in(block, row_in_shared(s, j), row_in_memory(s, j), C, lane, plan.lanes);
+      for (TileRow row(block, plan); row.r < rows; row.next(plan))
+        if (row.j < count) copy_in(block, row_in_shared(row.s, row.j), row_in_memory(row.s, row.j), C, row.lane, plan.lanes);
     }
   };
 
@@ -222,20 +239,20 @@ IWSGD_HD void loss_tile(const Block& block, const LossArguments<T, A>& a, const 
     block.finish_copies();
     block.sync();
 
-    for (int at = 0; at < rows; at += teams) {
-      const int r = at + team, s = r / n, j = r % n;
-      const bool there = r < rows && j < count;
+    TileRow row(block, plan);
+    for (int at = 0; at < rows; at += row.teams, row.next(plan)) {
+      const bool there = row.r < rows && row.j < count;
       RowTarget<A> target{};
-      if (there) target = row_target<true>(a, first + j);
-      RowSum<A> row;
-      const T* z = row_in_shared(there ? s : 0, there ? j : 0);
-      if (there && !target.ignored) row = row_sum<kSoft, kTileLoads, T, A>(target, z, 1, C, lane, plan.lanes);
-      row = team_merge<kSoft>(block, row, plan.lanes, reinterpret_cast<A*>(scratch));
-      if (there && lane == 0) {
+      if (there) target = row_target<true>(a, first + row.j);
+      RowSum<A> part;
+      const T* z = row_in_shared(there ? row.s : 0, there ? row.j : 0);
+      if (there && !target.ignored) part = row_sum<kSoft, kTileLoads<T>, T, A>(target, z, 1, C, row.lane, plan.lanes);
+      part = team_merge<kSoft>(block, part, plan.lanes, reinterpret_cast<A*>(scratch));
+      if (there && row.lane == 0) {
         A u = A(0), its_c = A(0);
-        if (!target.ignored) row_likelihood<kSoft>(target, row, target.logit(z, 1), u, its_c);
-        max[r] = row.max, sum[r] = row.sum, l[r] = unit_log_likelihood(u, its_c);
-        if (s == 0) c[j] = its_c;
+        if (!target.ignored) row_likelihood<kSoft>(target, part, target.logit(z, 1), u, its_c);
+        max[row.r] = part.max, sum[row.r] = part.sum, l[row.r] = unit_log_likelihood(u, its_c);
+        if (row.s == 0) c[row.j] = its_c;
       }
     }
     if (plan.one_launch && tile == block.index()) {
@@ -262,18 +279,17 @@ IWSGD_HD void loss_tile(const Block& block, const LossArguments<T, A>& a, const 
     if (a.dlogits != nullptr) {
       const auto gradients = [&](auto space, const auto& gradient_at) {
         constexpr Space kSpace = decltype(space)::value;
-        for (int r = team; r < rows; r += teams) {
-          const int s = r / n, j = r % n;
-          if (j >= count) continue;
-          const RowTarget<A> target = row_target<false>(a, first + j);
-          const A w = l[r], outside = w * static_cast<A>(*scale) * a.example_weight_of(first + j);
-          T* const dz = gradient_at(s, j);
+        for (TileRow row(block, plan); row.r < rows; row.next(plan)) {
+          if (row.j >= count) continue;
+          const RowTarget<A> target = row_target<false>(a, first + row.j);
+          const A w = l[row.r], outside = w * static_cast<A>(*scale) * a.example_weight_of(first + row.j);
+          T* const dz = gradient_at(row.s, row.j);
           if (target.ignored || w == A(0)) {  // zeros, whatever the logits are; NaN would have made the weight NaN
-            zero_row<kSpace>(dz, 1, C, lane, plan.lanes);
+            zero_row<kSpace>(dz, 1, C, row.lane, plan.lanes);
             continue;
           }
-          row_gradient<kSoft, kTileLoads, kSpace>(target, row_in_shared(s, j), 1, dz, 1, C, max[r], outside * c[j] / sum[r],
-                                                  outside * target.weight, lane, plan.lanes);
+          row_gradient<kSoft, kTileLoads<T>, kSpace>(target, row_in_shared(row.s, row.j), 1, dz, 1, C, max[row.r],
+                                                  outside * c[row.j] / sum[row.r], outside * target.weight, row.lane, plan.lanes);
         }
       };
       if (plan.flat) gradients(std::integral_constant<Space, Space::shared>{}, row_in_shared);

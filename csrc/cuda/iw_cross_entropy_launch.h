@@ -107,6 +107,7 @@ struct RegisterPlan {
 struct TilePlan {
   bool use;
   int threads, lanes, weigh_lanes, n;
+  int step_samples, step_units;  // from a team's row to its next one, threads / lanes rows on
   bool segments;  // the n rows of one noise sample are copied as one
   bool flat;      // the gradient goes through shared memory, as rows alone would be written in unaligned bits
   bool one_launch;  // NOTE [One launch]: the blocks are on the GPU all at once, and make the denominator and the total too
@@ -237,6 +238,7 @@ inline TilePlan tile_plan(const LossShape& shape, const DeviceLimits& device) {
   // No more lanes than a row has accesses, unless there are too few rows for all warps.
   const int64_t rows = n * shape.S, spread = plan.threads / std::min<int64_t>(plan.threads, power_of_two_in(rows));
   plan.lanes = lanes_of_row(shape, static_cast<int>(std::max<int64_t>(32, spread)));
+  plan.step_samples = static_cast<int>(plan.threads / plan.lanes / n), plan.step_units = static_cast<int>(plan.threads / plan.lanes % n);
   plan.weigh_lanes = std::min(32, power_of_two_in(std::min(shape.S, std::max<int64_t>(1, plan.threads / n))));
   plan.tiles = divide_up(shape.units, n);
   plan.blocks = std::min(plan.tiles, device.most_blocks);
