@@ -112,7 +112,9 @@ IWSGD_HD void loss_registers(const Block& block, const LossArguments<T, float>& 
     for (int r = 0; r < R; ++r) {
       if (r < rows) body(r, distance, offset, doffset);
       offset += plan.logits.sample, doffset += plan.gradient.sample;
-      if (plan.last_samples >> r & 1u) offset += plan.logits.place, doffset += plan.gradient.place, distance += at.groups;
+      if (plan.last_samples >> r & 1u) {
+        offset = fresh_register(offset + plan.logits.place), doffset += plan.gradient.place, distance += at.groups;  // a branch
+      }
     }
   };
   const auto read = [&](int r, const TeamPlace& at, const T* row) {
@@ -236,13 +238,14 @@ IWSGD_HD void loss_registers(const Block& block, const LossArguments<T, float>& 
     {  // Gradient, and the next units' logits in the place of these.
       const TeamPlace at(block, plan);
       const int64_t unit = first + at.group;
-      const int left = static_cast<int>(units - unit < 1024 ? units - unit : 1024);  // units, from the group's first on
-      const int next_left = static_cast<int>(units - unit - plan.stride < 1024 ? units - unit - plan.stride : 1024);
-      const T* const next = a.logits + (unit + plan.stride) * plan.logits.unit;
-      T* const to = a.dlogits + unit * plan.gradient.unit;
+      // Kept, lest the compiler makes them anew for each row: units, from the group's first on, of which 0 are written without a gradient.
+      const auto few = [](int64_t count) { return static_cast<int>(count < 1024 ? count : 1024); };
+      const int left = fresh_register(a.dlogits != nullptr ? few(units - unit) : 0), next_left = fresh_register(few(units - unit - plan.stride));
+      const T* const next = fresh_register(a.logits + (unit + plan.stride) * plan.logits.unit);
+      T* const to = fresh_register(a.dlogits + unit * plan.gradient.unit);
       const RowSlot* its = slots(at) + (at.first_row * at.groups + at.group);
       for_rows(at, [&](int r, int distance, int64_t offset, int64_t doffset) {
-        if (a.dlogits != nullptr && distance < left) {
+        if (distance < left) {
           const RowSlot slot = *its;
           const int label = slot.label - at.sub * V;
           IWSGD_UNROLL

@@ -74,6 +74,8 @@ void copies() {
   CHECK((source == Seen{"3, 4", "late"}), "a copy's source is read until the wait: ", source.size());
 }
 
+IWSGD_UNSEEN double peek(const double* x) { return *x; }
+
 // Each rank pushes to all, two phases, with what they send in the first pushed before or after the receiver expects it.
 void pushes() {
   struct Memory {
@@ -98,7 +100,7 @@ void pushes() {
         const auto x = static_cast<float>(phase + rank);
         block.push(Four{{x, x, x, x}}, reinterpret_cast<Four*>(memory->four[rank]), block.thread(), memory->barrier);
       }
-      if (phase == 0) early.insert(memory->one[(rank + 1) % 4] >= 0 ? "early" : "late");
+      if (phase == 0) early.insert(peek(memory->one + (rank + 1) % 4) >= 0 ? "early" : "late");
       if (block.thread() == 0 && rank % 2 == 1) block.expect_bytes(memory->barrier, 4 * 24);
       block.wait_arrivals(memory->barrier, phase % 2);
       for (int other = 0; other < 4; ++other)
@@ -115,10 +117,80 @@ void pushes() {
   CHECK((early == Seen{"early", "late"}), "pushes land early and late");
 }
 
+volatile int result;  // else nobody would have to read what body returns
+
+// Whether body(block), of two blocks of 64 threads, is found to have a race, whatever the order.
+template <class Body>
+void has_race(bool want, const char* name, const Body& body) {
+  Races& races = Races::all();
+  for (const Order order : {Order::forwards, Order::backwards, Order::random}) {
+    const int before = races.found;
+    Threads threads(order);
+    launch_on_host(threads, 2, 2, 64, 1024, [&](const HostBlock& block) { result = body(block); }, [](int64_t) {});
+    CHECK((races.found > before) == want, name, ": ", races.found - before, " races");
+    races.found = before;
+  }
+}
+
+void races() {
+  Races::all().tells = false;
+  const auto neighbour = [](const HostBlock& block, const auto& between) {
+    int* const shared = reinterpret_cast<int*>(block.shared());
+    shared[block.thread()] = 1;
+    between();
+    return shared[block.thread() ^ 1] + shared[block.thread()];
+  };
+  const auto far = [](const HostBlock& block, const auto& between) {
+    int* const shared = reinterpret_cast<int*>(block.shared());
+    shared[block.thread()] = 1;
+    between();
+    return shared[block.thread() ^ 32];
+  };
+  has_race(true, "no barrier", [&](const HostBlock& block) { return neighbour(block, [] {}); });
+  has_race(true, "a swap is no barrier", [&](const HostBlock& block) { return neighbour(block, [&] { block.swap(1, 1); }); });
+  has_race(false, "a warp's barrier", [&](const HostBlock& block) { return neighbour(block, [&] { block.sync_warp(); }); });
+  has_race(true, "a warp's barrier for two", [&](const HostBlock& block) { return far(block, [&] { block.sync_warp(); }); });
+  has_race(false, "a block's barrier", [&](const HostBlock& block) { return far(block, [&] { block.sync(); }); });
+  has_race(true, "written while others read", [&](const HostBlock& block) {
+    const int got = far(block, [&] { block.sync(); });
+    reinterpret_cast<int*>(block.shared())[block.thread()] = 2;
+    return got;
+  });
+  const auto other_block = [](const HostBlock& block, const auto& between) {
+    int* const shared = reinterpret_cast<int*>(block.shared());
+    if (block.thread() == 0) *shared = 1;
+    between();
+    const int got = block.thread() == 5 ? *block.of_rank(shared, 1 - static_cast<int>(block.index())) : 1;
+    block.sync_cluster();
+    return got;
+  };
+  has_race(true, "a block's barrier for two", [&](const HostBlock& block) { return other_block(block, [&] { block.sync(); }); });
+  has_race(false, "a cluster's barrier", [&](const HostBlock& block) { return other_block(block, [&] { block.sync_cluster(); }); });
+  has_race(false, "a grid's barrier", [&](const HostBlock& block) { return other_block(block, [&] { block.wait_grid(block.arrive_grid()); }); });
+  const auto pushed = [](const HostBlock& block, int who_waits) {
+    auto* const barrier = reinterpret_cast<uint64_t*>(block.shared());
+    int* const shared = reinterpret_cast<int*>(block.shared()) + 4;
+    if (block.thread() == 0) block.init_arrivals(barrier, 1), block.expect_bytes(barrier, 4);
+    block.sync_cluster();
+    if (block.thread() == 0) block.push(7, shared, 1 - static_cast<int>(block.index()), barrier);
+    if (block.thread() >= who_waits) block.wait_arrivals(barrier, 0);
+    const int got = *shared;
+    block.sync_cluster();
+    block.wait_arrivals(barrier, 0);
+    return got;
+  };
+  has_race(false, "a push that all wait for", [&](const HostBlock& block) { return pushed(block, 0); });
+  has_race(true, "a push that one does not wait for", [&](const HostBlock& block) { return pushed(block, 1); });
+}
+
 int main() {
   exchanges();
   barriers();
   copies();
   pushes();
+  CHECK(Races::all().found == 0, Races::all().found, " races");
+#if defined(IWSGD_SEES_ACCESSES)
+  races();
+#endif
   return test::report();
 }

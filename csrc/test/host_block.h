@@ -1,7 +1,8 @@
 // Blocks of the CUDA kernels on the host: their threads are contexts that change places at barriers and exchanges, so that a thread
 // that misses one, or reads shared memory before it is written, is found without a GPU. Blocks that know of one another (of a
 // cluster, or of a grid that is launched together) run side by side. What takes its time on a GPU (a copy, a push) takes it here:
-// mostly it lands as late as its waits allow. What it cannot find: anything about the memory model.
+// mostly it lands as late as its waits allow. host_races.h sees what is left to chance by that. What they cannot find: anything about
+// the memory model.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -9,21 +10,16 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
 #include <functional>
 #include <iostream>
+#include <map>
 #include <memory>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "check.h"
-
-// A fault that no thread survives on a GPU either.
-[[noreturn]] inline void fault(const char* text) {
-  std::cerr << text << std::endl;
-  std::abort();
-}
+#include "host_races.h"
 
 // What an mbarrier holds in its 8 bytes. A phase ends when neither arrivals nor bytes are awaited; bytes may land before they are
 // expected, and are negative then. 0xFF in all bytes is none.
@@ -32,7 +28,7 @@ struct Arrivals {
   uint16_t expected;  // arrivals of each phase
   uint16_t pending : 15, parity : 1;  // of the phase that runs
 
-  static Arrivals of(const uint64_t* barrier) {
+  IWSGD_UNSEEN static Arrivals of(const uint64_t* barrier) {
     if (reinterpret_cast<uintptr_t>(barrier) % 8 != 0) fault("an mbarrier lies to 8 bytes");
     Arrivals a;
     std::memcpy(&a, barrier, sizeof a);
@@ -40,7 +36,7 @@ struct Arrivals {
     return a;
   }
   // Whether the phase ends with this.
-  bool put(uint64_t* barrier) {
+  IWSGD_UNSEEN bool put(uint64_t* barrier) {
     if (bytes <= -(1 << 20) || bytes >= 1 << 20) fault("an mbarrier counts less than 2^20 bytes");
     const bool ends = pending == 0 && bytes == 0;
     if (ends) pending = expected, parity ^= 1;
@@ -61,28 +57,35 @@ class Threads {
 
   const Order order;
   test::Random random;
-  bool seldom(uint32_t n) { return order == Order::random && random.below(n) == 0; }
+  IWSGD_QUICK bool seldom(uint32_t n) { return order == Order::random && random.below(n) == 0; }
 
   struct Barrier {
     int size = 0, arrived = 0;
+    int first = 0;  // the threads from there on take part; -1: of each block the first
     unsigned generation = 0;
+    bool orders = true;  // accesses before and behind it
+    Races::Clock told, heard;
     std::vector<int> waiting;
   };
   // The generation to wait for.
-  unsigned arrive(Barrier& barrier) {
+  IWSGD_QUICK unsigned arrive(Barrier& barrier) {
     const unsigned generation = barrier.generation;
+    if (barrier.first < 0) Races::join(barrier.told, races.tell(current_));
     if (++barrier.arrived == barrier.size) {
+      if (barrier.first < 0) barrier.heard = std::move(barrier.told), barrier.told = nullptr;
+      else if (barrier.orders) races.meet(barrier.first, barrier.size);
       barrier.arrived = 0;
       ++barrier.generation;
       wake(barrier.waiting);
     }
     return generation;
   }
-  void wait_for(Barrier& barrier, unsigned generation) {
+  IWSGD_QUICK void wait_for(Barrier& barrier, unsigned generation) {
     if (barrier.generation != generation && order == Order::random) give_way();  // who comes last is not first to go on
     while (barrier.generation == generation) sleep(barrier.waiting);
+    if (barrier.first < 0) races.hear(current_, barrier.heard);
   }
-  void wait(Barrier& barrier) { wait_for(barrier, arrive(barrier)); }
+  IWSGD_QUICK void wait(Barrier& barrier) { wait_for(barrier, arrive(barrier)); }
 
   // ---- pushes and the mbarriers that count them ----
 
@@ -91,20 +94,45 @@ class Threads {
     int bytes, block;  // where to
     char* to;
     uint64_t* barrier;
+    int thread = 0;  // from where, and what it knew
+    Races::Clock clock = nullptr;
   };
-  void push(const Push& push) {
+  void push(Push push) {
+    push.thread = current_;
+    push.clock = races.tell(current_);
     pushes_.push_back(push);
     if (seldom(8)) land(pushes_.size() - 1);
   }
-  void update(Arrivals a, uint64_t* barrier) {
-    if (a.put(barrier)) wake(arrivals_waiting_);
+  void init(uint64_t* barrier, int arrivals) {
+    races.access(current_, barrier, 8, true, __builtin_return_address(0));
+    if (arrivals < 1 || arrivals > 0x3FFF) fault("an mbarrier counts 1 to 16383 arrivals here");
+    Arrivals a{0, static_cast<uint16_t>(arrivals), static_cast<uint16_t>(arrivals), 0};
+    a.put(barrier);
+    told_[barrier] = {};
   }
-  void wait_phase(const uint64_t* barrier, int parity) {
+  void expect(uint64_t* barrier, int bytes) {
+    races.access(current_, barrier, 8, false, __builtin_return_address(0));
+    Arrivals a = Arrivals::of(barrier);
+    if (a.pending == 0) fault("more arrive at an mbarrier than it expects");
+    a.bytes += bytes, --a.pending;
+    update(a, barrier, races.tell(current_));
+  }
+  void wait_phase(uint64_t* barrier, int parity) {
+    races.access(current_, barrier, 8, false, __builtin_return_address(0));
     while (Arrivals::of(barrier).parity == parity) sleep(arrivals_waiting_);
+    races.hear(current_, told_[barrier].second);
+  }
+
+  // One more has been here, with all before it. Whether it was the last of `size`.
+  bool count_up(unsigned* finished, unsigned size) {
+    races.access(current_, finished, sizeof *finished, false, __builtin_return_address(0));
+    Races::join(finished_, races.tell(current_));
+    races.hear(current_, finished_);
+    return add_one(finished) == size;
   }
 
   // body(number), of count threads in each of several blocks, one block after the other in number.
-  void run(int several, int count, const std::function<void(int)>& body) {
+  IWSGD_QUICK void run(int several, int count, const std::function<void(int)>& body) {
     const int threads = several * count;
     body_ = &body;
     count_ = count;
@@ -112,16 +140,23 @@ class Threads {
     places_.resize(threads);
     started_.assign(threads, false);
     while (static_cast<int>(stacks_.size()) < threads) stacks_.emplace_back(new char[kStack]);
-    const auto barrier = [](int size) {
+    const auto barrier = [](int size, int first) {
       Barrier one;
-      one.size = size;
+      one.size = size, one.first = first;
       return one;
     };
-    blocks.assign(several, barrier(count));
-    grid = barrier(several);
-    cluster = barrier(threads);
-    warps.assign(threads / 32, barrier(32));
-    exchanges.assign(threads / 32, barrier(32));
+    blocks.clear(), warps.clear(), exchanges.clear();
+    for (int i = 0; i < threads; i += count) blocks.push_back(barrier(count, i));
+    for (int i = 0; i < threads; i += 32) {
+      warps.push_back(barrier(32, i));
+      exchanges.push_back(barrier(32, i));
+      exchanges.back().orders = false;  // __shfl_sync orders no access to memory
+    }
+    grid = barrier(several, -1);
+    cluster = barrier(threads, 0);
+    finished_ = nullptr;
+    told_.clear();
+    races.begin(threads);
     slots.assign(threads * 32, 0);
     ready_.assign(several, {});
     left_.assign(several, count);
@@ -132,7 +167,11 @@ class Threads {
       all[i] = order == Order::backwards ? threads - 1 - i : i;
     }
     wake(all);
-    while (next()) resume();
+    while (next()) {
+      races.current = current_;
+      resume();
+      races.current = -1;
+    }
     for (const int left : left_)
       if (left > 0) fault("the threads of a block wait at different barriers");
   }
@@ -140,6 +179,7 @@ class Threads {
   std::vector<Barrier> blocks, warps, exchanges;  // exchanges: of swap and shuffle
   Barrier grid, cluster;
   std::vector<char> slots;  // two of 16 bytes for each thread
+  Races& races = Races::all();
 
  private:
   static constexpr std::size_t kStack = 64 * 1024;
@@ -152,7 +192,7 @@ class Threads {
   }
 
   // Functions of their own: what else is in them, setjmp and getcontext may forget.
-  [[gnu::noinline]] void prepare(int i) {
+  IWSGD_UNSEEN void prepare(int i) {
     ucontext_t& context = contexts_[i];
     getcontext(&context);
     context.uc_stack.ss_sp = stacks_[i].get();
@@ -162,31 +202,31 @@ class Threads {
     const auto enter_there = reinterpret_cast<void (*)()>(&Threads::enter);
     makecontext(&context, enter_there, 2, static_cast<unsigned>(self >> 32), static_cast<unsigned>(self));
   }
-  [[gnu::noinline]] void resume() {
+  IWSGD_UNSEEN void resume() {
     if (_setjmp(scheduler_) == 0) {
       if (started_[current_]) _longjmp(places_[current_], 1);
       started_[current_] = true;
       setcontext(&contexts_[current_]);
     }
   }
-  [[gnu::noinline]] void leave() {
+  IWSGD_UNSEEN void leave() {
     if (_setjmp(places_[current_]) == 0) _longjmp(scheduler_, 1);
   }
-  void sleep(std::vector<int>& waiting) {
+  IWSGD_QUICK void sleep(std::vector<int>& waiting) {
     waiting.push_back(current_);
     leave();
   }
-  void give_way() {
+  IWSGD_QUICK void give_way() {
     ready_[block_].push_back(current_);
     leave();
   }
-  void wake(std::vector<int>& waiting) {
+  IWSGD_QUICK void wake(std::vector<int>& waiting) {
     for (const int i : waiting) ready_[i / count_].push_back(i);
     waiting.clear();
   }
 
   // Makes the next thread current_, if there is one.
-  bool next() {
+  IWSGD_QUICK bool next() {
     if (!pushes_.empty() && seldom(16)) land(random.below(static_cast<uint32_t>(pushes_.size())));
     const int several = static_cast<int>(ready_.size());
     for (;;) {
@@ -196,10 +236,7 @@ class Threads {
       if (pushes_.empty()) return false;
       land(order == Order::forwards ? pushes_.size() - 1 : order == Order::backwards ? 0 : random.below(static_cast<uint32_t>(pushes_.size())));
     }
-    auto& queue = ready_[block_];
-    if (order == Order::random) std::swap(queue.front(), queue[random.below(static_cast<uint32_t>(queue.size()))]);
-    current_ = queue.front();
-    queue.pop_front();
+    current_ = ready_[block_].take(order == Order::random ? random.below(ready_[block_].left()) : 0);
     return true;
   }
 
@@ -207,11 +244,38 @@ class Threads {
     const Push push = pushes_[which];
     pushes_.erase(pushes_.begin() + which);
     if (left_[push.block] == 0) fault("a push lands in a block that has ended");
-    std::memcpy(push.to, push.value, push.bytes);
+    const void* const code = __builtin_return_address(0);
+    races.access(push.thread, push.barrier, 8, false, code, push.clock);
+    races.access(push.thread, push.to, push.bytes, true, code, push.clock);
+    races.unseen_copy(push.to, push.value, push.bytes);
     Arrivals a = Arrivals::of(push.barrier);
     a.bytes -= push.bytes;
-    update(a, push.barrier);
+    update(a, push.barrier, push.clock);
   }
+  // Who waits for the end of the phase knows what they know who have ended it.
+  void update(Arrivals a, uint64_t* barrier, const Races::Clock& clock) {
+    auto& [running, ended] = told_[barrier];
+    Races::join(running, clock);
+    if (!a.put(barrier)) return;
+    ended = std::move(running), running = nullptr;
+    wake(arrivals_waiting_);
+  }
+  IWSGD_UNSEEN static unsigned add_one(unsigned* finished) { return ++*finished; }
+
+  struct Queue {
+    std::vector<int> items;
+    std::size_t taken = 0;
+    IWSGD_QUICK bool empty() const { return taken == items.size(); }
+    IWSGD_QUICK uint32_t left() const { return static_cast<uint32_t>(items.size() - taken); }
+    IWSGD_QUICK void push_back(int i) { items.push_back(i); }
+    IWSGD_QUICK int take(uint32_t which) {
+      int* const first = items.data() + taken;
+      const int i = first[which];
+      first[which] = *first;
+      if (++taken == items.size()) items.clear(), taken = 0;
+      return i;
+    }
+  };
 
   int count_ = 0, current_ = 0, block_ = 0;
   const std::function<void(int)>* body_ = nullptr;
@@ -225,9 +289,11 @@ class Threads {
   std::vector<Place> places_;
   std::vector<char> started_;
   std::vector<int> left_;  // threads of each block that have not ended
-  std::vector<std::deque<int>> ready_;  // of each block
+  std::vector<Queue> ready_;  // of each block
   std::vector<int> arrivals_waiting_;
   std::vector<Push> pushes_;
+  std::map<const uint64_t*, std::pair<Races::Clock, Races::Clock>> told_;  // in the phase that runs, and before it
+  Races::Clock finished_;
   std::vector<std::unique_ptr<char[]>> stacks_;
 };
 
@@ -243,22 +309,22 @@ struct HostBlock {
   int64_t index() const { return block; }
   int64_t blocks() const { return grid; }
   char* shared() const { return (*each)[at]; }
-  void sync() const {
+  IWSGD_QUICK void sync() const {
     drift();
     all->wait(all->blocks[at]);
   }
-  void sync_warp() const {
+  IWSGD_QUICK void sync_warp() const {
     drift();
     all->wait(all->warps[of_all() / 32]);
   }
 
   template <class A>
-  A swap(A x, int bits) const {
+  IWSGD_QUICK A swap(A x, int bits) const {
     if (bits < 0 || bits > 31) fault("a swap leaves the warp");
     return exchange(x, of_all() ^ bits);
   }
   template <class A>
-  A shuffle(A x, int lane) const {
+  IWSGD_QUICK A shuffle(A x, int lane) const {
     if (lane < 0 || lane > 31) fault("a shuffle leaves the warp");
     return exchange(x, of_all() / 32 * 32 + lane);
   }
@@ -304,7 +370,7 @@ struct HostBlock {
     sync();
   }
   bool last(unsigned* finished, int* flag) const {
-    if (number == 0) *flag = (*finished)++ == grid - 1;
+    if (number == 0) *flag = all->count_up(finished, static_cast<unsigned>(grid));
     sync();
     return *flag != 0;
   }
@@ -321,22 +387,14 @@ struct HostBlock {
     return reinterpret_cast<X*>(reinterpret_cast<uintptr_t>(x) - reinterpret_cast<uintptr_t>((*each)[at]) + reinterpret_cast<uintptr_t>((*each)[rank]));
   }
 
-  void init_arrivals(uint64_t* barrier, int arrivals) const {
-    Arrivals a{0, static_cast<uint16_t>(arrivals), static_cast<uint16_t>(arrivals), 0};
-    a.put(barrier);
-  }
-  void expect_bytes(uint64_t* barrier, int bytes) const {
-    Arrivals a = Arrivals::of(barrier);
-    if (a.pending == 0) fault("more arrive at an mbarrier than it expects");
-    a.bytes += bytes, --a.pending;
-    all->update(a, barrier);
-  }
+  void init_arrivals(uint64_t* barrier, int arrivals) const { all->init(barrier, arrivals); }
+  void expect_bytes(uint64_t* barrier, int bytes) const { all->expect(barrier, bytes); }
   // Lands at some time, in any order, in the place of `to` in the block of that rank; counts there, where `barrier` is here.
   template <class X>
   void push(const X& value, X* to, int rank, uint64_t* barrier) const {
     static_assert(sizeof(X) == 4 || sizeof(X) == 8 || sizeof(X) == 16, "");
     if (reinterpret_cast<uintptr_t>(to) % sizeof(X) != 0) fault("a push lies to its own size");
-    Threads::Push push{{}, sizeof(X), rank, reinterpret_cast<char*>(of_rank(to, rank)), of_rank(barrier, rank)};
+    Threads::Push push{{}, sizeof(X), rank, reinterpret_cast<char*>(of_rank(to, rank)), of_rank(barrier, rank), 0, nullptr};
     std::memcpy(push.value, &value, sizeof(X));
     all->push(push);
   }
@@ -351,7 +409,7 @@ struct HostBlock {
 
   // Two slots for each thread: who writes the next one may be ahead of who still reads this one, but not of the next barrier.
   template <class A>
-  A exchange(A x, int from) const {
+  IWSGD_QUICK A exchange(A x, int from) const {
     static_assert(sizeof(A) <= 16 && std::is_trivially_copyable_v<A>, "");
     drift();
     const int which = exchanged++ % 2;
@@ -373,7 +431,8 @@ struct HostBlock {
     copies.erase(copies.begin() + which);
   }
   // Some copies land before anybody waits for them.
-  void drift() const {
+  IWSGD_QUICK void drift() const {
+    if (copies.empty()) return;
     for (std::size_t i = copies.size(); i-- > 0;)
       if (all->seldom(16)) land(i);
   }
@@ -392,14 +451,13 @@ struct HostBlock {
 template <class Body, class Spilled>
 void launch_on_host(Threads& threads, int64_t blocks, int together, int count, int64_t shared, const Body& body, const Spilled& spilled) {
   constexpr int64_t kGuard = 256;
-  std::vector<std::vector<std::pair<double, double>>> memory(together);  // 16 bytes each
+  const int64_t pitch = (shared + kGuard) / 128 * 128 + 128;
+  Watched<char> memory(pitch * together);
   std::vector<char*> each;
-  for (auto& of_block : memory) {
-    of_block.resize((shared + kGuard) / 16 + 1);
-    each.push_back(reinterpret_cast<char*>(of_block.data()));
-  }
-  for (int64_t first = 0; first < blocks; first += together) {
-    for (char* bytes : each) std::memset(bytes, 0xFF, memory[0].size() * 16);
+  for (int i = 0; i < together; ++i) each.push_back(memory.data() + i * pitch);
+  for (int64_t i = 0; i < blocks; i += together) {
+    const int64_t first = threads.order == Order::backwards ? blocks - together - i : i;
+    std::memset(memory.data(), 0xFF, memory.size());
     threads.run(together, count, [&](int i) { body(HostBlock(&threads, i % count, count, first + i / count, blocks, i / count, &each)); });
     for (const char* bytes : each)
       for (int64_t i = shared; i < shared + kGuard; ++i)
