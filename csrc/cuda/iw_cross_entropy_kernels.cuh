@@ -23,12 +23,13 @@ IWSGD_HD double block_sum(const Block& block, double x, double* scratch) {
 // The whole row, in the first of each `lanes` threads. scratch: four values for each warp.
 template <bool kSoft, class A, class Block>
 IWSGD_HD RowSum<A> team_merge(const Block& block, RowSum<A> row, int lanes, A* scratch) {
-  for (int bits = 1; bits < 32 && bits < lanes; bits *= 2) {
-    RowSum<A> other;
-    other.max = block.swap(row.max, bits);
-    other.sum = block.swap(row.sum, bits);
-    if (kSoft) other.weighted = block.swap(row.weighted, bits), other.alone = block.swap(row.alone, bits);
-    row.template merge<kSoft>(other);
+  const int width = lanes < 32 ? lanes : 32;
+  A most = row.max;
+  for (int bits = 1; bits < width; bits *= 2) most = larger(most, block.swap(most, bits));
+  row.template raise<kSoft>(most);
+  for (int bits = 1; bits < width; bits *= 2) {
+    row.sum += block.swap(row.sum, bits);
+    if (kSoft) row.weighted += block.swap(row.weighted, bits), row.alone += block.swap(row.alone, bits);
   }
   if (lanes > 32) {
     const int warp = block.thread() / 32;
