@@ -11,8 +11,8 @@ compiled = [*MARKS, pytest.mark.skipif(sass_report.find_cuobjdump() is None, rea
 
 # Whose generic accesses are meant: kernel, ways, and the reason.
 GENERIC = {
-    "iw_cross_entropy_cluster_kernel": ({"load"}, "the shared memory of another block of the cluster"),
     "iw_cross_entropy_fwd_kernel": ({"load", "atomic"}, "the barrier of all blocks, of cooperative groups"),
+    "iw_cross_entropy_registers_kernel": ({"load", "atomic"}, "the same"),
 }
 ELEMENT_WISE = ("gaussian", "noise")  # whose kernels are of an element type and a number of elements for an access
 
@@ -82,6 +82,33 @@ def test_predicted_part_of_the_copy_rate(form):
     for type_, samples in itertools.product(noise_prediction.TYPES, (1, 4, 8)):
         predicted = noise_prediction.predict(disassemble(form.source), form, type_, samples)
         assert predicted.part >= least, (type_, samples, predicted)
+
+
+# Instructions of a warp in the loop over its units but for the loops within, which docs/gpu-speed.md counts; a tenth more may be spent.
+REGISTERS = {"8, 1, 8": 1522, "8, 2, 8": 2662, "8, 4, 4": 2555, "8, 16, 1": 2440, "2, 2, 8": 1166, "1, 64, 1": 2186}
+
+
+@marked
+@pytest.mark.parametrize("form", REGISTERS)
+def test_units_in_registers_are_refilled_by_whole_accesses(form):
+    """Each access of each row is loaded for the next unit, and stored, once in the loop over units; what is computed takes no detour."""
+    (kernel,) = sass_report.named(disassemble("iw_cross_entropy_registers"), f"iw_cross_entropy_registers_kernel<bf16, {form}>")
+    elements, accesses, rows = map(int, form.split(", "))
+    loop = max(kernel.loops, key=lambda loop: len(loop.blocks))
+    counts = kernel.counts(kernel.path(loop))
+    assert counts.of("global", "load") == counts.of("global", "store") == {2 * elements: accesses * rows}
+    assert counts.instructions <= 1.1 * REGISTERS[form]
+
+
+@marked
+def test_clusters_refill_granules_as_they_are_read():
+    """Two loops take a row's granules: one reads, one reads, stores and lets the next unit's granule follow."""
+    (kernel,) = sass_report.named(disassemble("iw_cross_entropy"), "iw_cross_entropy_cluster_kernel<bf16, false>")
+    counts = [kernel.counts(kernel.path(loop)) for loop in kernel.loops]
+    granules = [c for c in counts if c.of("shared", "load").get(16) == 1 and c.classes["mufu"] >= 8]
+    reads, writes = sorted(granules, key=lambda c: c.of("global", "store").get(16, 0))
+    assert reads.of("global", "store") == {} and reads.instructions <= 66
+    assert writes.of("global", "store") == {16: 1} and set(writes.of("global to shared", "copy")) == {16} and writes.instructions <= 130
 
 
 def elements_of_an_access(kernel) -> int:

@@ -1,15 +1,17 @@
 // How the loss kernels cut a call into blocks: plain host C++, so that it is tested without CUDA.
 //
-// A unit (an example, or a position of one) is S rows of C logits, n bytes. Three regimes:
+// A unit (an example, or a position of one) is S rows of C logits, n bytes. Four regimes:
+//   registers Hard labels, rows of up to 4096 classes of bf16 or 2048 of float: a warp, or several of a block, hold the rows of one or
+//             more units from the statistics to the gradient: one read and one write of the logits, 2n bytes.
 //   tiles     Where n fits half of a multiprocessor's shared memory (113 KB on sm_90, 81 KB on sm_80), a block holds the rows of one
-//             or more units there from the statistics to the gradient: one read and one write of the logits, 2n bytes.
-//   clusters  From there to 16 times all of it (3.6 MB: S = 8 of bf16 to 230,000 classes, S = 64 to 27,000), on sm_90 and later, the
+//             or more units there: 2n bytes.
+//   clusters  From there to 16 times all of it (3.6 MB: S = 8 of bf16 to 220,000 classes, S = 64 to 23,000), on sm_90 and later, the
 //             blocks of a cluster hold a range of the classes each and exchange statistics: 2n bytes too.
 //   slices    The rest (units too large, units of several positions, classes that are not adjacent in memory): three kernels
 //             (statistics, weights, gradient) that read the logits twice, 3n bytes. They do so by slices that stay in the second
 //             level cache between the kernels; where that holds, the memory itself moves 2n.
-// Launches: tiles 1, whatever the reduction (NOTE [One launch]); clusters 1 for "none", 2 for "sum" (the total), 3 for "mean" (the
-// denominator), beside units of 0.1 to 3.6 MB each; slices three for each slice, and the same two.
+// Launches: registers and tiles 1, whatever the reduction (NOTE [One launch]); clusters 1 for "none", 2 for "sum" (the total), 3 for
+// "mean" (the denominator), beside units of 0.1 to 3.6 MB each; slices three for each slice, and the same two.
 #pragma once
 #include <algorithm>
 
