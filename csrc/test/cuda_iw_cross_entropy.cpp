@@ -8,7 +8,7 @@ void sizes() {
   grouped.most_ranks = 4;
   for (const int64_t C : {1, 2, 3, 7, 8, 10, 16, 33, 63, 64, 65, 250, 256, 1000, 1001})
     for (const int64_t S : {1, 2, 3, 5, 8}) {
-      if (S * C > 4000 || (kQuick && (C % 25 != 3 && C % 25 != 14 && C != 250))) continue;
+      if (S * C > 4000 || (kFewCases && (C % 25 != 3 && C % 25 != 14 && C != 250))) continue;
       Case k{S, C > 100 ? 2 : 9, C, 1};
       for (auto device : {roomy, tight, grouped, roomy}) {
         device.registers = k.device.shared_per_block == grouped.shared_per_block ? 1 << 16 : 0;  // the last one's
@@ -23,7 +23,7 @@ void sizes() {
   most.alpha = std::numeric_limits<double>::infinity();
   run<float>(most), run<bf16>(most);
   run<float>({3, 2, 1001, 1});  // more rows than teams of several warps
-  if (kQuick) return;
+  if (kFewCases) return;
   run_all({2, 2, 5003, 1});
   run_all({1, 1, 20011, 1});
   run_all({3, 700, 2, 1});   // more units than threads
@@ -49,7 +49,7 @@ void clusters() {
   for (const int ranks : {2, 4, 8, 16})
     for (const int64_t C : {100, 2048, 3001, 4099})
       for (const bool soft : {false, true}) {
-        if (kQuick && (ranks == 16 || C != 3001)) continue;
+        if (kFewCases && (ranks == 16 || C != 3001)) continue;
         Case k{ranks < 8 ? 2 : 16, 5, C, 1};
         k.special = C < 3000 ? kInfinite : kOrdinary;
         k.device = {2, 1 << 20, 1 << 21, 3000};
@@ -69,7 +69,7 @@ void clusters() {
         k.layout = kPadded;
         run<float>(k), run<double>(k);
       }
-  for (const int ranks : {2, 4, 8, 16}) CHECK(kQuick || taken[ranks] > 0, "no cluster of ", ranks);
+  for (const int ranks : {2, 4, 8, 16}) CHECK(kFewCases || taken[ranks] > 0, "no cluster of ", ranks);
 }
 
 // Units held in registers: each form with rows that fill it and that do not, of one or several warps; several units of few samples in a
@@ -77,7 +77,7 @@ void clusters() {
 void registers() {
   for (const int64_t C : {1, 2, 6, 8, 10, 30, 64, 100, 129, 250, 256, 511, 512, 1000, 1001, 1024, 2047, 2048, 4096})
     for (const int64_t S : {1, 2, 3, 4, 5, 8, 9, 20}) {
-      if (S * C > 9000 || (kQuick && (S % 3 != 2 || C % 10 > 1))) continue;
+      if (S * C > 9000 || (kFewCases && (S % 3 != 2 || C % 10 > 1))) continue;
       for (const int64_t blocks : {1, 3}) {
         Case k{S, S * C > 1000 ? 3 : 37, C, 1};
         k.resident_blocks = blocks;
@@ -99,7 +99,7 @@ void registers() {
 void options() {
   test::Random random;
   const double alphas[] = {1, 1, 0, 0.5, 2, 1e-6, 1e-25, 1e3, std::numeric_limits<double>::infinity()};
-  for (int trial = 0; trial < (kQuick ? 40 : 350); ++trial) {
+  for (int trial = 0; trial < (kFewCases ? 40 : 350); ++trial) {
     const auto coin = [&] { return random.below(2) == 1; };
     Case k{random.below(8) + 1, random.below(6) + 1, random.below(4) == 0 ? random.below(300) + 1 : random.below(20) + 1, 1};
     if (coin()) k.T = random.below(7) + 1;
@@ -133,7 +133,7 @@ int main() {
   registers();
   clusters();
   options();
-  CHECK(kQuick || (counts.registers > 300 && counts.tiles > 300 && counts.together > 200 && counts.clusters > 100 && counts.slices > 300),
+  CHECK(kFewCases || (counts.registers > 300 && counts.tiles > 300 && counts.together > 200 && counts.clusters > 100 && counts.slices > 300),
         "registers ", counts.registers, ", tiles ", counts.tiles, ", in one launch ",
         counts.together, ", clusters ", counts.clusters, ", slices ", counts.slices);
   return test::report();

@@ -13,10 +13,10 @@
 using namespace iwsgd;
 
 // A few cases of two types, until the first that fails: tools/plant_faults.py runs it for one fault after the other.
-#if defined(IWSGD_QUICK)
-constexpr bool kQuick = true;
+#if defined(IWSGD_FEW_CASES)
+constexpr bool kFewCases = true;
 #else
-constexpr bool kQuick = false;
+constexpr bool kFewCases = false;
 #endif
 
 // What ran, over all cases.
@@ -382,11 +382,11 @@ void run_in_all_orders(const Case& k) {
 
 template <class T>
 void run(const Case& k) {
-  if constexpr (kQuick && !std::is_same_v<T, float> && !std::is_same_v<T, bf16>) {
+  if constexpr (kFewCases && !std::is_same_v<T, float> && !std::is_same_v<T, bf16>) {
     return;
   } else {
     run_in_all_orders<T>(k);
-    if (kQuick && test::failures > 0) std::exit(1);
+    if (kFewCases && test::failures > 0) std::exit(1);
   }
 }
 
