@@ -140,6 +140,7 @@ IWSGD_HD void loss_cluster(const Block& block, const LossArguments<T, A>& a, con
       part.max = row.max, part.sum = row.sum, part.weighted = row.weighted, part.alone = row.alone;
       Piece pieces[sizeof part / sizeof(Piece)];
       std::memcpy(pieces, &part, sizeof part);
+      block.sync_warp();  // what its lanes have read of the unit before is behind the warp's push
       Piece* const place = box + (s * parts + rank * warps + reader.lane / kWarpLanes) * kPieces;
       for (int to = reader.warp_lane; to < ranks; to += kWarpLanes) {
         IWSGD_UNROLL

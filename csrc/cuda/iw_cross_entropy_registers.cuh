@@ -219,7 +219,7 @@ IWSGD_HD void loss_registers(const Block& block, const LossArguments<T, float>& 
         const bool there = j < at.groups * plan.places && unit < units;
         RowSlot* const its = slots(at) + row_0;  // row s at s * groups
         const float* const l = likelihoods(at) + row_0;
-        const float c = there ? its->hot : 0.f;
+        const float c = there && weigh_lane == 0 ? its->hot : 0.f;  // before put changes it
         const float upstream = there ? static_cast<float>(*scale) * a.example_weight_of(unit) : 0.f;
         const auto put = [&](int s, float w) {
           RowSlot& slot = its[s * at.groups];
