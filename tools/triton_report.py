@@ -33,6 +33,8 @@ class Kernel(NamedTuple):
     shared_bytes: int
     atomics: bool
     asserts: bool
+    loop: int  # instructions of the longest loop, slow paths of divisions apart
+    under_way: int  # bytes that a thread has asked for, at most, before it waits
 
 
 def specialize(kernel, values: dict) -> tuple[dict, dict, dict]:
@@ -70,20 +72,65 @@ def compile_kernel(kernel, values: dict, warps: int, limit: int | None, arch: in
     options = {"num_warps": warps, "maxnreg": limit, "debug": bool(kernel.debug)}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, stack = usage(compiled.asm["cubin"])
+    code = instructions(compiled.asm["cubin"])
+    start, end = main_loop(code)
     ptx = compiled.asm["ptx"]
     atomics = re.search(r"^\s*(@%\w+\s+)?(atom|red)\.", ptx, re.MULTILINE) is not None
-    return Kernel(kernel.__name__, case, arch, warps, registers, stack, compiled.metadata.shared, atomics, "__assertfail" in ptx)
+    asserts = "__assertfail" in ptx
+    return Kernel(
+        kernel.__name__, case, arch, warps, registers, stack, compiled.metadata.shared, atomics, asserts, end - start, bytes_under_way(code)
+    )
 
 
-def usage(cubin: bytes) -> tuple[int, int]:
+def cuobjdump(cubin: bytes, option: str) -> str:
     import triton
 
     program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        done = subprocess.run([program, "-res-usage", file.name], capture_output=True, text=True, check=True)
-    return parse(done.stdout + done.stderr)
+        done = subprocess.run([program, option, file.name], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def usage(cubin: bytes) -> tuple[int, int]:
+    return parse(cuobjdump(cubin, "-res-usage"))
+
+
+def instructions(cubin: bytes) -> list[str]:
+    """The machine code, an instruction of 16 bytes an entry."""
+    return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", cuobjdump(cubin, "-sass"), re.MULTILINE)
+
+
+def main_loop(code: list[str]) -> tuple[int, int]:
+    """First instruction of the longest loop and the one after its last; of no loop (0, 0)."""
+    back = ((int(found[1], 16) // 16, i + 1) for i, line in enumerate(code) if (found := re.search(r"\bBRA 0x([0-9a-f]+)", line)))
+    return max((span for span in back if span[0] < span[1] - 1), key=lambda span: span[1] - span[0], default=(0, 0))
+
+
+def bytes_under_way(code: list[str]) -> int:
+    """The most bytes that a thread has asked of global memory before it waits: in the order of the code, until a register is read."""
+    waiting: dict[int, tuple[int, ...]] = {}
+    sizes: dict[int, int] = {}
+    most = 0
+    for line in code:
+        found = re.match(r"(?:@!?U?P\d+ )?(\S+) ?(.*)", line)
+        operation, operands = found[1], found[2].split(", ")
+        load = re.match(r"LDG\.E(?:\.EL|\.EF|\.LU)?(?:\.(U8|U16|64|128))?", operation)
+        read = " ".join(operands if operation.startswith(("ST", "BRA")) else operands[1:])
+        used = {int(r) for r in re.findall(r"\bR(\d+)", read)}
+        if re.search(r"\.(64|WIDE)|^D[A-Z]", operation):  # registers in pairs
+            used |= {r + 1 for r in used}
+        if operation.startswith("BAR"):
+            waiting.clear()
+        waiting = {r: registers for r, registers in waiting.items() if used.isdisjoint(registers)}
+        if load and operands[0].startswith("R") and operands[0] != "RZ":
+            size = {"U8": 1, "U16": 2, None: 4, "64": 8, "128": 16}[load[1]]
+            first = int(re.match(r"R(\d+)", operands[0])[1])
+            waiting[first] = tuple(range(first, first + max(1, size // 4)))
+            sizes[first] = size
+            most = max(most, sum(sizes[r] for r in waiting))
+    return most
 
 
 def parse(report: str) -> tuple[int, int]:
@@ -242,10 +289,12 @@ def main() -> int:
     if arguments.json:
         print(json.dumps([k._asdict() for k in report(arguments.arch, arguments.only)]))
         return 0
-    print(f"{'arch':>4} {'warps':>5} {'registers':>9} {'stack':>5} {'shared':>7}  kernel")
+    print(f"{'arch':>4} {'warps':>5} {'registers':>9} {'stack':>5} {'shared':>7} {'loop':>5} {'bytes':>5}  kernel")
     kernels = report(arguments.arch, arguments.only)
     for k in kernels:
-        print(f"{k.arch:>4} {k.warps:>5} {k.registers:>9} {k.stack_bytes:>5} {k.shared_bytes:>7}  {k.name} ({k.case})")
+        print(
+            f"{k.arch:>4} {k.warps:>5} {k.registers:>9} {k.stack_bytes:>5} {k.shared_bytes:>7} {k.loop:>5} {k.under_way:>5}  {k.name} ({k.case})"
+        )
     return 1 if any(k.stack_bytes for k in kernels) else 0
 
 

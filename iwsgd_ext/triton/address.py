@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .device import alignment, device_of
 from .launch import TYPES
-from .noise_plan import GROUPS, LINE, Tiles, lines_of, tiles_of
+from .noise_plan import GROUPS, LINE, Tiles, ahead_of, lines_of, tiles_of
 
 IN_GROUPS, IN_LINES = tl.constexpr(GROUPS), tl.constexpr(LINE)
 
@@ -17,6 +17,16 @@ def tile_of(pid, count, per_row, width, column_blocks, BLOCK_R: tl.constexpr, BL
     """A tile's lines [BLOCK_R, 1], as rows and their first elements there; and the first of its elements in a line."""
     line = tl.cast(pid // column_blocks, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     return line // per_row, (line % per_row) * width, line < count, tl.cast(pid % column_blocks, tl.int64) * BLOCK_I
+
+
+@triton.jit
+def read_ahead(at, step, there, left, AHEAD: tl.constexpr):
+    """The elements of AHEAD samples at pointers ``at``, of which ``left`` are there, and where the next begin. NOTE [Ahead] in noise_plan.py."""
+    values = ()
+    for j in tl.static_range(AHEAD):
+        values = values + (tl.load(at, there & (j < left), 0.0),)
+        at += step
+    return values, at
 
 
 @triton.jit
@@ -77,5 +87,6 @@ def address_values(x: Tensor, examples: int, address: tuple, size: int, divide_s
     of_lines = {"lines": lines.count, "per_row": lines.per_row, "width_units": lines.width // align}
     of_tiles = {"column_blocks": tiles.column_blocks, "blocks": tiles.blocks, "part": tiles.part}
     forms = {"FORM": lines.form, "WRAPS": lines.wraps, "PER_EXAMPLE": sample_ids is not None and sample_ids.dim() == 2, "ALIGN": align}
-    forms |= {"BLOCK_R": tiles.block_r, "BLOCK_I": tiles.block_i, "ACC": TYPES[torch.promote_types(x.dtype, torch.float32)]}
+    forms |= {"BLOCK_R": tiles.block_r, "BLOCK_I": tiles.block_i, "AHEAD": ahead_of(lines, samples, size, x.element_size(), align)}
+    forms |= {"ACC": TYPES[torch.promote_types(x.dtype, torch.float32)]}
     return of_call | of_lines | of_tiles | forms, tiles

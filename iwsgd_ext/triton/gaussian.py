@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .address import IN_GROUPS, address_values, call_and_part, sample_of, tile_of, words_of_row
+from .address import IN_GROUPS, address_values, call_and_part, read_ahead, sample_of, tile_of, words_of_row
 from .launch import float_bits, guard, launch, number, wide
 from .philox import philox
 
@@ -85,7 +85,7 @@ def gaussian_fwd_kernel(
     sample_ids,  # [K] or [K, B], or None
     K, B, I_units, lines, per_row, width_units, positions, share, column_blocks, blocks, part, stream, first_example, std,
     ACC: tl.constexpr, EXPAND: tl.constexpr, MULTIPLY: tl.constexpr, PER_EXAMPLE: tl.constexpr, FORM: tl.constexpr,
-    WRAPS: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
+    WRAPS: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     I, width, pid = wide(I_units, ALIGN), wide(width_units, ALIGN), tl.program_id(0)
     row, i, inside, start = tile_of(pid % blocks, lines, per_row, width, column_blocks, BLOCK_R, BLOCK_I)
@@ -94,18 +94,24 @@ def gaussian_fwd_kernel(
     call, word = call_and_part(o, i, start, column, I, positions, share, SIZE, FORM, WRAPS, BLOCK_I)
     seed, the_stream, example = words_of_row(origin, stream, first_example, b)
     std = number(std, ACC)
-    first = (o * K * B + b) * I + i + column  # in y, of sample 0
+    begin = (pid // blocks) * part
+    end = tl.minimum(begin + part, K)
+    first = ((o * K + begin) * B + b) * I + i + column  # in y, of the first sample
+    source, at = x + first, y + first
     if EXPAND:
         value = tl.load(x + row * I + i + column, there, 0.0).to(ACC)
-    begin = (pid // blocks) * part
-    for s in range(begin, tl.minimum(begin + part, K)):
-        at = first + tl.cast(s, tl.int64) * B * I
+    for s in range(begin, end, AHEAD):
         if not EXPAND:
-            value = tl.load(x + at, there, 0.0).to(ACC)
-        sample = sample_of(sample_ids, s, b, B, inside, PER_EXAMPLE)
-        noise = std * normals_of(call, word, example, sample, the_stream, seed, FORM, ACC)
-        result = value * (1.0 + noise) if MULTIPLY else value + noise
-        tl.store(y + at, result.to(y.dtype.element_ty), there)
+            values, source = read_ahead(source, B * I, there, end - s, AHEAD)
+        for j in tl.static_range(AHEAD):
+            if s + j < end:
+                if not EXPAND:
+                    value = values[j].to(ACC)
+                sample = sample_of(sample_ids, s + j, b, B, inside, PER_EXAMPLE)
+                noise = std * normals_of(call, word, example, sample, the_stream, seed, FORM, ACC)
+                result = value * (1.0 + noise) if MULTIPLY else value + noise
+                tl.store(at, result.to(y.dtype.element_ty), there)
+            at += B * I
 
 
 @triton.jit(do_not_specialize=EXACT)
@@ -115,7 +121,7 @@ def gaussian_bwd_kernel(
     origin, sample_ids,
     K, B, I_units, lines, per_row, width_units, positions, share, column_blocks, stream, first_example, std,
     ACC: tl.constexpr, PER_EXAMPLE: tl.constexpr, FORM: tl.constexpr, WRAPS: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     I, width = wide(I_units, ALIGN), wide(width_units, ALIGN)
     row, i, inside, start = tile_of(tl.program_id(0), lines, per_row, width, column_blocks, BLOCK_R, BLOCK_I)
@@ -124,12 +130,14 @@ def gaussian_bwd_kernel(
     call, word = call_and_part(o, i, start, column, I, positions, share, SIZE, FORM, WRAPS, BLOCK_I)
     seed, the_stream, example = words_of_row(origin, stream, first_example, b)
     std = number(std, ACC)
-    first = (o * K * B + b) * I + i + column
+    at = dy + (o * K * B + b) * I + i + column  # of sample 0
     total = tl.zeros((BLOCK_R, BLOCK_I), ACC)
-    for s in range(0, K):
-        sample = sample_of(sample_ids, s, b, B, inside, PER_EXAMPLE)
-        value = tl.load(dy + first + tl.cast(s, tl.int64) * B * I, there, 0.0).to(ACC)
-        total += value * (1.0 + std * normals_of(call, word, example, sample, the_stream, seed, FORM, ACC))
+    for s in range(0, K, AHEAD):
+        values, at = read_ahead(at, B * I, there, K - s, AHEAD)
+        for j in tl.static_range(AHEAD):
+            if s + j < K:
+                sample = sample_of(sample_ids, s + j, b, B, inside, PER_EXAMPLE)
+                total += values[j].to(ACC) * (1.0 + std * normals_of(call, word, example, sample, the_stream, seed, FORM, ACC))
     tl.store(dx + row * I + i + column, total.to(dx.dtype.element_ty), there)
 
 
@@ -140,6 +148,7 @@ def gaussian_fwd_triton(x: Tensor, y: Tensor, address: tuple, std: float, multip
     values, tiles = address_values(x, examples, address, SIZE.value, True)
     with guard(x):
         more = {"x": x, "y": y, "std": float_bits(std), "EXPAND": expand, "MULTIPLY": multiply}
+        more |= {"AHEAD": 1} if expand else {}  # nothing is read from sample to sample
         launch(gaussian_fwd_kernel, tiles.programs, tiles.warps, values | more)
 
 

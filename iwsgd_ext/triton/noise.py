@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .address import IN_GROUPS, address_values, call_and_part, position_of, sample_of, tile_of, words_of_row
+from .address import IN_GROUPS, address_values, call_and_part, position_of, read_ahead, sample_of, tile_of, words_of_row
 from .launch import float_bits, guard, launch, number, quotient, wide
 from .noise_plan import Tiles
 from .philox import GROUP, field_of, fields, keep, philox
@@ -17,7 +17,7 @@ EXACT = ["stream", "first_example", "threshold", "scale", "shift", "fill"]  # ar
 
 @triton.jit
 def fields_of(group, field, example, sample, stream, seed, FORM: tl.constexpr):
-    """The field of each element, int32: [R, I], or [R, 1] where a line shares one."""
+    """The field of each element, in the upper half of a word: [R, I], or [R, 1] where a line shares one."""
     w0, w1, w2, w3 = philox(group, example, sample, stream, seed)
     return fields(w0, w1, w2, w3) if FORM == IN_GROUPS else field_of(w0, w1, w2, w3, field)
 
@@ -48,7 +48,7 @@ def noise_fwd_kernel(
     stream, first_example,
     threshold, scale, shift, fill,
     ACC: tl.constexpr, EXPAND: tl.constexpr, SHIFTED: tl.constexpr, PER_EXAMPLE: tl.constexpr, FORM: tl.constexpr,
-    WRAPS: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
+    WRAPS: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     I, width = wide(I_units, ALIGN), wide(width_units, ALIGN)
     pid = tl.program_id(0)
@@ -59,24 +59,30 @@ def noise_fwd_kernel(
     position = position_of(o * I + i + column, positions, share, True)
     seed, the_stream, example = words_of_row(origin, stream, first_example, b)
     scale, shift, fill = number(scale, ACC), number(shift, ACC), number(fill, ACC)
-    first = (o * K * B + b) * I + i + column  # in y, of sample 0
+    begin = (pid // blocks) * part
+    end = tl.minimum(begin + part, K)
+    first = ((o * K + begin) * B + b) * I + i + column  # in y, of the first sample
+    source, at = x + first, y + first
     if EXPAND:
         value = tl.load(x + row * I + i + column, there, 0.0).to(ACC)
-    begin = (pid // blocks) * part
-    for s in range(begin, tl.minimum(begin + part, K)):
-        at = first + tl.cast(s, tl.int64) * B * I
+    for s in range(begin, end, AHEAD):
         if not EXPAND:
-            value = tl.load(x + at, there, 0.0).to(ACC)
-        sample = sample_of(sample_ids, s, b, B, inside, PER_EXAMPLE)
-        limit = threshold_of(thresholds, threshold, position, b, s, there, row_stride, sample_stride)
-        factor = scale
-        if thresholds is not None:
-            factor = scale * factor_of(limit, ACC)
-        kept = value * factor
-        if SHIFTED:
-            kept += shift
-        mask = keep(fields_of(group, field, example, sample, the_stream, seed, FORM), limit)
-        tl.store(y + at, tl.where(mask, kept, fill).to(y.dtype.element_ty), there)
+            values, source = read_ahead(source, B * I, there, end - s, AHEAD)
+        for j in tl.static_range(AHEAD):
+            if s + j < end:
+                if not EXPAND:
+                    value = values[j].to(ACC)
+                sample = sample_of(sample_ids, s + j, b, B, inside, PER_EXAMPLE)
+                limit = threshold_of(thresholds, threshold, position, b, s + j, there, row_stride, sample_stride)
+                factor = scale
+                if thresholds is not None:
+                    factor = scale * factor_of(limit, ACC)
+                kept = value * factor
+                if SHIFTED:
+                    kept += shift
+                mask = keep(fields_of(group, field, example, sample, the_stream, seed, FORM), limit)
+                tl.store(at, tl.where(mask, kept, fill).to(y.dtype.element_ty), there)
+            at += B * I
 
 
 @triton.jit(do_not_specialize=EXACT)
@@ -87,7 +93,7 @@ def noise_bwd_kernel(
     K, B, I_units, lines, per_row, width_units, positions, share, column_blocks, row_stride, sample_stride,
     stream, first_example, threshold, scale,
     ACC: tl.constexpr, PER_EXAMPLE: tl.constexpr, FORM: tl.constexpr, WRAPS: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     I, width = wide(I_units, ALIGN), wide(width_units, ALIGN)
     row, i, inside, start = tile_of(tl.program_id(0), lines, per_row, width, column_blocks, BLOCK_R, BLOCK_I)
@@ -97,16 +103,19 @@ def noise_bwd_kernel(
     position = position_of(o * I + i + column, positions, share, True)
     seed, the_stream, example = words_of_row(origin, stream, first_example, b)
     scale = number(scale, ACC)
-    first = (o * K * B + b) * I + i + column
+    at = dy + (o * K * B + b) * I + i + column  # of sample 0
     total = tl.zeros((BLOCK_R, BLOCK_I), ACC)
-    for s in range(0, K):
-        sample = sample_of(sample_ids, s, b, B, inside, PER_EXAMPLE)
-        limit = threshold_of(thresholds, threshold, position, b, s, there, row_stride, sample_stride)
-        mask = keep(fields_of(group, field, example, sample, the_stream, seed, FORM), limit)
-        value = tl.load(dy + first + tl.cast(s, tl.int64) * B * I, there, 0.0).to(ACC)
-        if thresholds is not None:
-            value *= factor_of(limit, ACC)
-        total += tl.where(mask, value, 0.0)
+    for s in range(0, K, AHEAD):
+        values, at = read_ahead(at, B * I, there, K - s, AHEAD)
+        for j in tl.static_range(AHEAD):
+            if s + j < K:
+                sample = sample_of(sample_ids, s + j, b, B, inside, PER_EXAMPLE)
+                limit = threshold_of(thresholds, threshold, position, b, s + j, there, row_stride, sample_stride)
+                mask = keep(fields_of(group, field, example, sample, the_stream, seed, FORM), limit)
+                value = values[j].to(ACC)
+                if thresholds is not None:
+                    value *= factor_of(limit, ACC)
+                total = tl.where(mask, total + value, total)
     tl.store(dx + row * I + i + column, (total * scale).to(dx.dtype.element_ty), there)
 
 
@@ -116,6 +125,8 @@ def _values(x: Tensor, examples: int, arguments: tuple, divide_samples: bool) ->
     values, tiles = address_values(x, examples, tuple(address), GROUP.value, divide_samples)
     samples, positions, rows = values["K"], values["positions"], 1 if thresholds is None else thresholds.shape[0]
     strides = {"row_stride": 0 if rows == 1 else positions, "sample_stride": examples * positions if rows == examples * samples else 0}
+    if thresholds is not None:
+        values["AHEAD"] = 1  # a division for each element takes longer than its memory, and registers
     return values | strides | {"threshold": threshold, "thresholds": thresholds, "scale": float_bits(scale)}, tiles
 
 
@@ -125,6 +136,7 @@ def noise_fwd_triton(x: Tensor, y: Tensor, address: tuple, shift: float, fill: f
     rows = x.shape[1] if expand else x.shape[1] // address[2]
     values, tiles = _values(x, rows, address, True)
     values |= {"x": x, "y": y, "EXPAND": expand, "SHIFTED": shift != 0, "shift": float_bits(shift), "fill": float_bits(fill)}
+    values |= {"AHEAD": 1} if expand else {}  # nothing is read from sample to sample
     with guard(x):
         launch(noise_fwd_kernel, tiles.programs, tiles.warps, values)
 
