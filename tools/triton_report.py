@@ -104,7 +104,7 @@ def instructions(cubin: bytes) -> list[str]:
 
 def main_loop(code: list[str]) -> tuple[int, int]:
     """First instruction of the longest loop and the one after its last; of no loop (0, 0)."""
-    back = ((int(found[1], 16) // 16, i + 1) for i, line in enumerate(code) if (found := re.search(r"\bBRA 0x([0-9a-f]+)", line)))
+    back = ((int(found[1], 16) // 16, i + 1) for i, line in enumerate(code) if (found := re.search(r"\bBRA\S* (?:!?U?P\d+, )?0x([0-9a-f]+)", line)))
     return max((span for span in back if span[0] < span[1] - 1), key=lambda span: span[1] - span[0], default=(0, 0))
 
 
@@ -185,6 +185,9 @@ def loss_cases() -> dict:
         "digits": call(8, 128, 10),
         "digits-fp32-alpha": call(8, 128, 10, dtype=f32, alpha=0.5),
         "digits-many": call(8, 65536, 10),
+        "two": call(8, 65536, 2),
+        "hundred": call(8, 16384, 100),
+        "bytes": call(8, 8192, 256),
         "imagenet": call(8, 256, 1000),
         "imagenet-all": call(8, 256, 1000, kind="all"),
         "imagenet-probabilities": call(8, 256, 1000, dtype=f32, kind="probabilities"),

@@ -21,10 +21,10 @@ def tile_of(pid, count, per_row, width, column_blocks, BLOCK_R: tl.constexpr, BL
 
 @triton.jit
 def read_ahead(at, step, there, left, AHEAD: tl.constexpr):
-    """The elements of AHEAD samples at pointers ``at``, of which ``left`` are there, and where the next begin. NOTE [Ahead] in noise_plan.py."""
+    """The elements of AHEAD samples at pointers ``at``, of which ``left`` are there, and where the next begin: NOTE [Ahead]."""
     values = ()
     for j in tl.static_range(AHEAD):
-        values = values + (tl.load(at, there & (j < left), 0.0),)
+        values = values + (tl.load(at, there & (j < left), 0.0),)  # noqa: RUF005, which Triton cannot read
         at += step
     return values, at
 

@@ -14,6 +14,7 @@ from .iw_cross_entropy_rows import (
     INFINITY,
     MEAN_ALPHA,
     cancelled,
+    exp_below,
     factor_of,
     gradient_of,
     likelihood_of,
@@ -163,7 +164,7 @@ def iw_cross_entropy_fwd_kernel(
         tl.debug_barrier()  # NOTE [In place]
 
         top = tl.max(z, 2)
-        e = tl.exp(z - reference_of(top)[:, :, None])
+        e = exp_below(z - reference_of(top)[:, :, None])
         row_total = tl.sum(e, 2)
         weighted, alone = tl.zeros((BLOCK_S, BLOCK_L), ACC), tl.zeros((1, BLOCK_L), ACC)
         if SOFT:
@@ -171,9 +172,19 @@ def iw_cross_entropy_fwd_kernel(
             soft = soft_of(probabilities, class_weight, p[:, None], c[None, :], soft_mask, C, T, smoothing)
             weighted = tl.sum(tl.where(mask, soft[None, :, :] * (z - reference_of(top)[:, :, None]), 0.0), 2)
             alone = tl.sum(soft, 1)[None, :]
-        u, its_c = likelihood_of(top, row_total, weighted, alone, z_label, hot[None, :], m[None, :], inside, labels is not None, SOFT)
-        its_c = tl.sum(tl.where(s[:, None] == 0, its_c, 0.0), 0)  # the same under every sample
-        l_unit = unit_log_likelihood(u, its_c[None, :], ACC)
+        # NOTE [One thread a row] Threads that share a row all have its maximum and its sum, and would all do what follows for all of their
+        # rows: that was two thirds of the kernel's instructions. A gather, of each row from itself, gives every row to one thread: the
+        # compiler moves no thread's arrangement of a tensor through it.
+        each = s[:, None] + tl.zeros((1, BLOCK_L), tl.int32)
+        top, row_total = tl.gather(top, each, 0), tl.gather(row_total, each, 0)
+        u, its_c = likelihood_of(
+            top, row_total, weighted, alone, z_label, hot[None, :], m[None, :], counted[None, :], labels is not None, SOFT
+        )
+        its_c = tl.sum(its_c, 0)
+        if SOFT or class_weight is not None or position_weight is not None:
+            l_unit = unit_log_likelihood(u, its_c[None, :], ACC)
+        else:
+            l_unit = u  # of outer weight 1, or 0 with u = 0
         w, its_bound = weigh(l_unit, s[:, None], S, alpha, ACC, MODE)
         at = s.to(tl.int64)[:, None] * units + p[None, :]
         tl.store(log_p + at, l_unit, (s < S)[:, None] & there[None, :])
@@ -184,21 +195,30 @@ def iw_cross_entropy_fwd_kernel(
             outside = w * scale.to(ACC)
             if example_weight is not None:
                 outside *= tl.load(example_weight + p // T, there, 0.0)[None, :]
-            factor = factor_of(top, outside, its_c[None, :], row_total)
-            k = outside * m[None, :]
-            is_label = c[None, None, :] == label[None, :, None]
-            live = (counted[None, :] & (w != 0))[:, :, None]
-            spread = soft[None, :, :] if SOFT else 0.0
-            gradient = gradient_of(
-                e, factor[:, :, None], k[:, :, None], spread, hot[None, :, None], is_label, live, labels is not None, SOFT
-            )
+            # NaN or infinity among a row's logits makes its weight NaN: where the weight is 0, 0 * e is 0.
+            live = counted[None, :] & (w != 0)
+            factor = tl.where(live, factor_of(top, outside, its_c[None, :], row_total), 0.0)
+            k = tl.where(live, outside * m[None, :], 0.0)
+            gradient = factor[:, :, None] * e
+            if SOFT:
+                gradient = tl.where(live[:, :, None], gradient - k[:, :, None] * soft[None, :, :], 0.0)
             drow = (
                 s.to(tl.int64)[:, None] * wide(sample_dstride, ALIGN)
                 + (g * wide(group_dstride, ALIGN) + l * wide(lane_dstride, ALIGN))[None, :]
             )
             dmask = ((s < S)[:, None] & there[None, :])[:, :, None] & (c < C)[None, None, :]
             at_class = (c.to(tl.int64) * class_dstride)[None, None, :]
+            if labels is not None:
+                if SOFT:
+                    gradient -= tl.where(c[None, None, :] == label[None, :, None], (k * hot[None, :])[:, :, None], 0.0)
             tl.store(dlogits + drow[:, :, None] + at_class, gradient.to(dlogits.dtype.element_ty), dmask)
+            if labels is not None:
+                if not SOFT:
+                    # The label's element once more, by a thread for each row: a comparison for every element would take longer.
+                    tl.debug_barrier()
+                    mended = factor * exp_below(z_label - reference_of(top)) - k * hot[None, :]
+                    at_label = drow + (label.to(tl.int64) * class_dstride)[None, :]
+                    tl.store(dlogits + at_label, mended.to(dlogits.dtype.element_ty), inside & (label >= 0)[None, :])
     if not EACH:
         tl.store(losses + tl.program_id(0), tl.sum(total, 0))
 
@@ -253,7 +273,7 @@ def iw_cross_entropy_reread_kernel(
                 c = first + tl.arange(0, BLOCK_C)
                 mask = inside[:, None] & (c < C)[None, :]
                 z = tl.load(logits + row[:, None] + (c.to(tl.int64) * class_stride)[None, :], mask, 0.0, eviction_policy="evict_first")
-                e = tl.exp(z.to(ACC) - reference_of(top)[:, None])
+                e = exp_below(z.to(ACC) - reference_of(top)[:, None])
                 soft = 0.0
                 if SOFT:
                     soft = soft_of(
@@ -398,7 +418,7 @@ def iw_cross_entropy_gradient_kernel(
     mask = counted[:, None] & (c < C)[None, :]
     row = s * wide(sample_stride, ALIGN) + g * wide(group_stride, ALIGN) + l * wide(lane_stride, ALIGN)
     z = tl.load(logits + row[:, None] + (c.to(tl.int64) * class_stride)[None, :], mask, 0.0, eviction_policy="evict_first")
-    e = tl.exp(z.to(ACC) - reference_of(top)[:, None])
+    e = exp_below(z.to(ACC) - reference_of(top)[:, None])
     soft = 0.0
     if SOFT:
         soft = soft_of(probabilities, class_weight, p[:, None], c[None, :], mask, C, T, smoothing)

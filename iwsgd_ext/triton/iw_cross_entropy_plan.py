@@ -21,18 +21,19 @@ class Limits(NamedTuple):
     been measured.
     """
 
-    held_bytes: int  # of a program's logits in float32: 16 registers of 1024 threads; a quarter of it in float64, half under soft targets
-    thread_bytes: int  # of them a thread takes, while there are threads
-    registers: int  # a thread's, in the plainest form with 512 threads, so that two programs share a multiprocessor
+    held_bytes: int  # of a program's logits in float32; a quarter of it in float64, half under soft targets
+    held_thread_bytes: int  # of them a thread takes: NOTE [One thread a row]
+    thread_bytes: int  # the same where a unit is read twice
     row_elements: int  # logits of one step over a row
     cache_share: float  # of the second level cache, for units that are read twice
 
 
 LIMITS = {
-    80: Limits(65536, 64, 64, 4096, 0.5),
-    90: Limits(65536, 64, 64, 4096, 0.5),
-    100: Limits(32768, 64, 128, 2048, 0.5),  # ptxas takes more registers for it, and spills from the sizes above
+    80: Limits(65536, 256, 64, 4096, 0.5),
+    90: Limits(65536, 256, 64, 4096, 0.5),
+    100: Limits(65536, 256, 64, 2048, 0.5),  # ptxas takes more registers for it, and spills from the sizes above
 }
+HELD_WARPS = 12  # of a multiprocessor at a time, with 168 registers
 
 
 class Shape(NamedTuple):
@@ -88,14 +89,15 @@ def held_plan(shape: Shape, device: Device) -> Held | None:
     heavy = (shape.acc_bytes // 4) ** 2 * (2 if shape.soft else 1)
     if shape.shared or units == 0 or unit_bytes > limits.held_bytes // heavy:
         return None
-    # Small units are taken together, as long as every multiprocessor gets some programs.
-    together = min(max(1, 16384 // unit_bytes), 256, power_of_two(shape.lanes))
+    # Small units are taken together, up to two rows for a thread of a warp, as long as every multiprocessor gets some programs.
+    together = min(max(1, 32 * limits.held_thread_bytes // unit_bytes), max(1, 64 // block_s), power_of_two(shape.lanes))
     while together > 1 and divide_up(units, together) < 4 * device.multiprocessors:
         together //= 2
-    warps = warps_for(unit_bytes * together, limits.thread_bytes)
+    warps = warps_for(unit_bytes * together, limits.held_thread_bytes)
     tiles = shape.groups * divide_up(shape.lanes, together)
-    registers = limits.registers if heavy == 1 and warps == 16 else None
-    return Held(block_s, together, block_c, warps, registers, tiles, min(tiles, device.multiprocessors * resident(warps)))
+    # Every program has as many tiles, or one less.
+    rounds = divide_up(tiles, device.multiprocessors * max(1, HELD_WARPS // warps))
+    return Held(block_s, together, block_c, warps, None, tiles, divide_up(tiles, rounds))
 
 
 def reread_plan(shape: Shape, device: Device) -> Held | None:
