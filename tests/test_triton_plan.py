@@ -6,7 +6,7 @@ import pytest
 
 from iwsgd_ext.triton.device import KNOWN, Device, alignment, divide_up, nearest, power_of_two
 from iwsgd_ext.triton.iw_cross_entropy_plan import LIMITS, Shape, held_plan, reread_plan, split_plan, weights_plan
-from iwsgd_ext.triton.noise_plan import ELEMENTS, GROUPS, LINE, lines_of, tiles_of
+from iwsgd_ext.triton.noise_plan import ELEMENTS, GROUPS, LINE, ahead_of, lines_of, tiles_of
 
 DEVICES = [*KNOWN.values(), Device(90, 16, 8 << 20)]
 
@@ -36,10 +36,13 @@ def test_held_units(gpu):
         assert all(map(is_power_of_two, plan[:4])) and plan.warps <= 32
         assert plan.block_s >= shape.samples and plan.block_c >= shape.classes
         elements = plan.block_s * plan.block_l * plan.block_c
-        # Registers of a thread: never more than 32 for what is held, which leaves as many for all else at 1024 threads.
-        assert elements * shape.acc_bytes // 4 <= 32 * 32 * plan.warps, (shape, plan)
+        # Registers of a thread: never more than 64 for what is held, in at most 256 threads.
+        assert elements * shape.acc_bytes // 4 <= 64 * 32 * plan.warps and plan.warps <= 8, (shape, plan)
+        assert plan.block_s * plan.block_l <= max(plan.block_s, 128), "more than four rows for a thread of a warp"
         assert plan.tiles == shape.groups * divide_up(shape.lanes, plan.block_l)
         assert 1 <= plan.programs <= plan.tiles
+        rounds = divide_up(plan.tiles, plan.programs)
+        assert plan.programs * rounds < plan.tiles + rounds, "programs have as many tiles, or one less"
     assert held > 100
 
 
@@ -114,6 +117,16 @@ def test_tiles_cover_lines_and_samples():
             assert tiles.parts * tiles.part >= samples > (tiles.parts - 1) * tiles.part
             assert tiles.parts == 1 or divided
             assert tiles.programs == tiles.blocks * tiles.parts
+
+
+def test_samples_read_ahead():
+    """64 bytes of a thread, as 4 samples have them at most; none where a read has less than 8 bytes or positions lie apart."""
+    groups, apart = lines_of(1, 2, 4096, 4096, 1, 8), lines_of(2, 2, 7, 14, 1, 8)
+    assert groups.form == GROUPS and apart.form == ELEMENTS
+    assert [ahead_of(groups, 8, 8, size, 16 // size) for size in (2, 4, 8)] == [4, 2, 1]
+    assert [ahead_of(groups, samples, 8, 2, 8) for samples in (1, 2, 3, 64)] == [1, 2, 4, 4]
+    assert [ahead_of(groups, 8, 8, 2, align) for align in (8, 4, 2, 1)] == [4, 4, 1, 1]
+    assert ahead_of(groups, 8, 4, 2, 8) == 4 and ahead_of(apart, 8, 8, 2, 8) == 1
 
 
 def test_alignment_is_that_of_all():

@@ -104,7 +104,11 @@ def instructions(cubin: bytes) -> list[str]:
 
 def main_loop(code: list[str]) -> tuple[int, int]:
     """First instruction of the longest loop and the one after its last; of no loop (0, 0)."""
-    back = ((int(found[1], 16) // 16, i + 1) for i, line in enumerate(code) if (found := re.search(r"\bBRA\S* (?:!?U?P\d+, )?0x([0-9a-f]+)", line)))
+    back = (
+        (int(found[1], 16) // 16, i + 1)
+        for i, line in enumerate(code)
+        if (found := re.search(r"\bBRA\S* (?:!?U?P\d+, )?0x([0-9a-f]+)", line))
+    )
     return max((span for span in back if span[0] < span[1] - 1), key=lambda span: span[1] - span[0], default=(0, 0))
 
 

@@ -22,7 +22,7 @@ class Limits(NamedTuple):
     """
 
     held_bytes: int  # of a program's logits in float32; a quarter of it in float64, half under soft targets
-    held_thread_bytes: int  # of them a thread takes: NOTE [One thread a row]
+    held_thread_bytes: int  # of them a thread takes: with fewer, warps repeat what is done once a row more often
     thread_bytes: int  # the same where a unit is read twice
     row_elements: int  # logits of one step over a row
     cache_share: float  # of the second level cache, for units that are read twice
@@ -33,7 +33,7 @@ LIMITS = {
     90: Limits(65536, 256, 64, 4096, 0.5),
     100: Limits(65536, 256, 64, 2048, 0.5),  # ptxas takes more registers for it, and spills from the sizes above
 }
-HELD_WARPS = 12  # of a multiprocessor at a time, with 168 registers
+HELD_WARPS = 12  # of a multiprocessor at a time, whose threads have up to 168 registers
 
 
 class Shape(NamedTuple):
@@ -89,8 +89,8 @@ def held_plan(shape: Shape, device: Device) -> Held | None:
     heavy = (shape.acc_bytes // 4) ** 2 * (2 if shape.soft else 1)
     if shape.shared or units == 0 or unit_bytes > limits.held_bytes // heavy:
         return None
-    # Small units are taken together, up to two rows for a thread of a warp, as long as every multiprocessor gets some programs.
-    together = min(max(1, 32 * limits.held_thread_bytes // unit_bytes), max(1, 64 // block_s), power_of_two(shape.lanes))
+    # Small units are taken together, up to four rows for a thread of a warp, as long as every multiprocessor gets some programs.
+    together = max(1, min(32 * limits.held_thread_bytes // unit_bytes, 128 // block_s, power_of_two(shape.lanes)))
     while together > 1 and divide_up(units, together) < 4 * device.multiprocessors:
         together //= 2
     warps = warps_for(unit_bytes * together, limits.held_thread_bytes)
