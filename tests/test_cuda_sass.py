@@ -85,7 +85,7 @@ def test_predicted_part_of_the_copy_rate(form):
 
 
 # Instructions of a warp in the loop over its units but for the loops within, which docs/gpu-speed.md counts; a tenth more may be spent.
-REGISTERS = {"8, 1, 8": 1522, "8, 2, 8": 2662, "8, 4, 4": 2555, "8, 16, 1": 2440, "2, 2, 8": 1166, "1, 64, 1": 2186}
+REGISTERS = {"8, 1, 8": 1621, "8, 2, 8": 2753, "8, 4, 4": 2653, "8, 16, 1": 2544, "2, 2, 8": 1274, "1, 64, 1": 2183}
 
 
 @marked

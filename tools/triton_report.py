@@ -300,7 +300,8 @@ def main() -> int:
     kernels = report(arguments.arch, arguments.only)
     for k in kernels:
         print(
-            f"{k.arch:>4} {k.warps:>5} {k.registers:>9} {k.stack_bytes:>5} {k.shared_bytes:>7} {k.loop:>5} {k.under_way:>5}  {k.name} ({k.case})"
+            f"{k.arch:>4} {k.warps:>5} {k.registers:>9} {k.stack_bytes:>5} {k.shared_bytes:>7} {k.loop:>5} {k.under_way:>5}  "
+            f"{k.name} ({k.case})"
         )
     return 1 if any(k.stack_bytes for k in kernels) else 0
 

@@ -238,11 +238,12 @@ IWSGD_HD void loss_registers(const Block& block, const LossArguments<T, float>& 
     {  // Gradient, and the next units' logits in the place of these.
       const TeamPlace at(block, plan);
       const int64_t unit = first + at.group;
-      // Kept, lest the compiler makes them anew for each row: units, from the group's first on, of which 0 are written without a gradient.
+      // Kept, lest the compiler makes them anew for each row; distances, as of an address it would not know which memory it means. left:
+      // units from the group's first on, 0 where no gradient is wanted.
       const auto few = [](int64_t count) { return static_cast<int>(count < 1024 ? count : 1024); };
       const int left = fresh_register(a.dlogits != nullptr ? few(units - unit) : 0), next_left = fresh_register(few(units - unit - plan.stride));
-      const T* const next = fresh_register(a.logits + (unit + plan.stride) * plan.logits.unit);
-      T* const to = fresh_register(a.dlogits + unit * plan.gradient.unit);
+      const T* const next = a.logits + fresh_register((unit + plan.stride) * plan.logits.unit);
+      T* const to = a.dlogits + fresh_register(unit * plan.gradient.unit);
       const RowSlot* its = slots(at) + (at.first_row * at.groups + at.group);
       for_rows(at, [&](int r, int distance, int64_t offset, int64_t doffset) {
         if (distance < left) {
