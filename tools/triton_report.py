@@ -1,4 +1,4 @@
-"""Registers, stack and shared memory of the Triton kernels, compiled ahead of time: no GPU is needed.
+"""Registers, stack, shared memory and counts of machine code of the Triton kernels, compiled ahead of time: no GPU is needed.
 
     python tools/triton_report.py [--arch 80 90 100] [--only NAME]
 
@@ -299,10 +299,8 @@ def main() -> int:
     print(f"{'arch':>4} {'warps':>5} {'registers':>9} {'stack':>5} {'shared':>7} {'loop':>5} {'bytes':>5}  kernel")
     kernels = report(arguments.arch, arguments.only)
     for k in kernels:
-        print(
-            f"{k.arch:>4} {k.warps:>5} {k.registers:>9} {k.stack_bytes:>5} {k.shared_bytes:>7} {k.loop:>5} {k.under_way:>5}  "
-            f"{k.name} ({k.case})"
-        )
+        numbers = f"{k.arch:>4} {k.warps:>5} {k.registers:>9} {k.stack_bytes:>5} {k.shared_bytes:>7} {k.loop:>5} {k.under_way:>5}"
+        print(f"{numbers}  {k.name} ({k.case})")
     return 1 if any(k.stack_bytes for k in kernels) else 0
 
 

@@ -181,10 +181,9 @@ def iw_cross_entropy_fwd_kernel(
             top, row_total, weighted, alone, z_label, hot[None, :], m[None, :], counted[None, :], labels is not None, SOFT
         )
         its_c = tl.sum(its_c, 0)
+        l_unit = u  # of outer weight 1, or 0 with u = 0
         if SOFT or class_weight is not None or position_weight is not None:
             l_unit = unit_log_likelihood(u, its_c[None, :], ACC)
-        else:
-            l_unit = u  # of outer weight 1, or 0 with u = 0
         w, its_bound = weigh(l_unit, s[:, None], S, alpha, ACC, MODE)
         at = s.to(tl.int64)[:, None] * units + p[None, :]
         tl.store(log_p + at, l_unit, (s < S)[:, None] & there[None, :])
@@ -201,24 +200,24 @@ def iw_cross_entropy_fwd_kernel(
             k = tl.where(live, outside * m[None, :], 0.0)
             gradient = factor[:, :, None] * e
             if SOFT:
-                gradient = tl.where(live[:, :, None], gradient - k[:, :, None] * soft[None, :, :], 0.0)
+                gradient -= k[:, :, None] * soft[None, :, :]
+                if labels is not None:
+                    gradient -= tl.where(c[None, None, :] == label[None, :, None], (k * hot[None, :])[:, :, None], 0.0)
+                gradient = tl.where(live[:, :, None], gradient, 0.0)
             drow = (
                 s.to(tl.int64)[:, None] * wide(sample_dstride, ALIGN)
                 + (g * wide(group_dstride, ALIGN) + l * wide(lane_dstride, ALIGN))[None, :]
             )
             dmask = ((s < S)[:, None] & there[None, :])[:, :, None] & (c < C)[None, None, :]
             at_class = (c.to(tl.int64) * class_dstride)[None, None, :]
-            if labels is not None:
-                if SOFT:
-                    gradient -= tl.where(c[None, None, :] == label[None, :, None], (k * hot[None, :])[:, :, None], 0.0)
             tl.store(dlogits + drow[:, :, None] + at_class, gradient.to(dlogits.dtype.element_ty), dmask)
-            if labels is not None:
-                if not SOFT:
-                    # The label's element once more, by a thread for each row: a comparison for every element would take longer.
-                    tl.debug_barrier()
-                    mended = factor * exp_below(z_label - reference_of(top)) - k * hot[None, :]
-                    at_label = drow + (label.to(tl.int64) * class_dstride)[None, :]
-                    tl.store(dlogits + at_label, mended.to(dlogits.dtype.element_ty), inside & (label >= 0)[None, :])
+            if labels is not None and not SOFT:
+                # The label's element once more, by a thread for each row: a comparison for every element would take longer.
+                tl.debug_barrier()
+                mended = factor * exp_below(z_label - reference_of(top)) - k * hot[None, :]
+                at_label = drow + (label.to(tl.int64) * class_dstride)[None, :]
+                mended = tl.where(live, mended, 0.0).to(dlogits.dtype.element_ty)
+                tl.store(dlogits + at_label, mended, inside & (label >= 0)[None, :])
     if not EACH:
         tl.store(losses + tl.program_id(0), tl.sum(total, 0))
 
