@@ -5,6 +5,9 @@
 // gradient has been made of it: memory is busy while a warp computes, without shared memory and without a barrier of the block
 // where the team is one warp.
 #pragma once
+#include <iterator>
+#include <utility>
+
 #include "iw_cross_entropy_kernels.cuh"
 
 namespace iwsgd {
@@ -17,32 +20,26 @@ struct alignas(16) RowSlot {
   int label;     // -1: the gradient is 0
 };
 
-// The form of a plan as a type.
+static_assert(sizeof(RowSlot) + sizeof(float) == kSlotBytes, "");
+
+// A form with accesses of V elements as a type.
 template <int V, int K, int R>
 struct FormOf {
   static constexpr int access = V, accesses = K, rows = R;
 };
 
+template <int V, const auto& kForms, class Body, std::size_t... I>
+void with_form_of(const RegisterPlan& plan, const Body& body, std::index_sequence<I...>) {
+  ((plan.accesses == kForms[I].accesses ? body(FormOf<V, kForms[I].accesses, kForms[I].rows>{}) : void()), ...);
+}
+
 // Calls body with the plan's FormOf.
 template <class T, class Body>
 void with_form(const RegisterPlan& plan, const Body& body) {
-  const auto narrow_forms = [&](auto access) {
-    constexpr int V = decltype(access)::value;
-    if (plan.accesses == 2) body(FormOf<V, 2, 8>{});
-    else if (plan.accesses == 16) body(FormOf<V, 16, 4>{});
-    else body(FormOf<V, 64, 1>{});
-  };
-  constexpr int V = kVector<T>;
-  if (plan.access == V) {
-    if (plan.accesses == 1) body(FormOf<V, 1, 8>{});
-    else if (plan.accesses == 2) body(FormOf<V, 2, 8>{});
-    else if (plan.accesses == 4) body(FormOf<V, 4, 4>{});
-    else body(FormOf<V, 16, 1>{});
-  } else if (plan.access == 1) {
-    narrow_forms(std::integral_constant<int, 1>{});
-  } else if constexpr (sizeof(T) == 2) {
-    narrow_forms(std::integral_constant<int, 2>{});
-  }
+  constexpr auto narrow = std::make_index_sequence<std::size(kNarrowForms)>{};
+  if (plan.access == kVector<T>) with_form_of<kVector<T>, kWideForms>(plan, body, std::make_index_sequence<std::size(kWideForms)>{});
+  else if (plan.access == 1) with_form_of<1, kNarrowForms>(plan, body, narrow);
+  else if constexpr (sizeof(T) == 2) with_form_of<2, kNarrowForms>(plan, body, narrow);
 }
 
 // Two elements in a register are taken apart by each use for itself: their numbers would need twice the registers.
