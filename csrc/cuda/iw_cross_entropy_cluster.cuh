@@ -217,7 +217,7 @@ IWSGD_HD void loss_cluster(const Block& block, const LossArguments<T, A>& a, con
     }
     label = next_label;
   }
-  block.sync_cluster();  // no block ends before what is pushed to it has come
+  // A block may end before the others: what is pushed to it has come, as it has waited for the parts of each of its units.
   if (work.losses != nullptr && rank == 0 && block.thread() == 0) work.losses[cluster] = loss;
 }
 

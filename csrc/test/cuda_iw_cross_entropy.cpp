@@ -22,7 +22,9 @@ void sizes() {
   Case most{5, 9, 10, 1};  // the likeliest sample alone has the weight
   most.alpha = std::numeric_limits<double>::infinity();
   run<float>(most), run<bf16>(most);
-  run<float>({3, 2, 1001, 1});  // more rows than teams of several warps
+  Case several{3, 2, 1001, 1};  // more rows of a tile than teams of several warps
+  several.device.registers = 0;
+  run<float>(several);
   if (kFewCases) return;
   run_all({2, 2, 5003, 1});
   run_all({1, 1, 20011, 1});
