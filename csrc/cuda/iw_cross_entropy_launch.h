@@ -14,6 +14,7 @@
 // "mean" (the denominator), beside units of 0.1 to 3.6 MB each; slices three for each slice, and the same two.
 #pragma once
 #include <algorithm>
+#include <iterator>
 
 #include "../dtypes.h"
 #include "../iw_cross_entropy.h"
@@ -173,8 +174,8 @@ inline RegisterPlan register_plan(const LossShape& shape, const DeviceLimits& de
   const auto take = [&](const RegisterForm& form) {
     if (plan.rows == 0 && accesses <= form.accesses * kWarpLanes) plan.accesses = form.accesses, plan.rows = form.rows;
   };
-  if (shape.access_bytes == 16) for (const RegisterForm& form : kWideForms) take(form);
-  else for (const RegisterForm& form : kNarrowForms) take(form);
+  if (shape.access_bytes == 16) std::for_each(std::begin(kWideForms), std::end(kWideForms), take);
+  else std::for_each(std::begin(kNarrowForms), std::end(kNarrowForms), take);
   if (plan.rows == 0 || divide_up(shape.S, plan.rows) > most_team_warps(plan.accesses, plan.rows, static_cast<int>(shape.access_bytes))) return plan;
   plan.use = divide_up(shape.S, plan.rows) * kWarpLanes * kTeamRegisters <= device.registers;
   plan.access = static_cast<int>(shape.access_bytes / shape.element_bytes);

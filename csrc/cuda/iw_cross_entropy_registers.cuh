@@ -109,8 +109,8 @@ IWSGD_HD void loss_registers(const Block& block, const LossArguments<T, float>& 
     for (int r = 0; r < R; ++r) {
       if (r < rows) body(r, distance, offset, doffset);
       offset += plan.logits.sample, doffset += plan.gradient.sample;
-      if (plan.last_samples >> r & 1u) {
-        offset = fresh_register(offset + plan.logits.place), doffset += plan.gradient.place, distance += at.groups;  // a branch
+      if (plan.last_samples >> r & 1u) {  // seldom: fresh_register makes it a branch, where the compiler would add zeros to each row
+        offset = fresh_register(offset + plan.logits.place), doffset += plan.gradient.place, distance += at.groups;
       }
     }
   };
@@ -235,8 +235,8 @@ IWSGD_HD void loss_registers(const Block& block, const LossArguments<T, float>& 
     {  // Gradient, and the next units' logits in the place of these.
       const TeamPlace at(block, plan);
       const int64_t unit = first + at.group;
-      // Kept, lest the compiler makes them anew for each row; distances, as of an address it would not know which memory it means. left:
-      // units from the group's first on, 0 where no gradient is wanted.
+      // Computed once: the compiler would do it anew for each row. left: units from the group's first on, 0 where no gradient is wanted.
+      // Of `to` and `next` the distance is held, not the address, which the compiler then no longer knew to be of global memory.
       const auto few = [](int64_t count) { return static_cast<int>(count < 1024 ? count : 1024); };
       const int left = fresh_register(a.dlogits != nullptr ? few(units - unit) : 0), next_left = fresh_register(few(units - unit - plan.stride));
       const T* const next = a.logits + fresh_register((unit + plan.stride) * plan.logits.unit);
