@@ -67,9 +67,11 @@ def compile_kernel(kernel, values: dict, warps: int, limit: int | None, arch: in
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from iwsgd_ext.triton.launch import OPTIONS
+
     signature, constants, attributes = specialize(kernel, values)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": warps, "maxnreg": limit, "debug": bool(kernel.debug)}
+    options = {"num_warps": warps, "maxnreg": limit, "debug": bool(kernel.debug)} | OPTIONS
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, stack = usage(compiled.asm["cubin"])
     code = instructions(compiled.asm["cubin"])

@@ -24,7 +24,7 @@ def read_ahead(at, step, there, left, AHEAD: tl.constexpr):
     """The elements of AHEAD samples at pointers ``at``, of which ``left`` are there, and where the next begin: NOTE [Ahead]."""
     values = ()
     for j in tl.static_range(AHEAD):
-        values = values + (tl.load(at, there & (j < left), 0.0),)  # noqa: RUF005, which Triton cannot read
+        values = values + (tl.load(at, there & (tl.full(there.shape, j, tl.int32) < left), 0.0),)  # noqa: RUF005, which Triton cannot read
         at += step
     return values, at
 

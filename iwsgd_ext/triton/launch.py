@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 
 TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+# Of every kernel. A product and a sum may become one instruction, as nvcc has it; Triton's own default changes with its version.
+OPTIONS = {"enable_fp_fusion": True}
 
 
 @triton.jit
@@ -41,7 +43,7 @@ def launch(kernel, programs: int, warps: int, values: dict, registers: int | Non
     """
     if programs:
         limit = {} if registers is None or torch.version.cuda is None else {"maxnreg": registers}
-        kernel[(programs,)](**{name: values[name] for name in kernel.arg_names}, num_warps=warps, **limit)
+        kernel[(programs,)](**{name: values[name] for name in kernel.arg_names}, num_warps=warps, **limit, **OPTIONS)
 
 
 def guard(x: torch.Tensor):
