@@ -94,6 +94,9 @@ COUNTS = {
 @pytest.mark.parametrize("case", sorted({case for _, case in COUNTS}))
 def test_machine_code(case):
     """Reads under way and instructions, as the machine code has them: what the kernels' speed is expected from."""
+    version = importlib.metadata.version("triton")
+    if tuple(map(int, version.split(".")[:2])) > (3, 9):
+        pytest.skip(f"counted with Triton 3.6 to 3.9, and this is {version}: count anew, python tools/triton_report.py")
     of_case = {(k.name, k.case): k for k in compiled(90, case)}
     for key, (work, most, least) in COUNTS.items():
         if key[1] == case:
