@@ -38,7 +38,7 @@ def _object(source: Path, arch: str) -> Path:
 
 @functools.cache
 def _compilation(source: Path, arch: str) -> Future:
-    return _pool().submit(ptxas_report.compile_kernels, source, arch, _object(source, arch))
+    return _pool().submit(ptxas_report.compile_kernels, source, arch, _object(source, arch), host=arch == "90")  # of the host once
 
 
 @functools.cache

@@ -105,11 +105,11 @@ def test_machine_code(case):
             assert k.under_way >= least, k
 
 
-@pytest.mark.slow
-def test_noise_leaves_room_for_warps():
+@pytest.mark.parametrize("case", ["elements-bf16", "elements-expanded", "rows"])
+def test_noise_leaves_room_for_warps(case):
     """The plain forms: half of a multiprocessor's warps, and no exchange between threads where a group is 16 bytes."""
-    for k in compiled(90):
-        if k.name.startswith("noise") and k.case in ("elements-bf16", "elements-expanded", "rows"):
+    for k in compiled(90, case):
+        if k.name.startswith("noise"):
             assert k.registers <= 64 and k.shared_bytes == 0, k
 
 

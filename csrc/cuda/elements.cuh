@@ -154,6 +154,30 @@ IWSGD_HD acc_t<T> element(const Elements<T, V>& x, int j) {
   else return widen<T>(x.e[j]);
 }
 
+// value(j) as element j.
+template <class T, int V, class Value>
+IWSGD_HD Elements<T, V> gathered(const Value& value) {
+  Elements<T, V> y;
+  if constexpr (kInWords<T, V>) {
+    IWSGD_UNROLL
+    for (int i = 0; i < V / 2; ++i) {
+      const T first = value(2 * i), second = value(2 * i + 1);
+      y.w[i] = first.bits | static_cast<uint32_t>(second.bits) << 16;
+    }
+  } else {
+    IWSGD_UNROLL
+    for (int j = 0; j < V; ++j) y.e[j] = value(j);
+  }
+  return y;
+}
+
+// Element j as it is.
+template <class T, int V>
+IWSGD_HD T element_bits(const Elements<T, V>& x, int j) {
+  if constexpr (kInWords<T, V>) return {static_cast<uint16_t>(x.w[j / 2] >> (16 * (j % 2)))};
+  else return x.e[j];
+}
+
 // x as every element.
 template <class T, int V>
 IWSGD_HD Elements<T, V> filled(acc_t<T> x) {

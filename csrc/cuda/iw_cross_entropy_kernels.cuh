@@ -96,12 +96,14 @@ IWSGD_HD A weigh_unit(const Block& block, A alpha, int S, int lane, int lanes, b
   if (there && !dead && !single)
     for (int s = lane; s < S; s += lanes) excess += expm1(alpha * below(l(s), most));
   for (int bits = 1; bits < lanes; bits *= 2) excess += block.swap(excess, bits);
+  // Of the dead: one sample has all the weight, whatever its likelihood; its gradient is then torch's.
+  const A each = nan && alpha != A(0) && S > 1 ? mean : A(1) / (samples + excess);
   if (there)
     for (int s = lane; s < S; s += lanes) {
-      // One sample has all the weight, whatever its likelihood: its gradient is then torch's.
-      if (dead) put(s, nan && alpha != A(0) && S > 1 ? mean : A(1) / samples);
-      else if (single) put(s, s == best ? A(1) : A(0));
-      else put(s, exp(alpha * below(l(s), most)) / (samples + excess));
+      A w = each;
+      if (single && !dead) w = s == best ? A(1) : A(0);
+      else if (!dead) w *= exp(alpha * below(l(s), most));
+      put(s, w);
     }
   if (dead) return mean;
   return single ? most : most + log1p(excess / samples) / alpha;

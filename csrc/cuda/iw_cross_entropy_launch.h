@@ -44,6 +44,7 @@ struct LossShape {
   bool contiguous;            // the rows of neighbouring units, too, in the logits and in their gradient
   bool soft;                  // probabilities, or smoothed labels
   int64_t access_bytes;       // the widest access in which every row can be taken, in both: 16, 4, or one element
+  bool alike;                 // a row begins as far behind a multiple of 16 bytes in the logits as in their gradient
 };
 
 template <class T, class A>
@@ -74,11 +75,15 @@ inline LossShape loss_shape(const LossArguments<T, A>& a) {
     begin_at(a.dlogits, a.drow_stride, a.dposition_stride);
   }
   shape.access_bytes = ends % 16 == 0 ? 16 : ends % 4 == 0 ? std::max<int64_t>(4, size) : size;
+  const uint64_t apart = (reinterpret_cast<uintptr_t>(a.logits) - reinterpret_cast<uintptr_t>(a.dlogits)) |
+                         static_cast<uint64_t>((a.row_stride - a.drow_stride) * size) |
+                         static_cast<uint64_t>(positions == 1 ? 0 : (a.position_stride - a.dposition_stride) * size);
+  shape.alike = a.dlogits == nullptr || apart % 16 == 0;
   return shape;
 }
 
 constexpr int kWarpLanes = 32;
-constexpr int64_t kSlotBytes = 20;       // of a RowSlot and a log-likelihood
+constexpr int64_t kSlotBytes = 24;       // of a RowSlot, a log-likelihood and a weight c
 constexpr int kStatsPerRow = 3;          // max, sum, log-likelihood
 constexpr int64_t kScratchBytes = 1024;  // a block's reductions
 constexpr int kDenominatorBlocks = 32;   // of the kernel that does nothing else
@@ -90,6 +95,7 @@ constexpr int kJoinThreads = 1024;       // of those that add up an example's po
 struct RegisterPlan {
   bool use;
   int access, accesses, rows;  // the form: elements of an access; accesses of a lane in a row; rows of a lane
+  bool shifted;                // the form: rows begin anywhere, and are taken in the aligned accesses that cover them
   int group_bits, places, warps;
   int weigh_bits;              // 2^weigh_bits threads weigh a unit
   int inverse_samples;         // row / S = row * inverse_samples >> 16
@@ -151,14 +157,14 @@ struct RegisterForm {
   int accesses, rows;
 };
 // Of accesses of 16 bytes, which take four registers, and of narrow ones, of 4 bytes or one element, which take one: at most 64 registers
-// of logits, beside which a thread needs some 40.
-constexpr RegisterForm kWideForms[] = {{1, 8}, {2, 8}, {4, 4}, {16, 1}};
-constexpr RegisterForm kNarrowForms[] = {{2, 8}, {16, 4}, {64, 1}};
-// Up to 32 registers of logits leave room for two blocks of 320 threads on a multiprocessor, 96 registers a thread.
-constexpr bool few_registers(int accesses, int rows, int access_bytes) { return accesses * rows * (access_bytes / 4 > 1 ? access_bytes / 4 : 1) <= 32; }
-constexpr int most_team_warps(int accesses, int rows, int access_bytes) { return few_registers(accesses, rows, access_bytes) ? 10 : 16; }
-
-constexpr int64_t kTeamRegisters = 128;  // of a thread, at most
+// of logits, beside which a thread needs some 40. Short rows that do not lie in whole accesses are taken in narrow ones, longer rows in
+// shifted ones, of which the first and the last are made of elements.
+constexpr RegisterForm kWideForms[] = {{2, 8}, {4, 4}, {16, 1}};
+constexpr RegisterForm kShiftedForms[] = {{4, 4}, {16, 1}};
+constexpr RegisterForm kNarrowForms[] = {{8, 8}};
+// Whether a row takes all lanes of a warp, whose accesses are then a constant number of elements apart.
+constexpr bool fills_warp(int64_t access_bytes, int accesses) { return access_bytes == 16 && accesses > 2; }
+constexpr int kTeamWarps = 16, kTeamRegisters = 128;  // of a team, and of a thread: at most
 
 inline int bits_of(int64_t n) {  // the least b for which 2^b is at least n
   int bits = 0;
@@ -169,21 +175,30 @@ inline int bits_of(int64_t n) {  // the least b for which 2^b is at least n
 // The form with the fewest registers that holds a row.
 inline RegisterPlan register_plan(const LossShape& shape, const DeviceLimits& device) {
   RegisterPlan plan{};
-  const int64_t accesses = shape.C * shape.element_bytes / std::max<int64_t>(1, shape.access_bytes);
   if (!shape.even || shape.positions != 1 || shape.units == 0 || shape.element_bytes > 4 || shape.soft) return plan;
+  int64_t bytes = shape.access_bytes, accesses = 0;
   const auto take = [&](const RegisterForm& form) {
     if (plan.rows == 0 && accesses <= form.accesses * kWarpLanes) plan.accesses = form.accesses, plan.rows = form.rows;
   };
-  if (shape.access_bytes == 16) std::for_each(std::begin(kWideForms), std::end(kWideForms), take);
-  else std::for_each(std::begin(kNarrowForms), std::end(kNarrowForms), take);
-  if (plan.rows == 0 || divide_up(shape.S, plan.rows) > most_team_warps(plan.accesses, plan.rows, static_cast<int>(shape.access_bytes))) return plan;
+  const auto take_one = [&](const auto& forms) {
+    plan.access = static_cast<int>(bytes / shape.element_bytes);
+    accesses = plan.shifted ? (shape.C + plan.access - 2) / plan.access + 1 : divide_up(shape.C, plan.access);
+    std::for_each(std::begin(forms), std::end(forms), take);
+  };
+  if (bytes == 16) take_one(kWideForms);
+  else take_one(kNarrowForms);
+  if (plan.rows == 0 && bytes != 16 && shape.alike) bytes = 16, plan.shifted = true, take_one(kShiftedForms);
+  if (plan.rows == 0 || divide_up(shape.S, plan.rows) > kTeamWarps) return plan;
   plan.use = divide_up(shape.S, plan.rows) * kWarpLanes * kTeamRegisters <= device.registers;
-  plan.access = static_cast<int>(shape.access_bytes / shape.element_bytes);
   plan.warps = static_cast<int>(divide_up(shape.S, plan.rows));
-  const int lane_bits = std::min(5, bits_of(accesses));
+  // The fewest lanes that hold a row, so that a warp has many; more of them, down to one access each, where there would be too few teams.
+  constexpr int kTeams = 8;  // of a multiprocessor, at least
+  const int most_bits = fills_warp(bytes, plan.accesses) ? 5 : std::min(5, bits_of(accesses));
+  int lane_bits = fills_warp(bytes, plan.accesses) ? 5 : bits_of(divide_up(accesses, plan.accesses));
+  while (lane_bits < most_bits && divide_up(shape.units << lane_bits, kWarpLanes) < kTeams * device.multiprocessors) ++lane_bits;
   plan.group_bits = 5 - lane_bits;
-  // Several units of few samples, but no fewer than eight teams for a multiprocessor.
-  const int64_t groups = int64_t(1) << plan.group_bits, spread = shape.units / (groups * 8 * device.multiprocessors);
+  // Several units of few samples, where there are teams enough.
+  const int64_t groups = int64_t(1) << plan.group_bits, spread = shape.units / (groups * kTeams * device.multiprocessors);
   plan.places = static_cast<int>(std::max<int64_t>(1, std::min(plan.rows / shape.S, spread)));
   plan.tiles = divide_up(shape.units, groups * plan.places);
   const int teams = plan.warps > 1 || plan.tiles < 4 * device.multiprocessors ? 1 : 4;

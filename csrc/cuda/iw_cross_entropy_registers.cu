@@ -10,11 +10,11 @@ namespace {
 
 extern __shared__ __align__(16) double shared_memory[];
 
-template <class T, int V, int K, int R>
-__global__ void __launch_bounds__(most_team_warps(K, R, V * sizeof(T)) * kWarpLanes, few_registers(K, R, V * sizeof(T)) ? 2 : 1)
+template <class T, int V, int K, int R, bool kShifted>
+__global__ void __launch_bounds__(kTeamWarps * kWarpLanes, 1)
     iw_cross_entropy_registers_kernel(const __grid_constant__ LossArguments<T, float> a, const __grid_constant__ LossWork<float> work,
                                           const __grid_constant__ RegisterPlan plan) {
-  loss_registers<V, K, R>(DeviceBlock{reinterpret_cast<char*>(shared_memory)}, a, work, plan);
+  loss_registers<V, K, R, kShifted>(DeviceBlock{reinterpret_cast<char*>(shared_memory)}, a, work, plan);
 }
 
 // Calls body with the kernel of the plan's form.
@@ -22,7 +22,7 @@ template <class T, class Body>
 void with_kernel(const RegisterPlan& plan, const Body& body) {
   with_form<T>(plan, [&](auto form) {
     using Form = decltype(form);
-    body(iw_cross_entropy_registers_kernel<T, Form::access, Form::accesses, Form::rows>);
+    body(iw_cross_entropy_registers_kernel<T, Form::access, Form::accesses, Form::rows, Form::shifted>);
   });
 }
 

@@ -15,31 +15,33 @@ namespace iwsgd {
 // What the lanes of a row and the threads that weigh its unit tell one another.
 struct alignas(16) RowSlot {
   float max;
-  float factor;  // gradient = factor exp(z - max), less hot for the label; before the likelihood the sum, before the weights c / sum
-  float hot;     // before the weights c
+  float factor;  // gradient = factor exp(z - max), but for the label; before the likelihood the sum, before the weights c / sum
+  float own;     // the label's gradient; before the weights that of c log p
   int label;     // -1: the gradient is 0
 };
 
-static_assert(sizeof(RowSlot) + sizeof(float) == kSlotBytes, "");
+static_assert(sizeof(RowSlot) + 2 * sizeof(float) == kSlotBytes, "");
 
 // A form with accesses of V elements as a type.
-template <int V, int K, int R>
+template <int V, int K, int R, bool kShifted>
 struct FormOf {
   static constexpr int access = V, accesses = K, rows = R;
+  static constexpr bool shifted = kShifted;
 };
 
-template <int V, const auto& kForms, class Body, std::size_t... I>
+template <int V, bool kShifted, const auto& kForms, class Body, std::size_t... I>
 void with_form_of(const RegisterPlan& plan, const Body& body, std::index_sequence<I...>) {
-  ((plan.accesses == kForms[I].accesses ? body(FormOf<V, kForms[I].accesses, kForms[I].rows>{}) : void()), ...);
+  ((plan.accesses == kForms[I].accesses ? body(FormOf<V, kForms[I].accesses, kForms[I].rows, kShifted>{}) : void()), ...);
 }
 
 // Calls body with the plan's FormOf.
 template <class T, class Body>
 void with_form(const RegisterPlan& plan, const Body& body) {
   constexpr auto narrow = std::make_index_sequence<std::size(kNarrowForms)>{};
-  if (plan.access == kVector<T>) with_form_of<kVector<T>, kWideForms>(plan, body, std::make_index_sequence<std::size(kWideForms)>{});
-  else if (plan.access == 1) with_form_of<1, kNarrowForms>(plan, body, narrow);
-  else if constexpr (sizeof(T) == 2) with_form_of<2, kNarrowForms>(plan, body, narrow);
+  if (plan.shifted) with_form_of<kVector<T>, true, kShiftedForms>(plan, body, std::make_index_sequence<std::size(kShiftedForms)>{});
+  else if (plan.access == kVector<T>) with_form_of<kVector<T>, false, kWideForms>(plan, body, std::make_index_sequence<std::size(kWideForms)>{});
+  else if (plan.access == 1) with_form_of<1, false, kNarrowForms>(plan, body, narrow);
+  else if constexpr (sizeof(T) == 2) with_form_of<2, false, kNarrowForms>(plan, body, narrow);
 }
 
 // Two elements in a register are taken apart by each use for itself: their numbers would need twice the registers.
@@ -77,9 +79,11 @@ struct TeamPlace {
   }
 };
 
-template <int V, int K, int R, class T, class Block>
+template <int V, int K, int R, bool kShifted, class T, class Block>
 IWSGD_HD void loss_registers(const Block& block, const LossArguments<T, float>& a, const LossWork<float>& work, const RegisterPlan& plan) {
-  const int S = static_cast<int>(a.S), accesses = static_cast<int>(a.C) / V, lanes = kWarpLanes >> plan.group_bits;
+  const int S = static_cast<int>(a.S), C = static_cast<int>(a.C), lanes = kWarpLanes >> plan.group_bits;
+  const int accesses = kShifted ? (C + V - 2) / V + 1 : C / V;  // a shifted row begins up to V - 1 elements behind its first access
+  const int apart = fills_warp(V * sizeof(T), K) ? kWarpLanes : lanes;  // from one access of a lane to its next
   const int64_t units = a.units();
   double* scratch = reinterpret_cast<double*>(block.shared());
   double* scale = scratch + kScratchBytes / 8 - 1;
@@ -91,6 +95,7 @@ IWSGD_HD void loss_registers(const Block& block, const LossArguments<T, float>& 
     const int rows = block.threads() / kWarpLanes * R * at.groups;
     return reinterpret_cast<float*>(reinterpret_cast<RowSlot*>(block.shared() + kScratchBytes) + rows) + at.team * R * at.groups;
   };
+  const auto outer = [&](const TeamPlace& at) { return likelihoods(at) + block.threads() / kWarpLanes * R * at.groups; };  // c
   double loss = 0;
 
   Elements<T, V> x[R][K];
@@ -114,10 +119,39 @@ IWSGD_HD void loss_registers(const Block& block, const LossArguments<T, float>& 
       }
     }
   };
-  const auto read = [&](int r, const TeamPlace& at, const T* row) {
+  // Calls whole(k, first) for the accesses of a lane in a row, and some(k, first) for those that reach beyond its ends: of classes from
+  // first on, which may be negative, or all beyond C. from: where the lane's first access would be if the row began with one.
+  const auto for_accesses = [&](const TeamPlace& at, const T* from, const auto& whole, const auto& some) {
+    const int step = fills_warp(V * sizeof(T), K) ? kWarpLanes : fresh_register(apart);  // lest K multiples of it are kept
+    const int first = kShifted ? at.sub * V - static_cast<int>(reinterpret_cast<uintptr_t>(from) % 16 / sizeof(T)) : 0;
     IWSGD_UNROLL
-    for (int k = 0; k < K; ++k)
-      if (accesses - at.sub > k * kWarpLanes) x[r][k] = load<T, V>(row + k * kWarpLanes * V);
+    for (int k = 0; k < K; ++k) {
+      if constexpr (kShifted) {
+        const int c = first + k * kWarpLanes * V;
+        if (k > 0 && k * kWarpLanes >= accesses) break;
+        if (c >= 0 && c <= C - V) whole(k, c);
+        else some(k, c);
+      } else {
+        if (accesses - at.sub > k * step) whole(k, k * step * V);
+      }
+    }
+  };
+  const auto read = [&](int r, const TeamPlace& at, const T* from) {
+    const T* const row = kShifted ? from - at.sub * V : from;
+    for_accesses(
+        at, from, [&](int k, int c) { x[r][k] = load<T, V>(row + c); },
+        [&](int k, int c) {
+          x[r][k] = gathered<T, V>([&](int j) { return static_cast<unsigned>(c + j) < static_cast<unsigned>(C) ? row[c + j] : narrow<T>(-infinity<float>()); });
+        });
+  };
+  // Calls body(i, s, unit) for the rows of the warp that are there, a thread each: slot i of its team.
+  const auto for_slots = [&](const TeamPlace& at, int64_t first, const auto& body) {
+    IWSGD_UNROLL_BY(1)
+    for (int i = at.first_row * at.groups + at.lane; i < (at.first_row + R) * at.groups; i += kWarpLanes) {
+      const int row = i >> plan.group_bits, place = row * plan.inverse_samples >> 16, s = row - place * S;
+      const int64_t unit = first + place * at.groups + (i & (at.groups - 1));
+      if (place < plan.places && unit < units) body(i, s, unit);
+    }
   };
 
   int64_t first;  // of the team's units
@@ -145,7 +179,7 @@ IWSGD_HD void loss_registers(const Block& block, const LossArguments<T, float>& 
       max[r] = -infinity<float>();
       IWSGD_UNROLL
       for (int k = 0; k < K; ++k) {
-        if (k > 0 && k * kWarpLanes >= accesses) break;
+        if (k > 0 && k * apart >= accesses) break;
         float part = element(x[r][k], 0);
         IWSGD_UNROLL
         for (int j = 1; j < V; ++j) part = larger(part, element(x[r][k], j));
@@ -162,7 +196,7 @@ IWSGD_HD void loss_registers(const Block& block, const LossArguments<T, float>& 
       sum[r] = 0.f;
       IWSGD_UNROLL
       for (int k = 0; k < K; ++k) {
-        if (k > 0 && k * kWarpLanes >= accesses) break;
+        if (k > 0 && k * apart >= accesses) break;
         const Elements<T, V> z = fresh_register(x[r][k]);
         float part = exponential(element(z, 0) - reference);
         IWSGD_UNROLL
@@ -184,24 +218,22 @@ IWSGD_HD void loss_registers(const Block& block, const LossArguments<T, float>& 
     }
     block.sync_warp();
 
-    {  // Log-likelihoods: a thread for each row of the warp.
+    {  // Log-likelihoods, and what the label adds.
       const TeamPlace at(block, plan);
-      IWSGD_UNROLL_BY(1)
-      for (int i = at.first_row * at.groups + at.lane; i < (at.first_row + R) * at.groups; i += kWarpLanes) {
-        const int row = i >> plan.group_bits, place = row * plan.inverse_samples >> 16, s = row - place * S;
-        const int64_t unit = first + place * at.groups + (i & (at.groups - 1));
-        if (place >= plan.places || unit >= units) continue;
+      for_slots(at, first, [&](int i, int s, int64_t unit) {
         RowSlot& slot = slots(at)[i];
         const RowTarget<float> target = row_target<true>(a, unit);
         RowSum<float> its;
         its.max = slot.max, its.sum = slot.factor;
-        float u = 0.f, c = 0.f;
-        if (!target.ignored)
-          row_likelihood<false>(target, its, target.logit(a.logits + (s * plan.logits.sample + unit * plan.logits.unit), 1), u, c);
-        slot.factor = c / its.sum, slot.hot = c;
+        float u = 0.f, c = 0.f, z = 0.f;
+        if (!target.ignored) {
+          z = target.logit(a.logits + (s * plan.logits.sample + unit * plan.logits.unit), 1);
+          row_likelihood<false>(target, its, z, u, c);
+        }
+        slot.factor = c * fast_reciprocal(its.sum), slot.own = slot.factor * exponential(z - its.max) - c;
         slot.label = target.ignored ? -1 : target.label;
-        likelihoods(at)[i] = unit_log_likelihood(u, c);
-      }
+        likelihoods(at)[i] = unit_log_likelihood(u, c), outer(at)[i] = c;
+      });
     }
     sync_team(block, plan.warps == 1);
 
@@ -216,14 +248,14 @@ IWSGD_HD void loss_registers(const Block& block, const LossArguments<T, float>& 
         const bool there = j < at.groups * plan.places && unit < units;
         RowSlot* const its = slots(at) + row_0;  // row s at s * groups
         const float* const l = likelihoods(at) + row_0;
-        const float c = there && weigh_lane == 0 ? its->hot : 0.f;  // before put changes it
+        const float c = there && weigh_lane == 0 ? outer(at)[row_0] : 0.f;
         const float upstream = there ? static_cast<float>(*scale) * a.example_weight_of(unit) : 0.f;
         const auto put = [&](int s, float w) {
           RowSlot& slot = its[s * at.groups];
           a.log_p[s * units + unit] = l[s * at.groups];
           a.weights[s * units + unit] = w;
           if (w == 0.f) slot.label = -1;  // zeros, whatever the logits are; NaN would have made the weight NaN
-          slot.factor *= w * upstream, slot.hot *= w * upstream;
+          slot.factor *= w * upstream, slot.own *= w * upstream;
         };
         const float bound = weigh_unit(block, static_cast<float>(a.alpha), S, weigh_lane, weigh_lanes, there,
                                        [&](int s) { return l[s * at.groups]; }, put);
@@ -245,29 +277,30 @@ IWSGD_HD void loss_registers(const Block& block, const LossArguments<T, float>& 
       for_rows(at, [&](int r, int distance, int64_t offset, int64_t doffset) {
         if (distance < left) {
           const RowSlot slot = *its;
-          const int label = slot.label - at.sub * V;
-          IWSGD_UNROLL
-          for (int k = 0; k < K; ++k) {
-            if (accesses - at.sub <= k * kWarpLanes) continue;
-            Elements<T, V> dz{};
-            if (slot.label >= 0) {
-              const Elements<T, V> z = fresh_register(x[r][k]);
-              float g[V];
-              IWSGD_UNROLL
-              for (int j = 0; j < V; ++j) g[j] = slot.factor * exponential(element(z, j) - slot.max);
-              if (static_cast<unsigned>(label - k * kWarpLanes * V) < static_cast<unsigned>(V)) {
+          T* const row = kShifted ? to + doffset - at.sub * V : to + doffset;
+          const auto gradient = [&](int k) {
+            if (slot.label < 0) return Elements<T, V>{};
+            const Elements<T, V> z = fresh_register(x[r][k]);
+            return scaled<T, V>([&](int j) { return slot.factor * exponential(element(z, j) - slot.max); }, 1.f);
+          };
+          for_accesses(
+              at, to + doffset, [&](int k, int c) { store<T, V>(row + c, gradient(k)); },
+              [&](int k, int c) {
+                const Elements<T, V> dz = gradient(k);
                 IWSGD_UNROLL
                 for (int j = 0; j < V; ++j)
-                  if (j == label - k * kWarpLanes * V) g[j] -= slot.hot;
-              }
-              dz = scaled<T, V>([&](int j) { return g[j]; }, 1.f);
-            }
-            store<T, V>(to + doffset + k * kWarpLanes * V, dz);
-          }
+                  if (static_cast<unsigned>(c + j) < static_cast<unsigned>(C)) row[c + j] = element_bits(dz, j);
+              });
         }
         its += at.groups;
         if (distance < next_left) read(r, at, next + offset);
       });
+      block.sync_warp();  // the label's element is stored once more
+      if (a.dlogits != nullptr)
+        for_slots(at, first, [&](int i, int s, int64_t unit) {
+          const RowSlot slot = slots(at)[i];
+          if (slot.label >= 0) a.dlogits[s * plan.gradient.sample + unit * plan.gradient.unit + slot.label] = narrow<T>(slot.own);
+        });
     }
     sync_team(block, plan.warps == 1);  // nobody reads the slots any more
   }

@@ -65,7 +65,7 @@ struct HostLaunches {
     with_form<T>(plan, [&](auto form) {
       using Form = decltype(form);
       launch(plan.blocks, plan.one_launch ? static_cast<int>(plan.blocks) : 1, plan.threads, plan.shared_bytes,
-             [&](const HostBlock& block) { loss_registers<Form::access, Form::accesses, Form::rows>(block, a, work, plan); });
+             [&](const HostBlock& block) { loss_registers<Form::access, Form::accesses, Form::rows, Form::shifted>(block, a, work, plan); });
     });
   }
   template <bool kSoft>
