@@ -62,16 +62,16 @@ __global__ void __launch_bounds__(kPlainThreads, kRowBlocks<T>)
   loss_statistics<kSoft>(this_block(), a, work, lanes);
 }
 
-template <class T>
+template <class T, bool kSoft>
 __global__ void __launch_bounds__(kPlainThreads)
     iw_cross_entropy_weights_kernel(const __grid_constant__ Arguments<T> a, const __grid_constant__ Work<T> work, int lanes) {
-  loss_weights(this_block(), a, work, lanes);
+  loss_weights<kSoft>(this_block(), a, work, lanes);
 }
 
-template <class T>
+template <class T, bool kSoft>
 __global__ void __launch_bounds__(kJoinThreads, 1)
     iw_cross_entropy_join_kernel(const __grid_constant__ Arguments<T> a, const __grid_constant__ Work<T> work) {
-  loss_join(this_block(), a, work);
+  loss_join<kSoft>(this_block(), a, work);
 }
 
 template <class T, bool kSoft>
@@ -181,13 +181,15 @@ struct Launches {
     kernel<<<grid(plan.row_blocks), kPlainThreads, kScratchBytes, stream>>>(a, work, plan.lanes);
     check_launch();
   }
+  template <bool kSoft>
   void weights(const Arguments<T>& a, const Work<T>& work, const SlicePlan& plan) const {
-    const auto kernel = iw_cross_entropy_weights_kernel<T>;
+    const auto kernel = iw_cross_entropy_weights_kernel<T, kSoft>;
     kernel<<<grid(plan.unit_blocks), kPlainThreads, kScratchBytes, stream>>>(a, work, plan.weigh_lanes);
     check_launch();
   }
+  template <bool kSoft>
   void join(const Arguments<T>& a, const Work<T>& work, const SlicePlan& plan) const {
-    iw_cross_entropy_join_kernel<T><<<grid(plan.unit_blocks), kJoinThreads, kScratchBytes, stream>>>(a, work);
+    iw_cross_entropy_join_kernel<T, kSoft><<<grid(plan.unit_blocks), kJoinThreads, kScratchBytes, stream>>>(a, work);
     check_launch();
   }
   template <bool kSoft>

@@ -320,35 +320,70 @@ struct Slice {
       : each(a.per_position ? 1 : a.positions_each), first(work.first_unit * each), positions(work.units * each), rows(a.S * positions) {}
 };
 
+// The classes of part `part` of a row.
+template <class A>
+struct Part {
+  int first, classes;
+  IWSGD_HD Part(const LossWork<A>& work, int64_t C, int64_t part)
+      : first(static_cast<int>(part * work.part_classes)), classes(static_cast<int>(C - first < work.part_classes ? C - first : work.part_classes)) {}
+};
+
+// What the slice's position i has to say under sample s, from its row's statistics.
+template <bool kSoft, class T, class A>
+IWSGD_HD void finish_row(const LossArguments<T, A>& a, const LossWork<A>& work, const Slice<T, A>& slice, int64_t s, int64_t i,
+                         const RowTarget<A>& target, const RowSum<A>& row) {
+  const int64_t r = s * slice.positions + i, p = slice.first + i;
+  A u = A(0), c = A(0);
+  if (!target.ignored) row_likelihood<kSoft>(target, row, target.logit(a.row(s, p), a.class_stride), u, c);
+  work.max[r] = row.max, work.sum[r] = row.sum;
+  if (slice.each == 1) a.log_p[s * a.units() + p] = unit_log_likelihood(u, c);
+  else work.u[r] = u;
+  if (s == 0) work.c[i] = c;
+}
+
+// The same of a row in parts.
+template <bool kSoft, class T, class A>
+IWSGD_HD void finish_parts(const LossArguments<T, A>& a, const LossWork<A>& work, const Slice<T, A>& slice, int64_t s, int64_t i) {
+  RowSum<A> row;
+  const A* its = work.part_sums + 4 * (s * slice.positions + i) * work.parts;
+  for (int64_t q = 0; q < work.parts; ++q, its += 4) {
+    RowSum<A> part;
+    part.max = its[0], part.sum = its[1], part.weighted = its[2], part.alone = its[3];
+    row.template merge<kSoft>(part);
+  }
+  finish_row<kSoft>(a, work, slice, s, i, row_target<false>(a, slice.first + i), row);
+}
+
 template <bool kSoft, class T, class A, class Block>
 IWSGD_HD void loss_statistics(const Block& block, const LossArguments<T, A>& a, const LossWork<A>& work, int lanes) {
   const Slice<T, A> slice(a, work);
-  const int C = static_cast<int>(a.C), lane = block.thread() % lanes, teams = block.threads() / lanes;
-  for (int64_t at = block.index() * teams; at < slice.rows; at += block.blocks() * teams) {
-    const int64_t r = at + block.thread() / lanes, s = r / slice.positions, i = r - s * slice.positions, p = slice.first + i;
+  const int lane = block.thread() % lanes, teams = block.threads() / lanes;
+  for (int64_t at = block.index() * teams; at < slice.rows * work.parts; at += block.blocks() * teams) {
+    const int64_t q = at + block.thread() / lanes, r = work.parts == 1 ? q : q / work.parts;
+    const int64_t s = r / slice.positions, i = r - s * slice.positions, p = slice.first + i;
     const bool there = r < slice.rows;
     RowTarget<A> target{};
     RowSum<A> row;
-    const T* z = nullptr;
     if (there) {
       target = row_target<true>(a, p);
-      z = a.row(s, p);
-      if (!target.ignored) row = row_sum<kSoft, kSliceLoads, T, A>(target, z, a.class_stride, C, lane, lanes);
+      const Part<A> part(work, a.C, q - r * work.parts);
+      if (!target.ignored)
+        row = row_sum<kSoft, kSliceLoads, T, A>(target.from(part.first), a.row(s, p) + part.first * a.class_stride, a.class_stride, part.classes,
+                                                lane, lanes);
     }
     row = team_merge<kSoft>(block, row, lanes, reinterpret_cast<A*>(block.shared()));
-    if (there && lane == 0) {
-      A u = A(0), c = A(0);
-      if (!target.ignored) row_likelihood<kSoft>(target, row, target.logit(z, a.class_stride), u, c);
-      work.max[r] = row.max, work.sum[r] = row.sum;
-      if (slice.each == 1) a.log_p[s * a.units() + p] = unit_log_likelihood(u, c);
-      else work.u[r] = u;
-      if (s == 0) work.c[i] = c;
+    if (!there || lane != 0) continue;
+    if (work.parts == 1) {
+      finish_row<kSoft>(a, work, slice, s, i, target, row);
+    } else {
+      A* its = work.part_sums + 4 * q;
+      its[0] = row.max, its[1] = row.sum, its[2] = row.weighted, its[3] = row.alone;
     }
   }
 }
 
-// The weights of units of one position.
-template <class T, class A, class Block>
+// The weights of units of one position, whose rows may be in parts.
+template <bool kSoft, class T, class A, class Block>
 IWSGD_HD void loss_weights(const Block& block, const LossArguments<T, A>& a, const LossWork<A>& work, int lanes) {
   double* scratch = reinterpret_cast<double*>(block.shared());
   double* scale = scratch + kScratchBytes / 8 - 1;
@@ -360,6 +395,8 @@ IWSGD_HD void loss_weights(const Block& block, const LossArguments<T, A>& a, con
   for (int64_t at = block.index() * teams; at < work.units; at += block.blocks() * teams) {
     const int64_t i = at + block.thread() / lanes, unit = work.first_unit + i;
     const bool there = i < work.units;
+    if (there && work.parts > 1)  // each lane the rows whose log-likelihoods it weighs
+      for (int64_t s = lane; s < a.S; s += lanes) finish_parts<kSoft>(a, work, Slice<T, A>(a, work), s, i);
     const A bound = weigh_unit(block, static_cast<A>(a.alpha), static_cast<int>(a.S), lane, lanes, there,
                                [&](int s) { return a.log_p[s * units + unit]; }, [&](int s, A w) { a.weights[s * units + unit] = w; });
     if (there && lane == 0) loss += finish_unit(a, unit, bound, work.c[i], *scale);
@@ -370,7 +407,7 @@ IWSGD_HD void loss_weights(const Block& block, const LossArguments<T, A>& a, con
 }
 
 // The weights of examples whose positions share them; a block adds up one example after the other.
-template <class T, class A, class Block>
+template <bool kSoft, class T, class A, class Block>
 IWSGD_HD void loss_join(const Block& block, const LossArguments<T, A>& a, const LossWork<A>& work) {
   const Slice<T, A> slice(a, work);
   double* scratch = reinterpret_cast<double*>(block.shared());
@@ -380,6 +417,11 @@ IWSGD_HD void loss_join(const Block& block, const LossArguments<T, A>& a, const 
   double loss = 0;
   for (int64_t i = block.index(); i < work.units; i += block.blocks()) {
     const int64_t unit = work.first_unit + i, from = i * slice.each;
+    if (work.parts > 1) {
+      for (int64_t row = block.thread(); row < a.S * slice.each; row += block.threads())
+        finish_parts<kSoft>(a, work, slice, row / slice.each, from + row % slice.each);
+      block.sync();
+    }
     double c = 0, size = 0, counted = 0;  // size: the sum of |c|
     for (int64_t t = block.thread(); t < slice.each; t += block.threads()) {
       c += work.c[from + t];
@@ -420,15 +462,17 @@ IWSGD_HD void loss_gradient(const Block& block, const LossArguments<T, A>& a, co
   find_scale(block, a, work, scratch, scale);
   block.sync();
   const int lane = block.thread() % lanes, teams = block.threads() / lanes;
-  for (int64_t r = block.index() * teams + block.thread() / lanes; r < slice.rows; r += block.blocks() * teams) {
-    const int64_t s = r / slice.positions, i = r - s * slice.positions, p = slice.first + i;
-    const RowTarget<A> target = row_target<false>(a, p);
+  for (int64_t q = block.index() * teams + block.thread() / lanes; q < slice.rows * work.parts; q += block.blocks() * teams) {
+    const int64_t r = work.parts == 1 ? q : q / work.parts, s = r / slice.positions, i = r - s * slice.positions, p = slice.first + i;
+    const Part<A> part(work, a.C, q - r * work.parts);
+    const RowTarget<A> target = row_target<false>(a, p).from(part.first);
     const A w = a.weight(s, p), outside = w * static_cast<A>(*scale) * a.example_weight_of(p);
+    T* const dz = a.drow(s, p) + part.first * a.dclass_stride;
     if (target.ignored || w == A(0)) {
-      zero_row(a.drow(s, p), a.dclass_stride, static_cast<int>(a.C), lane, lanes);
+      zero_row(dz, a.dclass_stride, part.classes, lane, lanes);
       continue;
     }
-    row_gradient<kSoft, kSliceLoads>(target, a.row(s, p), a.class_stride, a.drow(s, p), a.dclass_stride, static_cast<int>(a.C),
+    row_gradient<kSoft, kSliceLoads>(target, a.row(s, p) + part.first * a.class_stride, a.class_stride, dz, a.dclass_stride, part.classes,
                                      work.max[r], outside * work.c[i] / work.sum[r], outside * target.weight, lane, lanes);
   }
 }

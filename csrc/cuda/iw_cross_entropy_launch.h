@@ -32,6 +32,7 @@ struct DeviceLimits {
   int most_ranks = 1;                                   // blocks of a cluster; 1: there are no clusters
   int64_t most_blocks = 1 << 15;                        // of a grid; each then works on several tiles or rows
   int64_t registers = 1 << 16;                          // of a block
+  int64_t part_bytes = 1 << 14;                         // of a row that is worth a block of its own
 };
 
 // What the choice depends on.
@@ -136,7 +137,9 @@ struct ClusterPlan {
 
 struct SlicePlan {
   int64_t units;        // of a slice
-  int lanes;            // of a row
+  int lanes;            // of a row, or of each of its parts
+  int parts;            // of a row: as many as it takes to keep all multiprocessors busy with a slice that the cache holds
+  int64_t classes;      // of a part; the last may have fewer
   int weigh_lanes;      // of a unit's weights
   int64_t row_blocks, unit_blocks;
 };
@@ -305,15 +308,20 @@ ClusterPlan cluster_plan(const LossShape& shape, const DeviceLimits& device, con
 inline SlicePlan slice_plan(const LossShape& shape, const DeviceLimits& device) {
   SlicePlan plan{};
   const int64_t unit_bytes = std::max<int64_t>(1, shape.S * shape.positions * shape.C * shape.element_bytes);
-  // Logits and gradient of a slice share the cache; a slice fills the multiprocessors at least once.
+  // Logits and gradient of a slice share the cache; a slice fills the multiprocessors at least once, with its rows in parts where these
+  // are long, else with more units.
   const int64_t row_lanes = shape.adjacent ? lanes_of_row(shape, kPlainThreads) : 1;
-  const int64_t unit_threads = std::max<int64_t>(1, shape.S * shape.positions * row_lanes);
-  const int64_t fill = divide_up(device.multiprocessors * 1024, unit_threads);
+  const int64_t unit_threads = std::max<int64_t>(1, shape.S * shape.positions * row_lanes), threads = device.multiprocessors * 1024;
+  const int64_t row_bytes = shape.C * shape.element_bytes, most_parts = shape.adjacent ? std::max<int64_t>(1, row_bytes / device.part_bytes) : 1;
+  const int64_t fill = divide_up(threads, unit_threads * most_parts);
   plan.units = std::max<int64_t>(1, std::min(shape.units, std::max(fill, device.cache / 3 / unit_bytes)));
   plan.lanes = static_cast<int>(row_lanes);
+  const int64_t line = 128 / shape.element_bytes, parts = std::min(most_parts, divide_up(threads, plan.units * unit_threads));
+  plan.classes = divide_up(divide_up(shape.C, parts), line) * line;
+  plan.parts = static_cast<int>(divide_up(shape.C, plan.classes));
   plan.weigh_lanes = std::min(32, power_of_two_in(plan.units * shape.S > 65536 ? 1 : shape.S));
   const int64_t rows = plan.units * shape.S * shape.positions;
-  plan.row_blocks = std::min(divide_up(rows * plan.lanes, kPlainThreads), device.most_blocks);
+  plan.row_blocks = std::min(divide_up(rows * plan.parts * plan.lanes, kPlainThreads), device.most_blocks);
   plan.unit_blocks = shape.positions == 1 ? divide_up(plan.units * plan.weigh_lanes, kPlainThreads) : plan.units;
   plan.unit_blocks = std::min(plan.unit_blocks, device.most_blocks);
   return plan;
@@ -331,6 +339,9 @@ struct LossWork {
   A *max, *sum, *u;        // [S, positions]
   A* c;                    // [positions]
   int64_t first_unit, units;
+  // Of rows in parts of so many classes each: what a RowSum holds, [S, positions, parts, 4].
+  int64_t parts, part_classes;
+  A* part_sums;
 };
 
 // Takes a call's memory apart; with a null base it only measures.
@@ -354,8 +365,8 @@ void run_slices(const LossArguments<T, A>& a, LossWork<A> work, const SlicePlan&
     work.units = std::min(plan.units, a.units() - work.first_unit);
     work.losses = losses == nullptr ? nullptr : losses + slice * plan.unit_blocks;
     if (rows) launches.template statistics<kSoft>(a, work, plan);
-    if (a.per_position || a.positions_each == 1) launches.weights(a, work, plan);
-    else launches.join(a, work, plan);
+    if (a.per_position || a.positions_each == 1) launches.template weights<kSoft>(a, work, plan);
+    else launches.template join<kSoft>(a, work, plan);
     if (rows && a.dlogits != nullptr) launches.template gradient<kSoft>(a, work, plan);
   }
 }
@@ -403,6 +414,8 @@ void run_loss_as(const LossArguments<T, A>& a, const DeviceLimits& device, const
     work.sum = memory.take<A>(a.S * positions);
     work.u = memory.take<A>(shape.positions == 1 ? 0 : a.S * positions);
     work.c = memory.take<A>(positions);
+    work.parts = slices.parts, work.part_classes = slices.classes;
+    work.part_sums = memory.take<A>(slices.parts > 1 ? 4 * a.S * positions * slices.parts : 0);
     return memory.used;
   };
   cut(allocate(cut(nullptr)));

@@ -141,7 +141,8 @@ IWSGD_HD void loss_registers(const Block& block, const LossArguments<T, float>& 
     for_accesses(
         at, from, [&](int k, int c) { x[r][k] = load<T, V>(row + c); },
         [&](int k, int c) {
-          x[r][k] = gathered<T, V>([&](int j) { return static_cast<unsigned>(c + j) < static_cast<unsigned>(C) ? row[c + j] : narrow<T>(-infinity<float>()); });
+          const auto there = [&](int j) { return static_cast<unsigned>(c + j) < static_cast<unsigned>(C); };
+          x[r][k] = gathered<T, V>([&](int j) { return there(j) ? row[c + j] : narrow<T>(-infinity<float>()); });
         });
   };
   // Calls body(i, s, unit) for the rows of the warp that are there, a thread each: slot i of its team.

@@ -105,6 +105,21 @@ void registers() {
   run_all(few);
 }
 
+// Rows that several blocks share: examples and positions, hard and soft targets, the last part shorter than the others.
+void parts() {
+  for (const int64_t C : {65, 200, 700})
+    for (const int64_t T : {1, 3})
+      for (const int option : {0, 1, 2}) {
+        Case k{3, 2, C, T};
+        k.device = {2, 300, 600, 100}, k.device.registers = 0, k.device.part_bytes = 64;
+        k.offset = option, k.class_weight = option == 1, k.smoothing = option == 2 ? 0.1 : 0, k.probabilities = option == 2, k.per_position = option == 1;
+        k.layout = option == 2 ? kPadded : kClassLast, k.in_place = option == 1;
+        const int before = counts.parts;
+        run_all(k);
+        CHECK(counts.parts > before, k, "not in parts");
+      }
+}
+
 // Every option, layout, alignment and special value with every other, at random.
 void options() {
   test::Random random;
@@ -128,6 +143,7 @@ void options() {
     if (k.signs == kBoth && !k.per_position && k.T > 1 && k.S > 1 && k.alpha != 0) k.signs = kNegative;
     if (k.signs == kBoth && k.reduction == Reduction::mean) k.normalizer = true;
     if (coin()) k.device = {random.below(4) + 1, 6000, 12000, random.below(4000)};
+    if (coin()) k.device.part_bytes = 32;
     k.device.most_ranks = coin() ? 1 : 1 << random.below(4), k.device.registers = coin() ? 0 : 1 << 16;
     k.resident_blocks = random.below(5), k.resident_clusters = random.below(4);
     if (coin()) k.device.most_blocks = random.below(3) + 1;
@@ -141,10 +157,11 @@ void options() {
 int main() {
   sizes();
   registers();
+  parts();
   clusters();
   options();
-  CHECK(kFewCases || (counts.registers > 300 && counts.tiles > 300 && counts.together > 200 && counts.clusters > 100 && counts.slices > 300),
+  CHECK(kFewCases || (counts.registers > 300 && counts.tiles > 300 && counts.together > 200 && counts.clusters > 100 && counts.slices > 300 && counts.parts > 50),
         "registers ", counts.registers, ", tiles ", counts.tiles, ", in one launch ",
-        counts.together, ", clusters ", counts.clusters, ", slices ", counts.slices);
+        counts.together, ", clusters ", counts.clusters, ", slices ", counts.slices, ", of them in parts ", counts.parts);
   return test::report();
 }

@@ -89,6 +89,15 @@ void plans() {
   expect(ranks(shape(8, 128256, 2), h200), 16, "2 MB, one block on a multiprocessor");
   expect(ranks(shape(8, 220000, 2), h200), 16, "3.5 MB");
   expect(ranks(shape(8, 262144, 2), h200), 0, "4 MB: slices");
+  // Slices: units of one, parts of a row, bytes of all that a slice touches.
+  const auto sliced = [&](const LossShape& s, const DeviceLimits& device, int64_t units, int parts, const char* what) {
+    const SlicePlan plan = slice_plan(s, device);
+    CHECK(plan.units == units && plan.parts == parts && plan.parts * plan.classes >= s.C, what, ": ", plan.units, ' ', plan.parts);
+    CHECK(2 * plan.units * s.S * s.C * s.element_bytes < device.cache, what, ": does not stay in the cache");
+    CHECK(plan.units * s.S * plan.parts * plan.lanes >= device.multiprocessors * 1024, what, ": too few threads");
+  };
+  sliced(shape(8, 262144, 2), h200, 5, 14, "larger than a cluster");
+  sliced(shape(8, 32000, 2), a100, 27, 2, "a vocabulary where there are no clusters");
   expect(ranks(shape(64, 23000, 2), h200), 16, "many samples");
   expect(ranks(shape(64, 131072, 2), h200), 0, "too many");
   expect(ranks(shape(8, 128256, 2), h200, 0), 0, "no group of multiprocessors is large enough");

@@ -21,7 +21,7 @@ constexpr bool kFewCases = false;
 
 // What ran, over all cases.
 struct Counts {
-  int registers = 0, tiles = 0, together = 0, clusters = 0, slices = 0, others = 0;
+  int registers = 0, tiles = 0, together = 0, clusters = 0, slices = 0, parts = 0, others = 0;
 };
 
 template <class T>
@@ -82,16 +82,18 @@ struct HostLaunches {
   }
   template <bool kSoft>
   void statistics(const Arguments& a, const Work& work, const SlicePlan& plan) const {
-    ++counts->slices;
+    ++counts->slices, counts->parts += plan.parts > 1;
     launch(plan.row_blocks, kPlainThreads, kScratchBytes,
            [&](const HostBlock& block) { loss_statistics<kSoft>(block, a, work, plan.lanes); });
   }
+  template <bool kSoft>
   void weights(const Arguments& a, const Work& work, const SlicePlan& plan) const {
     launch(plan.unit_blocks, kPlainThreads, kScratchBytes,
-           [&](const HostBlock& block) { loss_weights(block, a, work, plan.weigh_lanes); });
+           [&](const HostBlock& block) { loss_weights<kSoft>(block, a, work, plan.weigh_lanes); });
   }
+  template <bool kSoft>
   void join(const Arguments& a, const Work& work, const SlicePlan& plan) const {
-    launch(plan.unit_blocks, kJoinThreads, kScratchBytes, [&](const HostBlock& block) { loss_join(block, a, work); });
+    launch(plan.unit_blocks, kJoinThreads, kScratchBytes, [&](const HostBlock& block) { loss_join<kSoft>(block, a, work); });
   }
   template <bool kSoft>
   void gradient(const Arguments& a, const Work& work, const SlicePlan& plan) const {
