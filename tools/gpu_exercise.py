@@ -186,9 +186,9 @@ def exercise_multinomial(cases: Cases, dtypes: list[torch.dtype]) -> None:
         agrees(cases, "multinomial dropout", form, None, dtype, SHAPES[1], expand, shift)
 
 
-# samples, examples, classes, positions, options. Classes by regime: registers (each form, units of one warp and of several), several rows
-# of a warp, of a block, one unit of a block, a cluster, slices (units of several positions, classes that are not adjacent, and units too
-# large for anything on chip).
+# samples, examples, classes, positions, options. Classes by regime: registers (each form, units of one warp and of several, few lanes of a
+# row where there are many), several rows of a warp, of a block, one unit of a block, a cluster, slices (units of several positions, classes
+# that are not adjacent, and units too large for anything on chip, whose rows are in parts).
 LOSSES = [
     (8, 150, 8, 1, {}),
     (8, 37, 256, 1, {"alpha": 0.5}),
@@ -197,6 +197,10 @@ LOSSES = [
     (8, 37, 1001, 1, {"reduction": "sum"}),
     (8, 13, 1500, 1, {}),
     (1, 37, 2048, 1, {}),
+    (2, 5, 3001, 1, {}),
+    (1, 40_000, 10, 1, {}),
+    (1, 5000, 100, 1, {"alpha": 0.5}),
+    (1, 2500, 256, 1, {}),
     (4, 37, 2, 1, {}),
     (8, 33, 10, 1, {"label_smoothing": 0.1}),
     (3, 5, 1000, 1, {"reduction": "none"}),
@@ -267,7 +271,7 @@ EXERCISES = {
     exercise_multinomial: {"multinomial_fwd_kernel", "multinomial_kernel"},
     exercise_loss: {
         f"iw_cross_entropy_{part}_kernel"
-        for part in ("denominator", "registers", "fwd", "cluster", "reread", "statistics", "weights", "join", "gradient", "total")
+        for part in ("denominator", "registers", "fwd", "cluster", "reread", "statistics", "parts", "weights", "join", "gradient", "total")
     },
     exercise_scale: {"iw_cross_entropy_scale_kernel"},
 }

@@ -64,14 +64,20 @@ __global__ void __launch_bounds__(kPlainThreads, kRowBlocks<T>)
 
 template <class T, bool kSoft>
 __global__ void __launch_bounds__(kPlainThreads)
-    iw_cross_entropy_weights_kernel(const __grid_constant__ Arguments<T> a, const __grid_constant__ Work<T> work, int lanes) {
-  loss_weights<kSoft>(this_block(), a, work, lanes);
+    iw_cross_entropy_parts_kernel(const __grid_constant__ Arguments<T> a, const __grid_constant__ Work<T> work) {
+  loss_parts<kSoft>(this_block(), a, work);
 }
 
-template <class T, bool kSoft>
+template <class T>
+__global__ void __launch_bounds__(kPlainThreads)
+    iw_cross_entropy_weights_kernel(const __grid_constant__ Arguments<T> a, const __grid_constant__ Work<T> work, int lanes) {
+  loss_weights(this_block(), a, work, lanes);
+}
+
+template <class T>
 __global__ void __launch_bounds__(kJoinThreads, 1)
     iw_cross_entropy_join_kernel(const __grid_constant__ Arguments<T> a, const __grid_constant__ Work<T> work) {
-  loss_join<kSoft>(this_block(), a, work);
+  loss_join(this_block(), a, work);
 }
 
 template <class T, bool kSoft>
@@ -182,14 +188,17 @@ struct Launches {
     check_launch();
   }
   template <bool kSoft>
+  void parts(const Arguments<T>& a, const Work<T>& work, const SlicePlan& plan) const {
+    iw_cross_entropy_parts_kernel<T, kSoft><<<grid(plan.part_blocks), kPlainThreads, kScratchBytes, stream>>>(a, work);
+    check_launch();
+  }
   void weights(const Arguments<T>& a, const Work<T>& work, const SlicePlan& plan) const {
-    const auto kernel = iw_cross_entropy_weights_kernel<T, kSoft>;
+    const auto kernel = iw_cross_entropy_weights_kernel<T>;
     kernel<<<grid(plan.unit_blocks), kPlainThreads, kScratchBytes, stream>>>(a, work, plan.weigh_lanes);
     check_launch();
   }
-  template <bool kSoft>
   void join(const Arguments<T>& a, const Work<T>& work, const SlicePlan& plan) const {
-    iw_cross_entropy_join_kernel<T, kSoft><<<grid(plan.unit_blocks), kJoinThreads, kScratchBytes, stream>>>(a, work);
+    iw_cross_entropy_join_kernel<T><<<grid(plan.unit_blocks), kJoinThreads, kScratchBytes, stream>>>(a, work);
     check_launch();
   }
   template <bool kSoft>

@@ -97,12 +97,12 @@ IWSGD_HD A weigh_unit(const Block& block, A alpha, int S, int lane, int lanes, b
     for (int s = lane; s < S; s += lanes) excess += expm1(alpha * below(l(s), most));
   for (int bits = 1; bits < lanes; bits *= 2) excess += block.swap(excess, bits);
   // Of the dead: one sample has all the weight, whatever its likelihood; its gradient is then torch's.
-  const A each = nan && alpha != A(0) && S > 1 ? mean : A(1) / (samples + excess);
+  const A each = nan && alpha != A(0) && S > 1 ? mean : A(1) / samples;
   if (there)
     for (int s = lane; s < S; s += lanes) {
       A w = each;
       if (single && !dead) w = s == best ? A(1) : A(0);
-      else if (!dead) w *= exp(alpha * below(l(s), most));
+      else if (!dead) w = exp(alpha * below(l(s), most)) / (samples + excess);
       put(s, w);
     }
   if (dead) return mean;
@@ -341,19 +341,6 @@ IWSGD_HD void finish_row(const LossArguments<T, A>& a, const LossWork<A>& work, 
   if (s == 0) work.c[i] = c;
 }
 
-// The same of a row in parts.
-template <bool kSoft, class T, class A>
-IWSGD_HD void finish_parts(const LossArguments<T, A>& a, const LossWork<A>& work, const Slice<T, A>& slice, int64_t s, int64_t i) {
-  RowSum<A> row;
-  const A* its = work.part_sums + 4 * (s * slice.positions + i) * work.parts;
-  for (int64_t q = 0; q < work.parts; ++q, its += 4) {
-    RowSum<A> part;
-    part.max = its[0], part.sum = its[1], part.weighted = its[2], part.alone = its[3];
-    row.template merge<kSoft>(part);
-  }
-  finish_row<kSoft>(a, work, slice, s, i, row_target<false>(a, slice.first + i), row);
-}
-
 template <bool kSoft, class T, class A, class Block>
 IWSGD_HD void loss_statistics(const Block& block, const LossArguments<T, A>& a, const LossWork<A>& work, int lanes) {
   const Slice<T, A> slice(a, work);
@@ -382,8 +369,25 @@ IWSGD_HD void loss_statistics(const Block& block, const LossArguments<T, A>& a, 
   }
 }
 
-// The weights of units of one position, whose rows may be in parts.
+// What rows in parts have to say, a thread for each row.
 template <bool kSoft, class T, class A, class Block>
+IWSGD_HD void loss_parts(const Block& block, const LossArguments<T, A>& a, const LossWork<A>& work) {
+  const Slice<T, A> slice(a, work);
+  for (int64_t r = block.index() * block.threads() + block.thread(); r < slice.rows; r += block.blocks() * block.threads()) {
+    const int64_t s = r / slice.positions, i = r - s * slice.positions;
+    RowSum<A> row;
+    const A* its = work.part_sums + 4 * r * work.parts;
+    for (int64_t q = 0; q < work.parts; ++q, its += 4) {
+      RowSum<A> part;
+      part.max = its[0], part.sum = its[1], part.weighted = its[2], part.alone = its[3];
+      row.template merge<kSoft>(part);
+    }
+    finish_row<kSoft>(a, work, slice, s, i, row_target<false>(a, slice.first + i), row);
+  }
+}
+
+// The weights of units of one position.
+template <class T, class A, class Block>
 IWSGD_HD void loss_weights(const Block& block, const LossArguments<T, A>& a, const LossWork<A>& work, int lanes) {
   double* scratch = reinterpret_cast<double*>(block.shared());
   double* scale = scratch + kScratchBytes / 8 - 1;
@@ -395,8 +399,6 @@ IWSGD_HD void loss_weights(const Block& block, const LossArguments<T, A>& a, con
   for (int64_t at = block.index() * teams; at < work.units; at += block.blocks() * teams) {
     const int64_t i = at + block.thread() / lanes, unit = work.first_unit + i;
     const bool there = i < work.units;
-    if (there && work.parts > 1)  // each lane the rows whose log-likelihoods it weighs
-      for (int64_t s = lane; s < a.S; s += lanes) finish_parts<kSoft>(a, work, Slice<T, A>(a, work), s, i);
     const A bound = weigh_unit(block, static_cast<A>(a.alpha), static_cast<int>(a.S), lane, lanes, there,
                                [&](int s) { return a.log_p[s * units + unit]; }, [&](int s, A w) { a.weights[s * units + unit] = w; });
     if (there && lane == 0) loss += finish_unit(a, unit, bound, work.c[i], *scale);
@@ -407,7 +409,7 @@ IWSGD_HD void loss_weights(const Block& block, const LossArguments<T, A>& a, con
 }
 
 // The weights of examples whose positions share them; a block adds up one example after the other.
-template <bool kSoft, class T, class A, class Block>
+template <class T, class A, class Block>
 IWSGD_HD void loss_join(const Block& block, const LossArguments<T, A>& a, const LossWork<A>& work) {
   const Slice<T, A> slice(a, work);
   double* scratch = reinterpret_cast<double*>(block.shared());
@@ -417,11 +419,6 @@ IWSGD_HD void loss_join(const Block& block, const LossArguments<T, A>& a, const 
   double loss = 0;
   for (int64_t i = block.index(); i < work.units; i += block.blocks()) {
     const int64_t unit = work.first_unit + i, from = i * slice.each;
-    if (work.parts > 1) {
-      for (int64_t row = block.thread(); row < a.S * slice.each; row += block.threads())
-        finish_parts<kSoft>(a, work, slice, row / slice.each, from + row % slice.each);
-      block.sync();
-    }
     double c = 0, size = 0, counted = 0;  // size: the sum of |c|
     for (int64_t t = block.thread(); t < slice.each; t += block.threads()) {
       c += work.c[from + t];

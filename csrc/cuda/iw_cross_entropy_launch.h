@@ -141,7 +141,7 @@ struct SlicePlan {
   int parts;            // of a row: as many as it takes to keep all multiprocessors busy with a slice that the cache holds
   int64_t classes;      // of a part; the last may have fewer
   int weigh_lanes;      // of a unit's weights
-  int64_t row_blocks, unit_blocks;
+  int64_t row_blocks, part_blocks, unit_blocks;  // of the kernels of rows or their parts, of the one that joins parts, of those of units
 };
 
 inline int power_of_two_in(int64_t n) {  // the largest one that is not above n
@@ -322,6 +322,7 @@ inline SlicePlan slice_plan(const LossShape& shape, const DeviceLimits& device) 
   plan.weigh_lanes = std::min(32, power_of_two_in(plan.units * shape.S > 65536 ? 1 : shape.S));
   const int64_t rows = plan.units * shape.S * shape.positions;
   plan.row_blocks = std::min(divide_up(rows * plan.parts * plan.lanes, kPlainThreads), device.most_blocks);
+  plan.part_blocks = std::min(divide_up(rows, kPlainThreads), device.most_blocks);
   plan.unit_blocks = shape.positions == 1 ? divide_up(plan.units * plan.weigh_lanes, kPlainThreads) : plan.units;
   plan.unit_blocks = std::min(plan.unit_blocks, device.most_blocks);
   return plan;
@@ -365,8 +366,9 @@ void run_slices(const LossArguments<T, A>& a, LossWork<A> work, const SlicePlan&
     work.units = std::min(plan.units, a.units() - work.first_unit);
     work.losses = losses == nullptr ? nullptr : losses + slice * plan.unit_blocks;
     if (rows) launches.template statistics<kSoft>(a, work, plan);
-    if (a.per_position || a.positions_each == 1) launches.template weights<kSoft>(a, work, plan);
-    else launches.template join<kSoft>(a, work, plan);
+    if (rows && plan.parts > 1) launches.template parts<kSoft>(a, work, plan);
+    if (a.per_position || a.positions_each == 1) launches.weights(a, work, plan);
+    else launches.join(a, work, plan);
     if (rows && a.dlogits != nullptr) launches.template gradient<kSoft>(a, work, plan);
   }
 }

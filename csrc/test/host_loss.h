@@ -87,13 +87,15 @@ struct HostLaunches {
            [&](const HostBlock& block) { loss_statistics<kSoft>(block, a, work, plan.lanes); });
   }
   template <bool kSoft>
+  void parts(const Arguments& a, const Work& work, const SlicePlan& plan) const {
+    launch(plan.part_blocks, kPlainThreads, kScratchBytes, [&](const HostBlock& block) { loss_parts<kSoft>(block, a, work); });
+  }
   void weights(const Arguments& a, const Work& work, const SlicePlan& plan) const {
     launch(plan.unit_blocks, kPlainThreads, kScratchBytes,
-           [&](const HostBlock& block) { loss_weights<kSoft>(block, a, work, plan.weigh_lanes); });
+           [&](const HostBlock& block) { loss_weights(block, a, work, plan.weigh_lanes); });
   }
-  template <bool kSoft>
   void join(const Arguments& a, const Work& work, const SlicePlan& plan) const {
-    launch(plan.unit_blocks, kJoinThreads, kScratchBytes, [&](const HostBlock& block) { loss_join<kSoft>(block, a, work); });
+    launch(plan.unit_blocks, kJoinThreads, kScratchBytes, [&](const HostBlock& block) { loss_join(block, a, work); });
   }
   template <bool kSoft>
   void gradient(const Arguments& a, const Work& work, const SlicePlan& plan) const {
