@@ -33,9 +33,9 @@ struct Pair {
 // and near 1 its steps of 2^-24 are steps of more than 3e-4 in z. So the word is taken as signed: it gives d = u in the lower half and
 // d = u - 1 in the upper one, each with a full mantissa and never 0, and -ln u = -ln(1 + d) is as exact there as for small u.
 // The angle is split in integers, into the nearest quarter turn and what is left of it, of which 23 bits are kept: 2e-7 radians.
-// Polynomials, shared by the scalar form below, which GPUs run, and each vector form (gaussian_kernels.h): least relative error of
-// ln(1 + f) / f over [sqrt(1/2) - 1, sqrt(2) - 1], 1.8e-7; of sin(pi/2 h) / h, 5e-9, and least error of cos(pi/2 h), 4e-8, over
-// [-1/2, 1/2]. What comes out is within 2e-6 of the definition (3e-6 where the root is the short one of GPUs).
+// Polynomials, shared by the scalar form below and each vector form (gaussian_kernels.h): least relative error of ln(1 + f) / f over
+// [sqrt(1/2) - 1, sqrt(2) - 1], 1.8e-7; of sin(pi/2 h) / h, 5e-9, and least error of cos(pi/2 h), 4e-8, over [-1/2, 1/2]. What comes out is
+// within 2e-6 of the definition.
 constexpr float kLog0 = -1.9999999f, kLog1 = 1.0000073f, kLog2 = -0.6667012f, kLog3 = 0.49939817f;  // times -2
 constexpr float kLog4 = -0.3980033f, kLog5 = 0.3450166f, kLog6 = -0.32445166f, kLog7 = 0.20213794f;
 constexpr float kLn2 = -1.3862944f;  // times -2
@@ -62,22 +62,55 @@ IWSGD_HD float multiply_add(float a, float b, float c) {
   return a * b + c;
 #endif
 }
-IWSGD_HD float square_root(float x) {
+
+// NOTE [Normals of GPUs]
+// GPUs have instructions for what the polynomials compute, whose absolute errors are documented: 2^-22 of log2 (relative beyond [1/2, 2]),
+// 2^-20.5 of sine and cosine over [-pi, pi], 2^-23 of the root, relative. An error of the logarithm's counts over 2 z, so that u near 1 takes
+// a series; the others count as they are, times at most 6.8. What comes out is within 8e-6 of the definition.
 #if defined(__CUDA_ARCH__)
-  float root;  // one instruction, within 2^-23 of the root: that of <cmath> is ten, for the last bit
-  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));
-  return root;
-#else
-  return std::sqrt(x);
+struct GpuFunctions {
+  static __device__ float log2(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+  }
+  static __device__ float sine(float radians) {
+    float y;
+    asm("sin.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(radians));
+    return y;
+  }
+  static __device__ float cosine(float radians) {
+    float y;
+    asm("cos.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(radians));
+    return y;
+  }
+  static __device__ float root(float x) {
+    float y;
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+  }
+};
 #endif
-}
 
 // Two independent standard normal numbers of two words, computed in A.
 template <class A>
 IWSGD_HD Pair<A> normal_pair(uint32_t a, uint32_t b);
 
+// The same by functions of short instructions. Functions: GpuFunctions, or in tests others with its errors.
+template <class Functions>
+IWSGD_HD Pair<float> short_pair(uint32_t a, uint32_t b) {
+  const float d = static_cast<float>(static_cast<int32_t>(a)) * 0x1p-32f + 0x1p-33f, u = d < 0 ? d + 1.0f : d;
+  const float series = multiply_add(multiply_add(-2.0f / 3.0f, d, 1.0f), d, -2.0f) * d;  // -2 ln(1 + d), but for d^4 / 2
+  const float r = Functions::root(d < 0 && d > -0x1p-6f ? series : kLn2 * Functions::log2(u));
+  const float radians = static_cast<float>(static_cast<int32_t>(b)) * static_cast<float>(6.283185307179586 * 0x1p-32);
+  return {r * Functions::cosine(radians), r * Functions::sine(radians)};
+}
+
 template <>
 IWSGD_HD Pair<float> normal_pair<float>(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  return short_pair<GpuFunctions>(a, b);
+#else
   // -2 ln u = -2 e ln 2 - 2 ln(1 + f)
   const float d = static_cast<float>(static_cast<int32_t>(a)) * 0x1p-32f + 0x1p-33f;
   const bool upper = d < 0;
@@ -86,7 +119,7 @@ IWSGD_HD Pair<float> normal_pair<float>(uint32_t a, uint32_t b) {
   float f = as_float(static_cast<uint32_t>(bits - e * (1 << 23))) - 1.0f;
   if (upper && d > -0.25f) f = d;  // there e is 0
   const float log = ((((((kLog7 * f + kLog6) * f + kLog5) * f + kLog4) * f + kLog3) * f + kLog2) * f + kLog1) * f + kLog0;
-  const float r = square_root(multiply_add(log, f, static_cast<float>(e) * kLn2));
+  const float r = std::sqrt(log * f + static_cast<float>(e) * kLn2);
 
   const uint32_t turned = b + 0x20000000u;  // the nearest quarter turn in the upper two bits, the way from it (plus 1/2) in the others
   const float h = as_float((turned >> 7 & 0x7FFFFFu) | 0x3F800000u) - 1.5f, h2 = h * h;
@@ -96,6 +129,7 @@ IWSGD_HD Pair<float> normal_pair<float>(uint32_t a, uint32_t b) {
   const bool odd = static_cast<int32_t>(turned ^ next) < 0;
   const uint32_t cos_sign = next & 0x80000000u, sin_sign = turned & 0x80000000u;
   return {r * as_float(as_bits(odd ? s : c) ^ cos_sign), r * as_float(as_bits(odd ? c : s) ^ sin_sign)};
+#endif
 }
 
 template <>

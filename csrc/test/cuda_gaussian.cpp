@@ -1,5 +1,5 @@
 // The CUDA Gaussian kernels without CUDA: their bodies run thread by thread over the whole grid, every element compared with the rule of
-// gaussian.h. What it cannot see: the device's own conversions and square root, and the launch itself.
+// gaussian.h. What it cannot see: the device's own conversions and functions (gaussian.cpp has their errors), and the launch itself.
 #include "../cuda/gaussian_kernels.cuh"
 
 #include <cmath>

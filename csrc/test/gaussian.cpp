@@ -14,7 +14,7 @@
 
 using namespace iwsgd;
 
-constexpr double kTolerance = 2e-6;  // of float32; between backends 5e-5 are allowed
+constexpr double kTolerance = 2e-6, kShortTolerance = 8e-6;  // of float32, and of GPUs; between backends 5e-5 are allowed
 
 // Words where the rule changes its way, or where a short formula would give an infinity, 0 or a coarse step.
 std::vector<uint32_t> edges() {
@@ -58,6 +58,40 @@ void rule() {
   near(normal_pair<float>(0x80000000u, 0xC0000000u).second, -r, "hand", 0x80000000u, 0xC0000000u);
   CHECK(normal_pair<float>(0, 0).first > 6.76f && normal_pair<float>(0, 0).first < 6.77f, "the largest: ", normal_pair<float>(0, 0).first);
   CHECK(normal_pair<float>(0xFFFFFFFFu, 0).first > 0, "the smallest is not 0");
+}
+
+// A GPU's functions at the edge of their documented errors, each to the side that `sides` says.
+struct Inexact {
+  static inline int sides = 0;
+  static float off(double x, double error, int which) { return static_cast<float>(x + (sides >> which & 1 ? error : -error)); }
+  static float log2(float x) {
+    const double y = std::log2(static_cast<double>(x));
+    return off(y, 0x1p-22 * std::max(1.0, std::abs(y)), 0);
+  }
+  static float sine(float x) { return off(std::sin(static_cast<double>(x)), std::exp2(-20.5), 1); }
+  static float cosine(float x) { return off(std::cos(static_cast<double>(x)), std::exp2(-20.5), 2); }
+  static float root(float x) {
+    const double y = std::sqrt(static_cast<double>(x));
+    return off(y, 0x1p-23 * y, 3);
+  }
+};
+
+// What GPUs compute.
+void short_rule() {
+  const auto pair = [](uint32_t a, uint32_t b) {
+    const Pair<double> want = normal_pair<double>(a, b);
+    const Pair<float> got = short_pair<Inexact>(a, b);
+    CHECK(std::abs(got.first - want.first) <= kShortTolerance && std::abs(got.second - want.second) <= kShortTolerance, "short: words ", a, ' ', b,
+          ": ", got.first, ' ', got.second, ", not ", want.first, ' ', want.second);
+    CHECK(std::abs(got.first) < 6.77f && std::abs(got.second) < 6.77f && got.first * got.first + got.second * got.second > 0, a, ' ', b);
+  };
+  const std::vector<uint32_t> words = edges();
+  for (Inexact::sides = 0; Inexact::sides < 16; ++Inexact::sides) {
+    for (std::size_t i = 0; i < words.size(); ++i) pair(words[i], words[(i * 7919) % words.size()]), pair(~words[i], words[(i * 104729) % words.size()]);
+    test::Random random;
+    for (int trial = 0; trial < 100000; ++trial) pair(random.word() >> random.below(32), random.word());
+    for (int trial = 0; trial < 100000; ++trial) pair(~(random.word() >> random.below(32)), random.word());
+  }
 }
 
 // One instruction set's forms, under one type.
@@ -130,6 +164,7 @@ void forms(const Forms& forms) {
 
 int main() {
   rule();
+  short_rule();
   forms(FORMS(baseline));
 #if defined(IWSGD_X86)
   if (machine_isa() >= Isa::avx2) forms(FORMS(avx2));
