@@ -128,15 +128,17 @@ def elements_of_an_access(kernel) -> int:
 
 
 def split_stores(kernel) -> list[str]:
-    """Base registers from which one block stores 4, 8, ... words side by side; structs of other sizes are not accesses cut up."""
+    """Base registers from which one block stores 4, 8, ... words side by side; structs of other sizes are not accesses cut up, and neither
+    are elements that are stored each under its own condition.
+    """
     found = set()
     for block in kernel.blocks:
-        offsets: dict[str, set[int]] = {}
+        offsets: dict[tuple[str, str], set[int]] = {}
         for i in block.instructions:
             if i.access and i.access.way == "store" and i.access.bytes == 4:
                 base, offset = sass_report.place(i)
-                offsets.setdefault(base, set()).add(offset)
-        for base, at in offsets.items():
+                offsets.setdefault((i.predicate, base), set()).add(offset)
+        for (_, base), at in offsets.items():
             for first in (o for o in at if o - 4 not in at):
                 length = next(n for n in itertools.count(1) if first + 4 * n not in at)
                 found |= {base} if length % 4 == 0 else set()

@@ -363,8 +363,10 @@ IWSGD_HD void loss_statistics(const Block& block, const LossArguments<T, A>& a, 
     if (work.parts == 1) {
       finish_row<kSoft>(a, work, slice, s, i, target, row);
     } else {
-      A* its = work.part_sums + 4 * q;
-      its[0] = row.max, its[1] = row.sum, its[2] = row.weighted, its[3] = row.alone;
+      const A its[] = {row.max, row.sum, row.weighted, row.alone};
+      IWSGD_UNROLL
+      for (int k = 0; k < 4; k += kVector<A>)
+        store<A, kVector<A>>(work.part_sums + 4 * q + k, gathered<A, kVector<A>>([&](int j) { return its[k + j]; }));
     }
   }
 }

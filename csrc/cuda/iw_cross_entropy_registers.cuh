@@ -122,18 +122,20 @@ IWSGD_HD void loss_registers(const Block& block, const LossArguments<T, float>& 
   // Calls whole(k, first) for the accesses of a lane in a row, and some(k, first) for those that reach beyond its ends: of classes from
   // first on, which may be negative, or all beyond C. from: where the lane's first access would be if the row began with one.
   const auto for_accesses = [&](const TeamPlace& at, const T* from, const auto& whole, const auto& some) {
-    const int step = fills_warp(V * sizeof(T), K) ? kWarpLanes : fresh_register(apart);  // lest K multiples of it are kept
-    const int first = kShifted ? at.sub * V - static_cast<int>(reinterpret_cast<uintptr_t>(from) % 16 / sizeof(T)) : 0;
-    IWSGD_UNROLL
-    for (int k = 0; k < K; ++k) {
-      if constexpr (kShifted) {
+    if constexpr (kShifted) {
+      const int first = at.sub * V - static_cast<int>(reinterpret_cast<uintptr_t>(from) % 16 / sizeof(T));
+      IWSGD_UNROLL
+      for (int k = 0; k < K; ++k) {
         const int c = first + k * kWarpLanes * V;
         if (k > 0 && k * kWarpLanes >= accesses) break;
         if (c >= 0 && c <= C - V) whole(k, c);
         else some(k, c);
-      } else {
-        if (accesses - at.sub > k * step) whole(k, k * step * V);
       }
+    } else {
+      const int step = fills_warp(V * sizeof(T), K) ? kWarpLanes : fresh_register(apart);  // lest K multiples of it are kept
+      IWSGD_UNROLL
+      for (int k = 0; k < K; ++k)
+        if (accesses - at.sub > k * step) whole(k, k * step * V);
     }
   };
   const auto read = [&](int r, const TeamPlace& at, const T* from) {
