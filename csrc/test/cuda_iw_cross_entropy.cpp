@@ -57,7 +57,7 @@ void clusters() {
         k.device = {2, 1 << 20, 1 << 21, 3000};
         k.device.most_ranks = ranks, k.device.registers = 0;
         // What just holds the rows in that many blocks, so that no fewer are taken.
-        const LossShape shape{k.S, k.B, C, 1, 2, 4, true, true, true, soft, C % 8 == 0 ? 16 : 2};
+        const LossShape shape{k.S, k.B, C, 1, 2, 4, true, true, true, soft, C % 8 == 0 ? 16 : 2, false};
         k.device.shared_per_block = cluster_with(shape, ranks).shared_bytes;
         k.device.shared_per_multiprocessor = 2 * (k.device.shared_per_block + 1024);
         if (soft) k.smoothing = 0.1, k.class_weight = true, k.in_place = true;
