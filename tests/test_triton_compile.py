@@ -76,11 +76,11 @@ def test_every_kernel(arch):
 
 
 # Of sm_90 and bfloat16: instructions of the main loop of every warp that a tile has, for this much work, and bytes that a thread asks for
-# before it waits. In the comments: before the kernels were written for them, and now, by Triton 3.6 to 3.9.
+# before it waits. In the comments: before the kernels were written for them, and now, by Triton 3.6 to 3.8.
 COUNTS = {
     # (kernel, case): (work: samples under way of 8 warps, or units of a tile; most instructions for one; least bytes)
-    ("noise_bwd_kernel", "elements-bf16"): (8 * 4, 110, 48),  # 117, 16; now 89 to 93, 64, and by 3.9 105, 48
-    ("noise_fwd_kernel", "elements-expanded"): (8 * 4, 115, 48),  # 125, 16; now 104, 64, and by 3.9 107, 48
+    ("noise_bwd_kernel", "elements-bf16"): (8 * 4, 100, 64),  # 117, 16; now 89 to 93, 64
+    ("noise_fwd_kernel", "elements-expanded"): (8 * 4, 110, 64),  # 125, 16; now 104, 64
     ("noise_fwd_kernel", "elements-bf16"): (8 * 1, 90, 16),  # 94; now 86. Its stores need not be waited for
     ("noise_bwd_kernel", "rows"): (8 * 4, 90, 48),  # 104, 16; now 71, 48
     ("gaussian_bwd_kernel", "gaussian-bf16"): (8 * 4, 170, 32),  # 182, 16; now 162, 32
@@ -91,14 +91,22 @@ COUNTS = {
 }
 
 
+# Where Triton 3.9 takes more instructions, or has fewer bytes under way: now 105, 48 and 107, 48.
+COUNTS_3_9 = {
+    ("noise_bwd_kernel", "elements-bf16"): (8 * 4, 110, 48),
+    ("noise_fwd_kernel", "elements-expanded"): (8 * 4, 115, 48),
+}
+
+
 @pytest.mark.parametrize("case", sorted({case for _, case in COUNTS}))
 def test_machine_code(case):
     """Reads under way and instructions, as the machine code has them: what the kernels' speed is expected from."""
     version = importlib.metadata.version("triton")
-    if tuple(map(int, version.split(".")[:2])) > (3, 9):
+    release = tuple(map(int, version.split(".")[:2]))
+    if release > (3, 9):
         pytest.skip(f"counted with Triton 3.6 to 3.9, and this is {version}: count anew, python tools/triton_report.py")
     of_case = {(k.name, k.case): k for k in compiled(90, case)}
-    for key, (work, most, least) in COUNTS.items():
+    for key, (work, most, least) in (COUNTS | (COUNTS_3_9 if release == (3, 9) else {})).items():
         if key[1] == case:
             k = of_case[key]
             assert 0 < k.loop * k.warps / work <= most, k

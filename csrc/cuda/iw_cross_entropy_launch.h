@@ -183,14 +183,14 @@ inline RegisterPlan register_plan(const LossShape& shape, const DeviceLimits& de
   const auto take = [&](const RegisterForm& form) {
     if (plan.rows == 0 && accesses <= form.accesses * kWarpLanes) plan.accesses = form.accesses, plan.rows = form.rows;
   };
-  const auto take_one = [&](const auto& forms) {
+  const auto choose_of = [&](const auto& forms) {
     plan.access = static_cast<int>(bytes / shape.element_bytes);
     accesses = plan.shifted ? (shape.C + plan.access - 2) / plan.access + 1 : divide_up(shape.C, plan.access);
     std::for_each(std::begin(forms), std::end(forms), take);
   };
-  if (bytes == 16) take_one(kWideForms);
-  else take_one(kNarrowForms);
-  if (plan.rows == 0 && bytes != 16 && shape.alike) bytes = 16, plan.shifted = true, take_one(kShiftedForms);
+  if (bytes == 16) choose_of(kWideForms);
+  else choose_of(kNarrowForms);
+  if (plan.rows == 0 && bytes != 16 && shape.alike) bytes = 16, plan.shifted = true, choose_of(kShiftedForms);
   if (plan.rows == 0 || divide_up(shape.S, plan.rows) > kTeamWarps) return plan;
   plan.use = divide_up(shape.S, plan.rows) * kWarpLanes * kTeamRegisters <= device.registers;
   plan.warps = static_cast<int>(divide_up(shape.S, plan.rows));

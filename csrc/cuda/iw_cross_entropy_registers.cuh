@@ -16,7 +16,7 @@ namespace iwsgd {
 struct alignas(16) RowSlot {
   float max;
   float factor;  // gradient = factor exp(z - max), but for the label; before the likelihood the sum, before the weights c / sum
-  float own;     // the label's gradient; before the weights that of c log p
+  float own;     // the label's gradient; before the weights c (p - 1), of its probability p
   int label;     // -1: the gradient is 0
 };
 

@@ -77,15 +77,15 @@ void clusters() {
 // Units held in registers: each form with rows that fill it and that do not, of one or several warps; several units of few samples in a
 // team; the last team's missing units; fewer blocks than teams.
 void registers() {
-  for (const int64_t C : {1, 2, 6, 8, 10, 30, 64, 100, 129, 250, 256, 511, 512, 513, 1000, 1001, 1024, 2045, 2048, 4087, 4096})
+  for (const int64_t C : {1, 2, 6, 8, 10, 30, 64, 100, 129, 250, 256, 511, 512, 513, 1000, 1001, 1024, 2045, 2047, 2048, 4087, 4096})
     for (const int64_t S : {1, 2, 3, 4, 5, 8, 9, 20}) {
       if (S * C > 9000 || (kFewCases && (S % 3 != 2 || C % 10 > 1))) continue;
       Case k{S, S * C > 1000 ? 3 : 37, C, 1};
-      k.resident_blocks = 1;
+      k.resident_blocks = S % 2 == 1 ? 1 : 3;
       const int before = counts.registers;
       run<bf16>(k);
       CHECK(counts.registers > before, k, "not in registers");
-      k.resident_blocks = 3;
+      k.resident_blocks = 4 - k.resident_blocks;
       k.reduction = S % 2 == 1 ? Reduction::sum : Reduction::none, k.class_weight = k.example_weight = true, k.alpha = 0.5, k.in_place = true;
       run<fp16>(k);
       if (C <= 2048) run<float>(k);
