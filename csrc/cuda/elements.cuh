@@ -35,6 +35,17 @@ IWSGD_HD X fresh_register(X x) {
   return x;
 }
 
+// 1 / x of numbers that are normal, as far as their reciprocals are, within a unit of the last place.
+IWSGD_HD float fast_reciprocal(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1.f / x;
+#endif
+}
+
 template <class T>
 constexpr int kVector = 16 / sizeof(T);  // elements of one 16-byte access
 

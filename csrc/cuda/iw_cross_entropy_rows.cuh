@@ -29,17 +29,6 @@ IWSGD_HD float exponential(float x) {
 }
 IWSGD_HD double exponential(double x) { return exp(x); }
 
-// 1 / x of numbers that are normal, as far as their reciprocals are, within a unit of the last place.
-IWSGD_HD float fast_reciprocal(float x) {
-#if defined(__CUDA_ARCH__)
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#else
-  return 1.f / x;
-#endif
-}
-
 IWSGD_HD float larger(float x, float y) { return fmaxf(x, y); }  // NaN does not count: it comes in through the sum
 IWSGD_HD double larger(double x, double y) { return fmax(x, y); }
 

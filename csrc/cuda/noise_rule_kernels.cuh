@@ -16,11 +16,8 @@ template <class A>
 IWSGD_HD A kept_factor(A scale, int32_t threshold) {
   const A d = A(std::max(int32_t(kFieldRange) - threshold, 1));
 #if defined(__CUDA_ARCH__)
-  if constexpr (std::is_same_v<A, float>) {
-    float reciprocal;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(d));
-    return refined(reciprocal, d) * (scale * float(kFieldRange));  // a power of two: the same as in the other order
-  }
+  if constexpr (std::is_same_v<A, float>)  // a power of two: the same as in the other order
+    return refined(fast_reciprocal(d), d) * (scale * float(kFieldRange));
 #endif
   return scale * (A(kFieldRange) / d);
 }
