@@ -287,6 +287,15 @@ def test_d(): pass
     assert "test_c" not in (tmp_path / "cases").read_text()
 
 
+def test_many_long_failures_are_all_named():
+    """The processes of a stage write their cases in any order, so that what is cut must not be a case's name."""
+    found = gpu.Cases(failed=[(f"exercise: case {i}", "AssertionError: " + "far apart " * 50) for i in range(40)])
+    lines = found.lines(characters=2000)
+    assert sum(map(len, lines[:30])) <= 2000 and lines[30] == "- and 10 more failures, in cases.jsonl"
+    assert all(line.startswith(f"- exercise: case {i}: Assertion") for i, line in enumerate(lines[:30]))
+    assert len(gpu.Cases(failed=found.failed[:1]).lines()[0]) == 350
+
+
 def test_without_a_gpu(tmp_path):
     """A message that says so, and an exit code of its own."""
     command = [sys.executable, str(TOOLS / "gpu.py"), "--out", str(tmp_path / "out")]

@@ -283,9 +283,13 @@ class Cases:
     def __str__(self) -> str:
         return f"{self.passed} passed, {len(self.failed)} failed, {sum(self.skipped.values())} skipped"
 
-    def lines(self, most: int = 30) -> list[str]:
-        """The failures, what had begun and did not end, and why cases were skipped: in one line for each reason."""
-        lines = [f"- {name}: {' '.join(message.split())[:300]}" for name, message in self.failed[:most]]
+    def lines(self, most: int = 30, characters: int = 1 << 20) -> list[str]:
+        """The failures, what had begun and did not end, and why cases were skipped: in one line for each reason.
+
+        The failures share so many characters, so that many long ones still name the cases of every process.
+        """
+        share = min(350, characters // max(1, min(len(self.failed), most)))
+        lines = [f"- {name}: {' '.join(message.split())}"[:share] for name, message in self.failed[:most]]
         lines += [f"- and {len(self.failed) - most} more failures, in cases.jsonl"] * (len(self.failed) > most)
         lines += [f"- began and did not end: {name}" for name in self.unfinished[:most]]
         reasons = sorted(self.skipped.items(), key=lambda item: -item[1])[:4]
@@ -340,7 +344,7 @@ def report(session: Session, most: int = 1 << 20) -> tuple[str, list[str]]:
             lines += ["", "the end of its log:", *r.log]
         if lines:
             sections.append(_cut("\n".join([f"## {r.name}{' failed' if r.status == 'failed' else ''}", "```", *lines]), most) + "\n```")
-    failed = read_cases(session.out / "cases.jsonl").lines()
+    failed = read_cases(session.out / "cases.jsonl").lines(characters=most * 3 // 4)
     if failed:
         sections.append(_cut("\n".join(["## Cases that failed", *failed]), most))
     return head, sections
