@@ -1,14 +1,17 @@
 """Importance weighted SGD for PyTorch: S noise samples per training example, through fused kernels."""
 
-from . import backend, functional, plots
-from .attention import IWMultiheadAttention, scaled_dot_product_attention
-from .audit import Audit, audit
+from . import backend, functional
 from .backend import backend_info, set_backend
-from .checkpoint import checkpoint, checkpoint_contexts
-from .convert import convert, revert
-from .diagnostics import StatsLogger
-from .drop_connect import IWDropConnect
-from .dropout import (
+from .conversion.audit import Audit, audit
+from .conversion.convert import convert, revert
+from .evaluation import plots
+from .evaluation.bound_curve import BoundCurve, bound_curve
+from .evaluation.predict import log_predictive, predict
+from .layers.attention import IWMultiheadAttention, scaled_dot_product_attention
+from .layers.checkpoint import checkpoint, checkpoint_contexts
+from .layers.context import sampling
+from .layers.drop_connect import IWDropConnect
+from .layers.dropout import (
     IWAdaptiveDropout,
     IWAlphaDropout,
     IWDropout,
@@ -18,16 +21,15 @@ from .dropout import (
     IWDropPath,
     IWFeatureAlphaDropout,
 )
-from .evaluation import BoundCurve, bound_curve, log_predictive, predict
-from .gaussian import IWGaussianDropout, IWGaussianNoise
-from .iw_cross_entropy import iw_cross_entropy
-from .iw_cross_entropy_loss import IWCrossEntropyLoss
-from .likelihood import IWLoss, iw_logmeanexp
-from .multinomial import IWMultinomialDropout
-from .recurrent import IWGRU, IWLSTM, IWRNN
-from .sampling import sampling
+from .layers.gaussian import IWGaussianDropout, IWGaussianNoise
+from .layers.multinomial import IWMultinomialDropout
+from .layers.recurrent import IWGRU, IWLSTM, IWRNN
+from .ops.iw_cross_entropy import iw_cross_entropy
 from .stats import IWStats, IWSummary
-from .strategies import backward
+from .training.likelihood import IWLoss, iw_logmeanexp
+from .training.logger import StatsLogger
+from .training.loss import IWCrossEntropyLoss
+from .training.strategies import backward
 
 __version__ = "0.1.0"
 

@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference, transforms
+from . import reference
+from .ops import transforms
 
+PACKAGE = __package__  # this one, whatever it is vendored as
 NAMES = ("reference", "cpu", "cuda", "triton")
 NAMESPACES = ("iwsgd_ext", "iwsgd_triton")  # of torch.ops: the compiled forms, by the tensor's device; Triton's, on any device
 GRAPHS = "iwsgd_graph"  # NOTE [Exported graphs]
@@ -206,7 +208,7 @@ def _load_triton() -> bool:
         )
         return False
     for name in ("gaussian", "iw_cross_entropy", "multinomial", "noise"):
-        _triton_ops.update(importlib.import_module(f".triton.{name}", __package__).OPS)
+        _triton_ops.update(importlib.import_module(f"{PACKAGE}.ops.triton.{name}").OPS)
     return True
 
 

@@ -1,7 +1,8 @@
 """Checks of what users give, each written once: a ValueError or TypeError that names the argument, what was expected and what came."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 import torch
@@ -219,3 +220,14 @@ def check_inplace(logits: Tensor) -> None:
     check(not expanded, "inplace", "logits with memory for each element", f"an expanded tensor, strides {logits.stride()}")
     mergeable = logits.dim() <= 3 or all(logits.stride(d) == logits.stride(d + 1) * logits.shape[d + 1] for d in range(2, logits.dim() - 1))
     check(mergeable, "inplace", "logits whose position dimensions are adjacent in memory", f"strides {logits.stride()}")
+
+
+def as_arguments(value: Any) -> tuple[tuple, dict]:
+    """What a user gave as one thing, as arguments of a call: a tuple or list by position, a mapping by name, anything else alone.
+
+    (A named tuple is one thing: torch's PackedSequence is.)
+    """
+    if isinstance(value, Mapping):
+        return (), dict(value)
+    several = isinstance(value, tuple | list) and not hasattr(value, "_fields")
+    return (tuple(value), {}) if several else ((value,), {})

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .attention import attend, check_attention
 from .checks import (
     as_int,
     as_part,
@@ -18,10 +17,11 @@ from .checks import (
     check_rate,
     check_std,
 )
-from .drop_connect import check_linear, product
-from .gaussian import gaussian, gaussian_std
-from .multinomial import multinomial_noise, one_example
-from .noise import Law, Rows, Unit, alpha_law, dropout_law, make_origin, noise
+from .layers.attention import attend, check_attention
+from .layers.drop_connect import check_linear, product
+from .ops.gaussian import gaussian, gaussian_std
+from .ops.multinomial import multinomial_noise, one_example
+from .ops.noise import Law, Rows, Unit, alpha_law, dropout_law, make_origin, noise
 
 _ARGS = """
     Args:

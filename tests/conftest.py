@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import iwsgd_ext as iw
-from iwsgd_ext.sampling import current
+from iwsgd_ext.layers.context import current
 
 ONLY = os.environ.get("IWSGD_TEST_DEVICE")  # tools/gpu.py asks for the cases of one device
 DEVICES = [d for d in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])) if ONLY in (None, d)]

@@ -3,10 +3,10 @@
 import contextlib
 import math
 
-import naive_layers
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import naive_layers
 
 import iwsgd_ext as iw
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import iwsgd_ext as iw
-from iwsgd_ext.sampling import current
+from iwsgd_ext.layers.context import current
 
 B, S = 5, 3
 

@@ -3,9 +3,9 @@
 import copy
 import pickle
 
-import naive
 import pytest
 import torch
+from oracle import naive
 from torch import nn
 
 import iwsgd_ext as iw

@@ -4,15 +4,15 @@ import builtins
 import itertools
 import math
 
-import naive
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import naive
 from test_evaluation import SEED, B, C, Net, data, naive_logits
 from torch import nn
 
 import iwsgd_ext as iw
-from iwsgd_ext.subsets import subset_means
+from iwsgd_ext.evaluation.subsets import subset_means
 
 
 def brute_force(l: torch.Tensor, alpha: float) -> torch.Tensor:

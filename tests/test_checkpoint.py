@@ -6,15 +6,15 @@ import gc
 import threading
 import warnings
 
-import naive
 import pytest
 import torch
+from oracle import naive
 from torch import nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import iwsgd_ext as iw
-from iwsgd_ext.sampling import current
+from iwsgd_ext.layers.context import current
 
 S, B, F = 3, 5, 63
 

@@ -5,9 +5,9 @@ import threading
 import warnings
 from contextlib import nullcontext
 
-import naive
 import pytest
 import torch
+from oracle import naive
 from test_checkpoint import LAYERS, OURS, PLAIN, B, F, Gate, S, Stack, assert_equal, backward, data, direct
 from torch import nn
 

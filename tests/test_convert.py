@@ -4,14 +4,14 @@ import random
 import sys
 from contextlib import nullcontext
 
-import naive
 import numpy as np
 import pytest
 import torch
+from oracle import naive
 from torch import nn
 
 import iwsgd_ext as iw
-from iwsgd_ext.sampling import current
+from iwsgd_ext.layers.context import current
 
 B, S = 5, 3
 EXPAND = pytest.mark.parametrize("expand", ["axis", "first", "input"])

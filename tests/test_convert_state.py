@@ -4,9 +4,9 @@ import copy
 import io
 import pickle
 
-import naive
 import pytest
 import torch
+from oracle import naive
 from test_convert import B, S, mlp
 from torch import nn
 

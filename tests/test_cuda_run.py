@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from naive_loss import naive_loss
+from oracle.naive_loss import naive_loss
 
 import iwsgd_ext as iw
 from iwsgd_ext import functional

@@ -8,10 +8,10 @@ import pickle
 
 import pytest
 import torch
-from naive_loss import naive_loss
+from oracle.naive_loss import naive_loss
 
 import iwsgd_ext as iw
-from iwsgd_ext.sampling import current
+from iwsgd_ext.layers.context import current
 
 S, B, C = 5, 12, 7
 NAMES = iw.IWSummary._fields

@@ -3,10 +3,9 @@
 import copy
 import io
 
-import naive
-import naive_layers
 import pytest
 import torch
+from oracle import naive, naive_layers
 from test_attention import B, S, after_noise, assert_same, leaves
 from torch import nn
 

@@ -3,10 +3,10 @@
 import warnings
 from fractions import Fraction
 
-import naive
 import numpy as np
 import pytest
 import torch
+from oracle import naive
 from torch import nn
 
 import iwsgd_ext as iw

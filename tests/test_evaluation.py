@@ -2,9 +2,9 @@
 
 import math
 
-import naive
 import pytest
 import torch
+from oracle import naive
 from torch import nn
 
 import iwsgd_ext as iw

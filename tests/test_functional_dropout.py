@@ -5,16 +5,16 @@ import functools
 import pickle
 import warnings
 
-import naive
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import naive
 from torch import nn
 from torch.overrides import _get_current_function_mode
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import iwsgd_ext as iw
-from iwsgd_ext.sampling import current
+from iwsgd_ext.layers.context import current
 
 SEED, B, S = 3, 5, 3
 

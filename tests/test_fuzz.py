@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from naive_loss import assert_equals_naive, result_of
+from oracle.naive_loss import assert_equals_naive, result_of
 
 import iwsgd_ext as iw
 

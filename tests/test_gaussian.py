@@ -6,16 +6,16 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import naive
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from oracle import naive
 
 import iwsgd_ext as iw
 from iwsgd_ext import functional as F
-from iwsgd_ext.gaussian import gaussian
-from iwsgd_ext.noise import make_origin
+from iwsgd_ext.ops.gaussian import gaussian
+from iwsgd_ext.ops.noise import make_origin
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 FORMS = {"multiply": F.gaussian_dropout, "add": F.gaussian_noise}

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from naive_loss import assert_equals_naive, naive_loss, result_of
+from oracle.naive_loss import assert_equals_naive, naive_loss, result_of
 
 import iwsgd_ext as iw
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from naive_loss import assert_equals_naive, naive_loss, result_of
+from oracle.naive_loss import assert_equals_naive, naive_loss, result_of
 
 import iwsgd_ext as iw
 

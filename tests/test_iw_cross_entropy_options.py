@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from naive_loss import assert_equals_naive, result_of
+from oracle.naive_loss import assert_equals_naive, result_of
 from torch.utils._pytree import tree_leaves
 
 import iwsgd_ext as iw

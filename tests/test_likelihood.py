@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from naive_loss import bound_of, weights_of
+from oracle.naive_loss import bound_of, weights_of
 from torch import nn
 
 import iwsgd_ext as iw

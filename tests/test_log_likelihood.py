@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from naive_loss import bound_of, naive_loss
+from oracle.naive_loss import bound_of, naive_loss
 from torch import nn
 
 import iwsgd_ext as iw

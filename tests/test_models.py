@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from equal_to_loop import assert_equal_to_loop
+from oracle.equal_to_loop import assert_equal_to_loop
 from torch import nn
 
 import iwsgd_ext as iw

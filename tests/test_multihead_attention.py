@@ -4,9 +4,9 @@ import copy
 import io
 import math
 
-import naive_layers
 import pytest
 import torch
+from oracle import naive_layers
 from test_attention import ADDRESS, B, D, S, T, U, after_noise, assert_same, leaves
 from torch import nn
 

@@ -6,15 +6,15 @@ Statistical bounds are six standard deviations: 2e-9 a comparison, less than 1e-
 import itertools
 from functools import partial
 
-import naive
 import numpy as np
 import pytest
 import torch
+from oracle import naive
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import iwsgd_ext as iw
 from iwsgd_ext import functional as F
-from iwsgd_ext.multinomial import bounds_of, uniform_bounds
+from iwsgd_ext.ops.multinomial import bounds_of, uniform_bounds
 
 WORD = 2**32
 SIGMAS = 6

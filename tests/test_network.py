@@ -1,8 +1,8 @@
 """Whole networks against a loop in float64: every sample of every example alone, with the masks of naive.py."""
 
-import naive
 import pytest
 import torch
+from oracle import naive
 from torch import Tensor, nn
 
 import iwsgd_ext as iw

@@ -6,11 +6,11 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import naive
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from oracle import naive
 
 import iwsgd_ext as iw
 from iwsgd_ext import functional as F

@@ -2,9 +2,9 @@
 
 from functools import partial
 
-import naive
 import pytest
 import torch
+from oracle import naive
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from iwsgd_ext import functional as F

@@ -2,10 +2,10 @@
 
 import math
 
-import naive
 import numpy as np
 import pytest
 import torch
+from oracle import naive
 
 import iwsgd_ext as iw
 from iwsgd_ext import functional as F

@@ -1,11 +1,11 @@
 """The generator on every code path: Random123's known answers, and each instruction set's keep bits against naive.py."""
 
-import naive
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from oracle import naive
 
 from iwsgd_ext import reference
 

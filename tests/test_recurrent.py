@@ -3,15 +3,15 @@
 import copy
 import io
 
-import naive_layers
 import pytest
 import torch
+from oracle import naive_layers
 from test_attention import ADDRESS, B, S, after_noise, assert_same, leaves
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import iwsgd_ext as iw
-from iwsgd_ext.noise import dropout_law, make_origin, noise
+from iwsgd_ext.ops.noise import dropout_law, make_origin, noise
 
 T, F, H = 5, 3, 4
 PAIRS = [(iw.IWLSTM, nn.LSTM), (iw.IWGRU, nn.GRU), (iw.IWRNN, nn.RNN)]

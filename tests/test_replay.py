@@ -3,13 +3,13 @@
 import copy
 import threading
 
-import naive
 import pytest
 import torch
+from oracle import naive
 from torch import nn
 
 import iwsgd_ext as iw
-from iwsgd_ext.sampling import current
+from iwsgd_ext.layers.context import current
 
 S, B = 3, 5
 

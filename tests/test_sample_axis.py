@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from equal_to_loop import SEED, S, assert_equal_to_loop, assert_is_loop
+from oracle.equal_to_loop import SEED, S, assert_equal_to_loop, assert_is_loop
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import iwsgd_ext as iw
-from iwsgd_ext.sampling import current
+from iwsgd_ext.layers.context import current
 
 B, T, W = 5, 6, 8
 X, OTHER, TOKENS = (torch.randn(*shape, dtype=torch.float64) for shape in ((B, 6), (B, 6), (B, T, 6)))

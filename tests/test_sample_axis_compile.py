@@ -9,7 +9,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import iwsgd_ext as iw
-from iwsgd_ext.multinomial import uniform_bounds
+from iwsgd_ext.ops.multinomial import uniform_bounds
 
 B, S = 5, 3
 

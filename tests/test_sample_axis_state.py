@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from equal_to_loop import S, assert_is_loop
+from oracle.equal_to_loop import S, assert_is_loop
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -26,7 +26,7 @@ def sources(folder: Path) -> Path:
     """A small package of the same form: one empty file for the operators, one for the module."""
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CMakeLists.txt"):
         shutil.copy(ROOT / name, folder / name)
-    for name in ("csrc/cpu/ops.cpp", "csrc/python/info.cpp", "iwsgd_ext/__init__.py", "iwsgd_ext/triton/__init__.py"):
+    for name in ("csrc/cpu/ops.cpp", "csrc/python/info.cpp", "iwsgd_ext/__init__.py", "iwsgd_ext/ops/triton/__init__.py"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
     return folder

@@ -2,16 +2,16 @@
 
 import math
 
-import naive
 import pytest
 import torch
 import torch.nn.functional as F
-from naive_loss import naive_loss
+from oracle import naive
+from oracle.naive_loss import naive_loss
 from test_network import SEED, B, ConvNet, Mlp, assert_as_naive, batch, naive_noise_of, naive_step
 from torch import nn
 
 import iwsgd_ext as iw
-from iwsgd_ext.sampling import current
+from iwsgd_ext.layers.context import current
 
 S = 7
 WAYS = {

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import iwsgd_ext as iw
-from iwsgd_ext.sampling import current
+from iwsgd_ext.layers.context import current
 
 B = 5
 MODEL = iw.convert(nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3)), 2, expand="first")

@@ -3,15 +3,15 @@
 import itertools
 import math
 
-import naive
 import pytest
 import torch
+from oracle import naive
 from test_network import SEED, B, ConvNet, Mlp, assert_as_naive, batch, naive_noise_of, naive_step
 from torch import nn
 
 import iwsgd_ext as iw
 from bench.strategies import memory, network
-from iwsgd_ext.strategies import _Step
+from iwsgd_ext.training.strategies import _Step
 
 LAST_STREAM = 2**32 - 1
 

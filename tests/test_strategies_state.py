@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from naive import naive_keep, naive_loss
+from oracle.naive import naive_keep, naive_loss
 from test_network import SEED, B
 from torch import nn
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 
 import iwsgd_ext as iw
-from iwsgd_ext.transforms import SAME_NOISE
+from iwsgd_ext.ops.transforms import SAME_NOISE
 
 B, S = 4, 3
 X = torch.randn(B, 6, dtype=torch.float64)

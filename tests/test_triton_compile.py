@@ -70,7 +70,7 @@ def test_some_kernels(only):
 def test_every_kernel(arch):
     kernels = compiled(arch)
     check(kernels)
-    lines = [line for path in (ROOT / "iwsgd_ext" / "triton").glob("*.py") for line in path.read_text().splitlines()]
+    lines = [line for path in (ROOT / "iwsgd_ext" / "ops" / "triton").glob("*.py") for line in path.read_text().splitlines()]
     defined = {line[4:].split("(")[0] for line in lines if line.startswith("def ") and "_kernel(" in line}
     assert {k.name for k in kernels} == defined, "every kernel has a case"
 

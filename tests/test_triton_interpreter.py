@@ -7,11 +7,11 @@ test_triton.py does. Interpreted programs are slow, so sizes are small; blocks a
 import math
 import os
 
-import naive
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional
+from oracle import naive
 from test_noise import assert_same_bits
 from test_philox import KNOWN, SEEDS, signed
 
@@ -26,10 +26,10 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from iwsgd_ext.triton import device as devices
-from iwsgd_ext.triton import gaussian as gaussian_op
-from iwsgd_ext.triton import noise as noise_op
-from iwsgd_ext.triton import noise_plan, philox
+from iwsgd_ext.ops.triton import device as devices
+from iwsgd_ext.ops.triton import gaussian as gaussian_op
+from iwsgd_ext.ops.triton import noise as noise_op
+from iwsgd_ext.ops.triton import noise_plan, philox
 
 try:
     from iwsgd_ext import _info as info
@@ -133,7 +133,7 @@ def lines_of_call(shape, unit, batch_dim):
 
 
 def noise_op_rows(x, batch_dim):
-    from iwsgd_ext.noise import Rows
+    from iwsgd_ext.ops.noise import Rows
 
     return Rows.of(x, batch_dim)
 

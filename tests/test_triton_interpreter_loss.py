@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
-from naive_loss import assert_equals_naive, naive_loss, result_of
+from oracle.naive_loss import assert_equals_naive, naive_loss, result_of
 from test_noise import assert_same_bits
 from test_triton_interpreter import DTYPES, _on_triton, sparse  # noqa: F401
 
 import iwsgd_ext as iw
-from iwsgd_ext.triton import device as devices
-from iwsgd_ext.triton import iw_cross_entropy as loss_op
-from iwsgd_ext.triton import iw_cross_entropy_plan as loss_plan
+from iwsgd_ext.ops.triton import device as devices
+from iwsgd_ext.ops.triton import iw_cross_entropy as loss_op
+from iwsgd_ext.ops.triton import iw_cross_entropy_plan as loss_plan
 
 REGIMES = ["held", "reread", "split"]
 

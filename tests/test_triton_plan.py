@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 
-from iwsgd_ext.triton.device import KNOWN, Device, alignment, divide_up, nearest, power_of_two
-from iwsgd_ext.triton.iw_cross_entropy_plan import LIMITS, Shape, held_plan, reread_plan, split_plan, weights_plan
-from iwsgd_ext.triton.noise_plan import ELEMENTS, GROUPS, LINE, ahead_of, lines_of, tiles_of
+from iwsgd_ext.ops.triton.device import KNOWN, Device, alignment, divide_up, nearest, power_of_two
+from iwsgd_ext.ops.triton.iw_cross_entropy_plan import LIMITS, Shape, held_plan, reread_plan, split_plan, weights_plan
+from iwsgd_ext.ops.triton.noise_plan import ELEMENTS, GROUPS, LINE, ahead_of, lines_of, tiles_of
 
 DEVICES = [*KNOWN.values(), Device(90, 16, 8 << 20)]
 

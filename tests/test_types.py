@@ -7,11 +7,11 @@ import sys
 import pytest
 
 import iwsgd_ext as iw
-from iwsgd_ext import iw_cross_entropy as loss_op  # the function: the module of the same name stands behind it
-from iwsgd_ext import strategies
+from iwsgd_ext.ops import iw_cross_entropy as loss_op
+from iwsgd_ext.training import strategies
 
 OPTIONS = {
-    "iw_cross_entropy": (loss_op, sys.modules["iwsgd_ext.iw_cross_entropy"].Options, set()),
+    "iw_cross_entropy": (iw.iw_cross_entropy, loss_op.Options, set()),
     "backward": (iw.backward, strategies.Options, {"samples"}),
 }
 SCRIPT = """

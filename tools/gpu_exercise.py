@@ -23,9 +23,10 @@ import torch
 
 import iwsgd_ext as iw
 from iwsgd_ext import backend, functional
+from iwsgd_ext.ops.multinomial import bounds_of
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = {"cuda": sorted((ROOT / "csrc" / "cuda").glob("*.cu")), "triton": sorted((ROOT / "iwsgd_ext" / "triton").glob("*.py"))}
+SOURCES = {"cuda": sorted((ROOT / "csrc" / "cuda").glob("*.cu")), "triton": sorted((ROOT / "iwsgd_ext" / "ops" / "triton").glob("*.py"))}
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 SAMPLES = 3
 BROKEN = 3  # exit code: the CUDA context cannot be used any more
@@ -169,7 +170,7 @@ def exercise_multinomial(cases: Cases, dtypes: list[torch.dtype]) -> None:
     """Few features, which a CUDA block counts in shared memory, and more than fit there; bounds for all samples, and for each."""
     for features, draws, by_sample in product((1, 24, 20011), (1, 7, 2000), (False, True)):
         probabilities = torch.rand(SAMPLES, features) if by_sample else torch.rand(features)
-        bounds, origin = iw.multinomial.bounds_of(probabilities), torch.tensor([7, 0, 0])
+        bounds, origin = bounds_of(probabilities), torch.tensor([7, 0, 0])
         arguments = (SAMPLES, 1, 0, 2)
 
         def counts(origin, bounds, arguments=arguments, draws=draws):

@@ -67,7 +67,7 @@ def compile_kernel(kernel, values: dict, warps: int, limit: int | None, arch: in
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from iwsgd_ext.triton.launch import OPTIONS
+    from iwsgd_ext.ops.triton.launch import OPTIONS
 
     signature, constants, attributes = specialize(kernel, values)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
@@ -151,7 +151,7 @@ def parse(report: str) -> tuple[int, int]:
 def compiling(arch: int, case: str, out: list[Kernel]):
     """Inside, the ops' launches compile their kernels for ``arch`` and run nothing."""
     from iwsgd_ext import backend
-    from iwsgd_ext.triton import address, device, gaussian, iw_cross_entropy, multinomial, noise
+    from iwsgd_ext.ops.triton import address, device, gaussian, iw_cross_entropy, multinomial, noise
 
     def launch(kernel, programs, warps, values, registers=None):
         if programs:
@@ -171,7 +171,7 @@ def loss_cases() -> dict:
     import torch
 
     import iwsgd_ext as iw
-    from iwsgd_ext.triton import iw_cross_entropy
+    from iwsgd_ext.ops.triton import iw_cross_entropy
 
     def call(samples, batch, classes, positions=(), dtype=torch.bfloat16, kind="labels", last=False, **options):
         def run():
@@ -227,7 +227,7 @@ def loss_cases() -> dict:
 def noise_cases() -> dict:
     import torch
 
-    from iwsgd_ext.triton import gaussian, multinomial, noise
+    from iwsgd_ext.ops.triton import gaussian, multinomial, noise
 
     def call(outer, examples, inner, positions, share, samples=8, dtype=torch.bfloat16, expand=True, ids=None, thresholds=False, **law):
         def run():

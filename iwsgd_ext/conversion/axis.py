@@ -2,9 +2,9 @@
 
 The forward runs once, under torch's batching (what torch.vmap is made of). Each lane is an ordinary forward of one noise sample: shapes,
 rows and positions are those of B examples, whatever the model makes of them. Tensors that no noise has touched hold no lanes and are
-computed once; a noise layer reads its input once and writes all samples, in one kernel call (:mod:`iwsgd_ext.transforms`).
+computed once; a noise layer reads its input once and writes all samples, in one kernel call (:mod:`iwsgd_ext.ops.transforms`).
 
-What torch's batching does not do, or does slowly, has a rule of its own (:mod:`iwsgd_ext.lane_rules`). What has no rule, because it asks
+What torch's batching does not do, or does slowly, has a rule of its own (axis_rules.py). What has no rule, because it asks
 for values (``.item()``, ``if tensor:``) or draws a number for all, runs lane by lane: the module in which it stands is called once for
 each noise sample, below the axis, by :func:`one_by_one`.
 """
@@ -30,9 +30,9 @@ from torch._C._functorch import (
 )
 from torch.nn.modules.batchnorm import _NormBase
 
-from .lane_outputs import Output, check_returned, modules_of
-from .sampling import sampling
-from .transforms import Below
+from ..layers.context import sampling
+from ..ops.transforms import Below
+from .axis_outputs import Output, check_returned, modules_of
 
 
 class SampleAxis:

@@ -23,11 +23,12 @@ from torch._functorch.autograd_function import custom_function_call
 from torch.compiler import is_compiling
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..backend import PACKAGE
+from ..layers.context import current
+from .axis import SampleAxis, memory_of
 from .batch_norm import READ, normalize_lanes
 from .functional_dropout import FunctionalDropout, Watch, probability
 from .one_by_one import NotOnAxis, one_by_one
-from .sample_axis import SampleAxis, memory_of
-from .sampling import current
 
 
 class LaneRules(FunctionalDropout):
@@ -270,7 +271,7 @@ def _gradient_attribute(_, axis: SampleAxis, func, args, kwargs):
     """``requires_grad`` and the like: torch's batching hides them. (FSDP's hooks go by what it shows; they see whole passes.
     Checkpoints detach what has a gradient, and a lane would lose it in a nested one's recompute.)"""
     frame = sys._getframe(2)
-    while frame.f_globals.get("__name__", "").startswith(f"{__package__}."):  # another of these modes
+    while frame.f_globals.get("__name__", "").startswith(f"{PACKAGE}."):  # another of these modes
         frame = frame.f_back
     if not axis.holds(args[0]) or frame.f_globals.get("__name__", "").startswith(("torch.distributed.", "torch.utils.checkpoint")):
         return NotImplemented

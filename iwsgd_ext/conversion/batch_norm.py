@@ -15,11 +15,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from . import transforms
+from ..layers.context import check_not_recomputed, current, sampling
+from ..ops import transforms
+from .axis import all_lanes, memory_of
 from .class_swap import Behaviour, behaving
 from .one_by_one import NotOnAxis, one_by_one
-from .sample_axis import all_lanes, memory_of
-from .sampling import check_not_recomputed, current, sampling
 
 
 class _BatchNormMode(Behaviour):

@@ -11,15 +11,16 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils._pytree import tree_leaves, tree_map
 
-from . import class_swap, sample_axis
+from ..checks import as_arguments
+from ..layers.context import current, is_evaluating, outside_of_contexts, sampling
+from . import axis as sample_axis
+from . import class_swap
+from .axis_outputs import check_not_later
+from .axis_rules import LaneRules
 from .class_swap import Behaviour
 from .functional_dropout import Call, FunctionalDropout, Watch, _model_forward_is
-from .lane_outputs import check_not_later
-from .lane_rules import LaneRules
-from .likelihood import as_arguments
 from .one_by_one import LaneByLane, blamed, loop, reason_of
 from .pass_state import RandomState, Snapshot
-from .sampling import current, is_evaluating, outside_of_contexts, sampling
 from .swaps import SWAPS, draws, idle_modules, original_class, rate_of, swap, unreached_modules, unswap
 from .verify import Verification, verify_conversion
 

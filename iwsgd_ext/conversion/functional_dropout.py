@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from .attention import scaled_dot_product_attention
-from .checkpoint import _Replayed, mend_running_checkpoint
-from .dropout import IWAlphaDropout, IWDropout, IWDropout1d, IWDropout2d, IWDropout3d, IWFeatureAlphaDropout
-from .sampling import current
+from ..backend import PACKAGE
+from ..layers.attention import scaled_dot_product_attention
+from ..layers.checkpoint import _Replayed, mend_running_checkpoint
+from ..layers.context import current
+from ..layers.dropout import IWAlphaDropout, IWDropout, IWDropout1d, IWDropout2d, IWDropout3d, IWFeatureAlphaDropout
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ RANDOM: frozenset[Callable] = frozenset(
 _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 # Modules of this package that are between a call and what notes it.
-_NOT_NOISE = (__name__, f"{__package__}.lane_rules")
+_NOT_NOISE = (__name__, f"{__package__}.axis_rules")
 
 
 @dataclass
@@ -108,7 +109,7 @@ class Watch:
         frame, line = sys._getframe(2), None
         while frame is not None:
             package, module = frame.f_globals.get("__name__", ""), frame.f_locals.get("self")
-            mine = package.startswith(__package__ + ".")
+            mine = package.startswith(PACKAGE + ".")
             if mine and line is None and package not in _NOT_NOISE:
                 return None
             if line is None and not mine and not package.startswith("torch."):

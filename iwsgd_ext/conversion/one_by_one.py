@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..layers.context import current, sampling
+from .axis import memory_of, rows
+from .axis_outputs import Attributes, LanesInBuffer, Output, changed, check_returned, modules_of
 from .class_swap import Behaviour
-from .lane_outputs import Attributes, LanesInBuffer, Output, changed, check_returned, modules_of
 from .pass_state import RandomState
-from .sample_axis import memory_of, rows
-from .sampling import current, sampling
 
 _PLAIN = str | bytes | int | float | complex | type | Callable | torch.dtype | torch.device | None
 
@@ -151,7 +151,7 @@ def _stack(tensors: list[Tensor]) -> Tensor:
 
 
 def loop(model: nn.Module, forward: Callable, args: tuple, kwargs: dict, context: sampling, mode: Any, batch_dim: int, batch: int | None):
-    """A whole model called once for each noise sample, and its outputs as :func:`iwsgd_ext.sample_axis.run` gives them."""
+    """A whole model called once for each noise sample, and its outputs as :func:`iwsgd_ext.conversion.axis.run` gives them."""
     context.scalar_output = False
     start, streams, outputs, kept, attributes = context.stream, [], [], [], Attributes(model)
     random = RandomState(context._origin.device) if context.torch_noise == "same" else None

@@ -3,11 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from .attention import IWMultiheadAttention
-from .batch_norm import swapped_class
-from .batch_norm import to_swap as batch_norms_to_swap
-from .drop_connect import IWDropConnect
-from .dropout import (
+from ..layers.attention import IWMultiheadAttention
+from ..layers.drop_connect import IWDropConnect
+from ..layers.dropout import (
     IWAdaptiveDropout,
     IWAlphaDropout,
     IWDropout,
@@ -18,10 +16,12 @@ from .dropout import (
     IWFeatureAlphaDropout,
     _Dropout,
 )
-from .gaussian import IWGaussianDropout, IWGaussianNoise
-from .multinomial import IWMultinomialDropout
+from ..layers.gaussian import IWGaussianDropout, IWGaussianNoise
+from ..layers.multinomial import IWMultinomialDropout
+from ..layers.recurrent import IWGRU, IWLSTM, IWRNN
+from .batch_norm import swapped_class
+from .batch_norm import to_swap as batch_norms_to_swap
 from .pass_state import RandomState
-from .recurrent import IWGRU, IWLSTM, IWRNN
 
 
 class _NamedRate(IWDropPath):

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path
 
+from ..layers.context import sampling
+from .axis_outputs import Output
 from .functional_dropout import Call, Watch
-from .lane_outputs import Output
 from .pass_state import RandomState, Snapshot
-from .sampling import sampling
 
 SEED = 20171204
 

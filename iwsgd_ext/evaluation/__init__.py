@@ -1,0 +1,1 @@
+"""Predictions and bounds of trained models over noise samples, and pictures of them."""

@@ -12,16 +12,19 @@ Example:
 import csv
 import math
 import os
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .evaluation import BoundCurve
-from .stats import IWStats
+from ..stats import IWStats
+
+if TYPE_CHECKING:
+    from .bound_curve import BoundCurve  # which draws itself by this file
 
 LINE, BARS, BAND = "#1f4e79", "#7fa3c7", "#c9d8e8"  # dark, medium and light grey when printed without colour
 
 
-def bound(curve: BoundCurve, ax=None):
+def bound(curve: "BoundCurve", ax=None):
     """The bound against the number of noise samples, with a band of one standard error either way.
 
     Args:
@@ -31,7 +34,7 @@ def bound(curve: BoundCurve, ax=None):
     Returns:
         The axes.
     """
-    if not isinstance(curve, BoundCurve):
+    if getattr(curve, "_fields", None) != ("samples", "bound", "standard_error"):
         raise TypeError(f"curve: expected a BoundCurve (iw.bound_curve), got {type(curve).__name__}")
     ax = _axes(ax)
     samples, mean, error = (column.tolist() for column in curve)

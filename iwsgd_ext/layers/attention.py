@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import check, check_dtype, check_probability
-from .noise import dropout_law
-from .sampling import ambient, current, draw
+from ..checks import check, check_dtype, check_probability
+from ..ops.noise import dropout_law
+from .context import ambient, current, draw
 
 
 def scaled_dot_product_attention(

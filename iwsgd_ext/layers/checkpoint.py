@@ -8,8 +8,8 @@ import torch
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from . import transforms
-from .sampling import _stack, current, graph_task
+from ..ops import transforms
+from .context import _stack, current, graph_task
 
 
 class _Replay:

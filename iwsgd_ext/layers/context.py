@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import transforms
-from .backend import constant_in_graphs
-from .checks import as_int, as_part, as_sample_ids, as_samples
-from .noise import Law, Unit, draw_origin, make_origin, noise
+from ..backend import constant_in_graphs
+from ..checks import as_int, as_part, as_sample_ids, as_samples
+from ..ops import transforms
+from ..ops.noise import Law, Unit, draw_origin, make_origin, noise
 
 # The compiler takes integers that it reaches from globals for constants: it would compile a block anew for each stream. This names
 # the contexts' counters as dynamic, so that one graph serves all streams.

@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import check, check_dtype, check_probability
-from .noise import dropout_law, noise
-from .sampling import ambient, current
+from ..checks import check, check_dtype, check_probability
+from ..ops.noise import dropout_law, noise
+from .context import ambient, current
 
 
 class IWDropConnect(nn.Linear):

@@ -2,9 +2,9 @@
 
 from torch import Tensor, nn
 
-from .checks import check_layer_input, check_probability
-from .noise import Law, Unit, alpha_law, dropout_law
-from .sampling import draw
+from ..checks import check_layer_input, check_probability
+from ..ops.noise import Law, Unit, alpha_law, dropout_law
+from .context import draw
 
 
 class _Dropout(nn.modules.dropout._DropoutNd):

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from .checks import check, check_probability
-from .noise import dropout_law
-from .sampling import ambient, current, draw
+from ..checks import check, check_probability
+from ..ops.noise import dropout_law
+from .context import ambient, current, draw
 
 _KERNELS = {"LSTM": torch.lstm, "GRU": torch.gru, "RNN_TANH": torch.rnn_tanh, "RNN_RELU": torch.rnn_relu}
 

@@ -1,0 +1,1 @@
+"""The fused operators, one file each: schema, shapes of fake tensors, autograd, and the form that layers call."""

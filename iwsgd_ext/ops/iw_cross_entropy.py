@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict, Unpack
 
-from . import backend, reference, transforms
-from .checks import REDUCTIONS, as_samples, check, check_inplace, check_logits, check_loss_options, check_mean, check_number, check_option
-from .stats import IWStats
+from .. import backend, reference
+from ..checks import REDUCTIONS, as_samples, check, check_inplace, check_logits, check_loss_options, check_mean, check_number, check_option
+from ..stats import IWStats
+from . import transforms
 
 Reduction = Literal["none", "mean", "sum"]
 Level = Literal["example", "position"]

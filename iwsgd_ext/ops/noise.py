@@ -11,7 +11,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backend, reference, transforms
+from .. import backend, reference
+from . import transforms
 
 # What shares one draw: nothing, a channel, a whole example, or what has the same last index (a feature at all positions).
 Unit = Literal["element", "channel", "row", "feature"]

@@ -1,6 +1,6 @@
 """The ops under torch's function transforms: torch.func.grad, vjp, jvp, and vmap, whose lanes are more samples of one call.
 
-A converted model runs under a vmap of its own, over its noise samples (:mod:`iwsgd_ext.sample_axis`); users have others.
+A converted model runs under a vmap of its own, over its noise samples (:mod:`iwsgd_ext.conversion.axis`); users have others.
 
 An autograd Function of this package is ``compute(*arguments)``, ``save(ctx, *arguments)`` and ``backward(ctx, dy)``, and for the transforms
 
@@ -30,7 +30,7 @@ from torch._C._functorch import (
     push_dynamic_layer_stack,
 )
 
-from . import backend
+from .. import backend
 
 SAME_NOISE = (
     "Noise inside of torch.vmap: its lanes have one address, so that all would draw the same. Give each lane its own, in a context that is "

@@ -1,27 +1,16 @@
 """Any likelihood: the bound from log-likelihoods that somebody else computed, and from torch's per-element criteria."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from . import reference
-from .checks import ONE_ROW, as_samples, check_alpha, check_rows
-from .stats import IWStats
-
-
-def as_arguments(value: Any) -> tuple[tuple, dict]:
-    """What a user gave as one thing, as arguments of a call: a tuple or list by position, a mapping by name, anything else alone.
-
-    (A named tuple is one thing: torch's PackedSequence is.)
-    """
-    if isinstance(value, Mapping):
-        return (), dict(value)
-    several = isinstance(value, tuple | list) and not hasattr(value, "_fields")
-    return (tuple(value), {}) if several else ((value,), {})
+from .. import reference
+from ..checks import ONE_ROW, as_arguments, as_samples, check_alpha, check_rows
+from ..stats import IWStats
 
 
 def iw_logmeanexp(log_p: Tensor, samples: int, alpha: float = 1.0) -> Tensor:

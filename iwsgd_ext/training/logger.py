@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import as_int, check
+from ..checks import as_int, check
+from ..stats import IWStats, IWSummary
 from .likelihood import _IWLoss
-from .stats import IWStats, IWSummary
 
 
 def not_compiled(function: Callable) -> Callable:

@@ -4,11 +4,12 @@ from typing import Any
 
 from torch import Tensor
 
-from . import reference, transforms
-from .checks import as_samples, check, check_loss_options, check_mean
-from .iw_cross_entropy import Level, Reduction, denominator_of, iw_cross_entropy, operands_of, position_weights_of
-from .likelihood import _IWLoss, as_arguments
-from .stats import IWStats
+from .. import reference
+from ..checks import as_arguments, as_samples, check, check_loss_options, check_mean
+from ..ops import transforms
+from ..ops.iw_cross_entropy import Level, Reduction, denominator_of, iw_cross_entropy, operands_of, position_weights_of
+from ..stats import IWStats
+from .likelihood import _IWLoss
 
 _OPTIONS = ("ignore_index", "reduction", "label_smoothing", "alpha", "level", "inplace", "process_group", "return_stats")
 

@@ -23,16 +23,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 from typing_extensions import TypedDict, Unpack
 
-from . import reference
-from .batch_norm import _PerSample
-from .checks import as_int, check, check_number, check_rows
-from .convert import conversion_of
-from .functional import dropout
-from .iw_cross_entropy_loss import IWCrossEntropyLoss
-from .likelihood import _IWLoss, as_arguments
-from .pass_state import Buffers, Leaves, RandomState
-from .sampling import _rank, current, sampling
-from .stats import IWStats
+from .. import reference
+from ..checks import as_arguments, as_int, check, check_number, check_rows
+from ..conversion.batch_norm import _PerSample
+from ..conversion.convert import conversion_of
+from ..conversion.pass_state import Buffers, Leaves, RandomState
+from ..functional import dropout
+from ..layers.context import _rank, current, sampling
+from ..stats import IWStats
+from .likelihood import _IWLoss
+from .loss import IWCrossEntropyLoss
 
 Strategy = Literal["batched", "streamed", "resampled", "loop"]
 STRATEGIES = ("batched", "streamed", "resampled", "loop")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from equal_to_loop import assert_equal_to_loop
+from oracle.equal_to_loop import assert_equal_to_loop
 from torch import nn
 
 # A torchvision built for CUDA does not import on a CPU build of torch, for want of its own operators. Defined before torchvision had

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from equal_to_loop import assert_equal_to_loop
+from oracle.equal_to_loop import assert_equal_to_loop
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (make test-models)")
 

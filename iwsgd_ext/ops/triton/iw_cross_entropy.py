@@ -4,7 +4,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .. import reference
+from ... import reference
 from . import iw_cross_entropy_kernels as kernels
 from .device import alignment, device_of, divide_up, power_of_two
 from .iw_cross_entropy_plan import MAX_SAMPLES, PARTIALS, Shape, held_plan, reread_plan, split_plan, weights_plan

@@ -5,9 +5,10 @@ Written from the layers' equations and :mod:`naive`'s noise; nothing here comes 
 
 import math
 
-import naive
 import torch
 from torch import Tensor
+
+from oracle import naive
 
 
 def keep_scale(p: float, *, seed: int, stream: int, sample: int, example: int, shape: tuple[int, ...]) -> Tensor:
