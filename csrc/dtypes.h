@@ -46,9 +46,13 @@ inline float to_acc(fp16 x) {
 template <class T>
 inline T from_acc(acc_t<T> x);
 template <>
-inline float from_acc<float>(float x) { return x; }
+inline float from_acc<float>(float x) {
+  return x;
+}
 template <>
-inline double from_acc<double>(double x) { return x; }
+inline double from_acc<double>(double x) {
+  return x;
+}
 template <>
 inline bf16 from_acc<bf16>(float x) {
   const uint32_t u = bit_cast<uint32_t>(x);

@@ -41,7 +41,8 @@ constexpr float kLog4 = -0.3980033f, kLog5 = 0.3450166f, kLog6 = -0.32445166f, k
 constexpr float kLn2 = -1.3862944f;  // times -2
 constexpr float kSin1 = 1.5707964f, kSin3 = -0.6459635f, kSin5 = 0.07968023f, kSin7 = -0.004602177f;
 constexpr float kCos2 = -1.233698f, kCos4 = 0.25360635f, kCos6 = -0.02042625f;
-constexpr int32_t kSqrtHalf = 0x3F3504F3;  // sqrt(1/2) in bits: x = 2^e m with m in [sqrt(1/2), sqrt(2)) for the exponent e of x / sqrt(1/2)
+constexpr int32_t kSqrtHalf =
+    0x3F3504F3;  // sqrt(1/2) in bits: x = 2^e m with m in [sqrt(1/2), sqrt(2)) for the exponent e of x / sqrt(1/2)
 
 IWSGD_HD float as_float(uint32_t bits) {
   float x;
@@ -65,8 +66,8 @@ IWSGD_HD float multiply_add(float a, float b, float c) {
 
 // NOTE [Normals of GPUs]
 // GPUs have instructions for what the polynomials compute, whose absolute errors are documented: 2^-22 of log2 (relative beyond [1/2, 2]),
-// 2^-20.5 of sine and cosine over [-pi, pi], 2^-23 of the root, relative. An error of the logarithm's counts over 2 z, so that u near 1 takes
-// a series; the others count as they are, times at most 6.8. What comes out is within 8e-6 of the definition.
+// 2^-20.5 of sine and cosine over [-pi, pi], 2^-23 of the root, relative. An error of the logarithm's counts over 2 z, so that u near 1
+// takes a series; the others count as they are, times at most 6.8. What comes out is within 8e-6 of the definition.
 #if defined(__CUDA_ARCH__)
 struct GpuFunctions {
   static __device__ float log2(float x) {

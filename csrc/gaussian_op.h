@@ -12,7 +12,8 @@ template <class Device>
 struct GaussianOp {
   // x or dy is [O, rows, I]
   static Gaussian call_of(const Tensor& x, const Tensor& origin, const std::optional<Tensor>& sample_ids, int64_t samples, int64_t stream,
-                          int64_t first_example, int64_t positions, int64_t share, double std, bool multiply, int64_t examples, bool expand) {
+                          int64_t first_example, int64_t positions, int64_t share, double std, bool multiply, int64_t examples,
+                          bool expand) {
     Draw draw{};
     draw.layout = {x.size(0), examples, x.size(2), positions, share};
     draw.address = {origin.const_data_ptr<int64_t>(), sample_ids ? sample_ids->const_data_ptr<int64_t>() : nullptr,

@@ -26,23 +26,23 @@ struct LossArguments {
   T* dlogits;  // null where no gradient is wanted; may be logits
   int64_t drow_stride, dclass_stride, dposition_stride;
 
-  const int64_t* labels;  // [B, T], or null
+  const int64_t* labels;   // [B, T], or null
   const A* probabilities;  // [B, C, T], or null
   int64_t ignore_index;
   A smoothing;
-  const A* class_weight;  // [C] or null
-  const A* example_weight;  // [B] or null
+  const A* class_weight;     // [C] or null
+  const A* example_weight;   // [B] or null
   const A* position_weight;  // [B, T] or null
-  const A* normalizer;  // one value, or null: sum d for the mean
+  const A* normalizer;       // one value, or null: sum d for the mean
   Reduction reduction;
   bool per_position;  // units are positions
   double alpha;
 
-  A* loss;  // one value, or [units]
-  A* log_p;  // [S, units]
+  A* loss;     // one value, or [units]
+  A* log_p;    // [S, units]
   A* weights;  // [S, units]
-  A* bound;  // [units]
-  A* outer;  // [units], the outer weight over the denominator: loss = -sum outer L
+  A* bound;    // [units]
+  A* outer;    // [units], the outer weight over the denominator: loss = -sum outer L
 
   IWSGD_HD int64_t positions() const { return B * positions_each; }
   IWSGD_HD int64_t units() const { return per_position ? B * positions_each : B; }

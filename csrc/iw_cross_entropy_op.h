@@ -21,8 +21,8 @@ struct LossOp {
   // logits [S*B, C, T], target [B, T] or [B, C, T]. dlogits: where the gradient goes (it may be logits itself), or nothing.
   static Outputs forward(const Tensor& logits, const Tensor& target, int64_t samples, const std::optional<Tensor>& class_weight,
                          const std::optional<Tensor>& example_weight, const std::optional<Tensor>& position_weight,
-                         const std::optional<Tensor>& normalizer, int64_t ignore_index, double smoothing, double alpha,
-                         bool per_position, int64_t reduction, const std::optional<Tensor>& dlogits) {
+                         const std::optional<Tensor>& normalizer, int64_t ignore_index, double smoothing, double alpha, bool per_position,
+                         int64_t reduction, const std::optional<Tensor>& dlogits) {
     const int64_t B = logits.size(0) / samples, units = per_position ? B * logits.size(2) : B;
     STD_TORCH_CHECK(logits.size(1) < int64_t(1) << 30, "logits: expected fewer than 2^30 classes, got ", logits.size(1));
     const auto type = logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;

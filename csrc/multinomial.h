@@ -26,10 +26,8 @@ IWSGD_HD int64_t feature_of(uint32_t word, const int64_t* bounds, int64_t featur
   int64_t low = 0, high = features - 1;
   while (low < high) {
     const int64_t middle = (low + high) / 2;
-    if (bounds[middle] > word)
-      high = middle;
-    else
-      low = middle + 1;
+    if (bounds[middle] > word) high = middle;
+    else low = middle + 1;
   }
   return low;
 }

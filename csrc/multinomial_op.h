@@ -1,4 +1,5 @@
-// The multinomial op as torch calls it, for any device. Device::forward(call, counts, tensor) computes, on the device that the tensor is on.
+// The multinomial op as torch calls it, for any device. Device::forward(call, counts, tensor) computes, on the device that the tensor is
+// on.
 #pragma once
 #include "multinomial.h"
 #include "stable_torch.h"

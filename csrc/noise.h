@@ -11,8 +11,8 @@
 
 namespace iwsgd {
 
-constexpr int kGroup = 8;                       // elements of one Philox call
-constexpr uint32_t kFieldRange = 65536;         // a threshold in [0, kFieldRange] drops threshold/kFieldRange of all elements
+constexpr int kGroup = 8;                            // elements of one Philox call
+constexpr uint32_t kFieldRange = 65536;              // a threshold in [0, kFieldRange] drops threshold/kFieldRange of all elements
 constexpr int64_t kMaxPositions = int64_t(1) << 35;  // 2^32 groups of kGroup
 
 // What every element of one row (one example, one noise sample) shares.
@@ -33,8 +33,8 @@ struct CallAddress {
 
   IWSGD_HD RowAddress row(int64_t sample, int64_t example, int64_t examples) const {
     const int64_t id = sample_ids == nullptr ? sample : sample_ids[ids_per_example ? sample * examples + example : sample];
-    return {seed(), static_cast<uint32_t>(origin[2] + first_example + example),
-            static_cast<uint32_t>(id), static_cast<uint32_t>(origin[1] + stream)};
+    return {seed(), static_cast<uint32_t>(origin[2] + first_example + example), static_cast<uint32_t>(id),
+            static_cast<uint32_t>(origin[1] + stream)};
   }
 };
 

@@ -23,12 +23,12 @@ struct NoiseOp {
             expand};
   }
 
-  static void noise_out(Tensor x, Tensor origin, std::optional<Tensor> sample_ids, int64_t samples, int64_t stream,
-                        int64_t first_example, int64_t positions, int64_t share, int64_t threshold, std::optional<Tensor> thresholds,
-                        double scale, double shift, double fill, bool expand, Tensor out) {
+  static void noise_out(Tensor x, Tensor origin, std::optional<Tensor> sample_ids, int64_t samples, int64_t stream, int64_t first_example,
+                        int64_t positions, int64_t share, int64_t threshold, std::optional<Tensor> thresholds, double scale, double shift,
+                        double fill, bool expand, Tensor out) {
     x = torch::stable::contiguous(x);
-    const Draw draw = draw_of(x, origin, sample_ids, samples, stream, first_example, positions, share, threshold, thresholds, scale, shift,
-                              fill, expand);
+    const Draw draw =
+        draw_of(x, origin, sample_ids, samples, stream, first_example, positions, share, threshold, thresholds, scale, shift, fill, expand);
     dispatch_floating(x, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       Device::template forward<T>(draw, data<T>(x), mutable_data<T>(out), x);
@@ -39,7 +39,8 @@ struct NoiseOp {
                       int64_t positions, int64_t share, int64_t threshold, std::optional<Tensor> thresholds, double scale, double shift,
                       double fill, bool expand) {
     Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1) * (expand ? samples : 1), x.size(2)});
-    noise_out(x, origin, sample_ids, samples, stream, first_example, positions, share, threshold, thresholds, scale, shift, fill, expand, out);
+    noise_out(x, origin, sample_ids, samples, stream, first_example, positions, share, threshold, thresholds, scale, shift, fill, expand,
+              out);
     return out;
   }
 
@@ -48,7 +49,8 @@ struct NoiseOp {
                           double scale) {
     dy = torch::stable::contiguous(dy);
     Tensor dx = torch::stable::new_empty(dy, {dy.size(0), dy.size(1) / samples, dy.size(2)});
-    Draw draw = draw_of(dy, origin, sample_ids, samples, stream, first_example, positions, share, threshold, thresholds, scale, 0, 0, false);
+    Draw draw =
+        draw_of(dy, origin, sample_ids, samples, stream, first_example, positions, share, threshold, thresholds, scale, 0, 0, false);
     draw.expand = true;
     dispatch_floating(dy, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;

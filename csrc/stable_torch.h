@@ -28,11 +28,16 @@ T* mutable_data(const Tensor& x) {
 template <class Body>
 void dispatch_floating(const Tensor& x, const Body& body) {
   switch (x.scalar_type()) {
-    case ScalarType::Float: return body(static_cast<float*>(nullptr));
-    case ScalarType::Double: return body(static_cast<double*>(nullptr));
-    case ScalarType::BFloat16: return body(static_cast<bf16*>(nullptr));
-    case ScalarType::Half: return body(static_cast<fp16*>(nullptr));
-    default: STD_TORCH_CHECK(false, "expected float32, float64, bfloat16 or float16");
+    case ScalarType::Float:
+      return body(static_cast<float*>(nullptr));
+    case ScalarType::Double:
+      return body(static_cast<double*>(nullptr));
+    case ScalarType::BFloat16:
+      return body(static_cast<bf16*>(nullptr));
+    case ScalarType::Half:
+      return body(static_cast<fp16*>(nullptr));
+    default:
+      STD_TORCH_CHECK(false, "expected float32, float64, bfloat16 or float16");
   }
 }
 

@@ -57,10 +57,8 @@ int main() {
       int clusters = 0;
       const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, held, &config);
       static_cast<void>(cudaGetLastError());
-      if (error == cudaSuccess)
-        std::printf("%5d", clusters);
-      else
-        std::printf("%5s", "-");
+      if (error == cudaSuccess) std::printf("%5d", clusters);
+      else std::printf("%5s", "-");
     }
     std::printf("\n");
   }

@@ -14,12 +14,13 @@ void for_each_chunk(const Draw& draw, int64_t chunk, int64_t grain, const Body& 
   const Layout& layout = draw.layout;
   const int64_t chunks = (layout.inner + chunk - 1) / chunk;
   const int64_t work = std::max<int64_t>(1, std::min(layout.inner, chunk) * draw.samples);
-  torch::stable::parallel_for(0, layout.outer * layout.examples * chunks, std::max<int64_t>(1, grain / work), [&](int64_t first, int64_t last) {
-    for (int64_t task = first; task < last; ++task) {
-      const int64_t row = task / chunks, begin = task % chunks * chunk;
-      body(row / layout.examples, row % layout.examples, begin, std::min(layout.inner, begin + chunk));
-    }
-  });
+  torch::stable::parallel_for(0, layout.outer * layout.examples * chunks, std::max<int64_t>(1, grain / work),
+                              [&](int64_t first, int64_t last) {
+                                for (int64_t task = first; task < last; ++task) {
+                                  const int64_t row = task / chunks, begin = task % chunks * chunk;
+                                  body(row / layout.examples, row % layout.examples, begin, std::min(layout.inner, begin + chunk));
+                                }
+                              });
 }
 
 }  // namespace iwsgd

@@ -21,9 +21,8 @@ constexpr int64_t kGrainElements = 8192;  // below this a second thread costs mo
 struct Cpu {
   template <class T>
   static void forward(const Gaussian& call, const T* x, T* y, const Tensor&) {
-    for_each_chunk(call.draw, baseline::kChunk, kGrainElements, [&](int64_t o, int64_t b, int64_t begin, int64_t end) {
-      IWSGD_ISA_CALL(gaussian_chunk, call, o, b, begin, end, x, y);
-    });
+    for_each_chunk(call.draw, baseline::kChunk, kGrainElements,
+                   [&](int64_t o, int64_t b, int64_t begin, int64_t end) { IWSGD_ISA_CALL(gaussian_chunk, call, o, b, begin, end, x, y); });
   }
   template <class T>
   static void backward(const Gaussian& call, const T* dy, T* dx, const Tensor&) {

@@ -57,7 +57,7 @@ inline Isa best_isa() {
 
 // Calls FUNCTION of the namespace for the instruction set in use.
 #if defined(IWSGD_X86)
-#define IWSGD_ISA_CALL(FUNCTION, ...)                                       \
+#define IWSGD_ISA_CALL(FUNCTION, ...)                                                   \
   (::iwsgd::best_isa() == ::iwsgd::Isa::avx512 ? ::iwsgd::avx512::FUNCTION(__VA_ARGS__) \
    : ::iwsgd::best_isa() == ::iwsgd::Isa::avx2 ? ::iwsgd::avx2::FUNCTION(__VA_ARGS__)   \
                                                : ::iwsgd::baseline::FUNCTION(__VA_ARGS__))

@@ -43,7 +43,8 @@ struct Sum {
 
 void check_not_cancelled(const Sum& outer, int64_t example) {
   if (outer.cancelled())
-    throw std::invalid_argument("example_weight, weight, target: expected weights that do not cancel in example " + std::to_string(example) +
+    throw std::invalid_argument("example_weight, weight, target: expected weights that do not cancel in example " +
+                                std::to_string(example) +
                                 ", got some that are not 0 and add up to 0: no likelihood has such a weight. Rewards of positions take "
                                 "level='position', with reduction='sum' or normalizer=");
 }
@@ -97,9 +98,10 @@ Terms<T, A> terms_of(const LossArguments<T, A>& a) {
     terms.outer[b] = static_cast<A>(counted > 0 ? unit.value / static_cast<double>(counted) : 0.0);
     check_not_cancelled(unit, b);
     if (positive && negative && a.S > 1 && a.alpha != 0)
-      throw std::invalid_argument("example_weight, weight, target: expected positions of one sign in example " + std::to_string(b) +
-                                  ", as at level='example' they share importance weights, got weights of both signs. Rewards of positions take "
-                                  "level='position', with reduction='sum' or normalizer=");
+      throw std::invalid_argument(
+          "example_weight, weight, target: expected positions of one sign in example " + std::to_string(b) +
+          ", as at level='example' they share importance weights, got weights of both signs. Rewards of positions take "
+          "level='position', with reduction='sum' or normalizer=");
   }
   terms.denominator = denominator.cancelled() ? kCancelled : denominator.value;
   return terms;
@@ -109,10 +111,8 @@ template <class T, class A>
 void run(const LossArguments<T, A>& a) {
   const Terms<T, A> terms = terms_of(a);
   double denominator = 1;
-  if (a.normalizer != nullptr)
-    denominator = *a.normalizer;
-  else if (a.reduction == Reduction::mean)
-    denominator = terms.denominator;
+  if (a.normalizer != nullptr) denominator = *a.normalizer;
+  else if (a.reduction == Reduction::mean) denominator = terms.denominator;
   const double scale = reciprocal(denominator);
 
   const A* c = terms.c.data();
@@ -133,18 +133,17 @@ void run(const LossArguments<T, A>& a) {
     std::vector<A> memory(3 * a.S * positions);
     A *max = memory.data(), *sum = max + a.S * positions, *u = sum + a.S * positions;
     const Statistics<A> stats{max, sum, 0, positions, u, 0, positions};
-    torch::stable::parallel_for(0, positions, grain, [&](int64_t first, int64_t last) { IWSGD_ISA_CALL(statistics, a, c, stats, first, last); });
+    torch::stable::parallel_for(0, positions, grain,
+                                [&](int64_t first, int64_t last) { IWSGD_ISA_CALL(statistics, a, c, stats, first, last); });
     IWSGD_ISA_CALL(join_positions, a, outer, stats, 0, units);
     IWSGD_ISA_CALL(weigh, a, 0, units);
     if (a.dlogits != nullptr)
-      torch::stable::parallel_for(0, positions, grain, [&](int64_t first, int64_t last) {
-        IWSGD_ISA_CALL(gradients, a, c, gradient_scale, stats, first, last);
-      });
+      torch::stable::parallel_for(
+          0, positions, grain, [&](int64_t first, int64_t last) { IWSGD_ISA_CALL(gradients, a, c, gradient_scale, stats, first, last); });
   } else {
     const int64_t unit_grain = a.shares_weights() ? std::max<int64_t>(1, grain / a.positions_each) : grain;
-    torch::stable::parallel_for(0, units, unit_grain, [&](int64_t first, int64_t last) {
-      IWSGD_ISA_CALL(solve, a, c, outer, gradient_scale, first, last);
-    });
+    torch::stable::parallel_for(0, units, unit_grain,
+                                [&](int64_t first, int64_t last) { IWSGD_ISA_CALL(solve, a, c, outer, gradient_scale, first, last); });
   }
 
   double loss = 0;

@@ -10,12 +10,12 @@
 template <class A>
 struct Target {
   bool ignored;
-  int64_t label;          // -1 for probabilities
-  const A* probability;   // [C], class_step apart, or null
-  A weight;               // m, the position's weight
-  A hot;                  // (1 - smoothing) * v[label]
-  A uniform;              // smoothing / C
-  A c;                    // m * sum q v
+  int64_t label;         // -1 for probabilities
+  const A* probability;  // [C], class_step apart, or null
+  A weight;              // m, the position's weight
+  A hot;                 // (1 - smoothing) * v[label]
+  A uniform;             // smoothing / C
+  A c;                   // m * sum q v
 };
 
 template <class T, class A>
@@ -261,10 +261,8 @@ void solve_panels(const LossArguments<T, A>& a, const A* c, const A* outer, A sc
 
 template <class T, class A>
 void solve(const LossArguments<T, A>& a, const A* c, const A* outer, A scale, int64_t first, int64_t last) {
-  if (in_panels(a))
-    solve_panels(a, c, outer, scale, first, last);
-  else
-    solve_rows(a, c, outer, scale, first, last);
+  if (in_panels(a)) solve_panels(a, c, outer, scale, first, last);
+  else solve_rows(a, c, outer, scale, first, last);
 }
 
 // ---- an upstream gradient ----

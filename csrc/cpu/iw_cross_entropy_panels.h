@@ -10,7 +10,7 @@ struct Panel {
   int n;  // positions that are there
   Target<A> targets[L];
   alignas(64) A c[L], weight[L], hot[L], example_weight[L];
-  vec_int<A> label;  // -1 where there is none
+  vec_int<A> label;                          // -1 where there is none
   bool all_counted = true, ordinary = true;  // ordinary: every c is finite and not 0
 
   Panel(const LossArguments<T, A>& a, const A* c_of, int64_t p, int64_t last) : first(p) {

@@ -119,10 +119,8 @@ template <bool kPastCache, class A, class T, class Gradient, class Beside>
       for (int k = 0; k < kLine; k += L) v[k / L] = with_lane<A>(v[k / L], at.label - i - k, at.value);
 #pragma GCC unroll 16
     for (int k = 0; k < kLine; k += lanes<T>) {
-      if constexpr (kPastCache)
-        stream(dz + i + k, rounded<T>(v + k / L));
-      else
-        put(dz + i + k, rounded<T>(v + k / L));
+      if constexpr (kPastCache) stream(dz + i + k, rounded<T>(v + k / L));
+      else put(dz + i + k, rounded<T>(v + k / L));
     }
   }
   if constexpr (!kPastCache)
@@ -236,9 +234,7 @@ Softmax<A> row_gradient(const LossArguments<T, A>& a, const A* c, A scale, const
     }
     return steps.finish();  // the gradient may have had a chunk less, of which the first is longer
   };
-  const auto likely = [=](int64_t i, int64_t n) __attribute__((always_inline)) {
-    return vexp(load_some(z + i, n, most) - most) * factor;
-  };
+  const auto likely = [=](int64_t i, int64_t n) __attribute__((always_inline)) { return vexp(load_some(z + i, n, most) - most) * factor; };
   const auto less_target = [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     return minus_product(likely(i, n), soft_targets(a, target, i, n), splat<V>(k));
   };
@@ -262,8 +258,7 @@ void row_pass(const LossArguments<T, A>& a, const A* c, A scale, const RowBlock<
       Row<T> row;
       if (j < read && !a.ignored(p))
         row = {a.row(s, p), a.C, j + 1 < read ? a.row(s, p + 1) : a.row((s + 1) % a.S, s + 1 < a.S ? reads.first : reads.last)};
-      const Softmax<A> softmax =
-          j < written ? row_gradient(a, c, scale, writes.stats, s, writes.first + j, row) : row_softmax<T, A>(row);
+      const Softmax<A> softmax = j < written ? row_gradient(a, c, scale, writes.stats, s, writes.first + j, row) : row_softmax<T, A>(row);
       if (j < read) row_likelihood(a, c, reads.stats, s, p, softmax);
     }
   if (written > 0) end_of_streams();

@@ -34,10 +34,8 @@ void noise_fwd_cpu(const Draw& draw, const T* x, T* y) {
     }
     for (int64_t s = 0; s < draw.samples; ++s) {  // p = 0 is the identity and p = 1 gives zeros, exactly
       T* to = y + draw.row(o, s, b) + begin;
-      if (identity)
-        std::memcpy(to, x + draw.input_row(o, s, b) + begin, static_cast<std::size_t>(end - begin) * sizeof(T));
-      else
-        std::fill(to, to + (end - begin), from_acc<T>(static_cast<acc_t<T>>(rule.fill)));
+      if (identity) std::memcpy(to, x + draw.input_row(o, s, b) + begin, static_cast<std::size_t>(end - begin) * sizeof(T));
+      else std::fill(to, to + (end - begin), from_acc<T>(static_cast<acc_t<T>>(rule.fill)));
     }
   });
 }

@@ -33,8 +33,8 @@ inline Bits words_to_bits(const Drawn& drawn, uint32_t threshold) {
   for (int v = 0; v < kVectors; ++v) {
     const __m256i first = _mm256_unpacklo_epi64((__m256i)w01[v], (__m256i)w23[v]);
     const __m256i second = _mm256_unpackhi_epi64((__m256i)w01[v], (__m256i)w23[v]);
-    const __m256i kept = _mm256_packs_epi16(_mm256_cmpeq_epi16(_mm256_max_epu16(first, t), first),
-                                            _mm256_cmpeq_epi16(_mm256_max_epu16(second, t), second));
+    const __m256i kept =
+        _mm256_packs_epi16(_mm256_cmpeq_epi16(_mm256_max_epu16(first, t), first), _mm256_cmpeq_epi16(_mm256_max_epu16(second, t), second));
     const __m256i in_order = _mm256_permute4x64_epi64(kept, 0xD8);  // packs works within 128-bit halves
     bits |= static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_epi8(in_order))) << (32 * v);
   }
@@ -112,10 +112,8 @@ struct Affine {
   template <class V>
   V chosen(V kept, uint32_t bits) const {
     V dropped;
-    if constexpr (std::is_same_v<V, vshort>)
-      dropped = splat<V>(bit_cast<int16_t>(from_acc<T>(fill)));
-    else
-      dropped = splat<V>(fill);
+    if constexpr (std::is_same_v<V, vshort>) dropped = splat<V>(bit_cast<int16_t>(from_acc<T>(fill)));
+    else dropped = splat<V>(fill);
     return (V)((vlong)keep_lanes(kept, bits) | (vlong)keep_lanes(dropped, ~bits));
   }
   T one(T x, uint64_t bit) const { return bit & 1u ? from_acc<T>(to_acc(x) * scale + shift) : from_acc<T>(fill); }
@@ -286,10 +284,8 @@ inline void for_each_64(const Draw& draw, int64_t o, int64_t b, int64_t begin, i
         }
         for (; s < together; ++s) body(words_to_bits(draw_8(groups, rows[s], keys), threshold), s0 + s);
       };
-      if (end - i >= 64)
-        whole(for_each_sample, i);
-      else
-        for_each_sample([&](Bits bits, int64_t s) { rest(bits.word(), s, i, end - i); });
+      if (end - i >= 64) whole(for_each_sample, i);
+      else for_each_sample([&](Bits bits, int64_t s) { rest(bits.word(), s, i, end - i); });
     }
   }
 }
@@ -309,9 +305,8 @@ void noise_chunk(const Draw& draw, int64_t o, int64_t b, int64_t begin, int64_t 
             const Kept64<T> kept(x + i, becomes);
             for_each_sample([&](Bits bits, int64_t s) { kept.write(y + s * y_step + i, bits, becomes, past_cache); });
           } else {
-            for_each_sample([&](Bits bits, int64_t s) {
-              Kept64<T>(x + s * x_step + i, becomes).write(y + s * y_step + i, bits, becomes, past_cache);
-            });
+            for_each_sample(
+                [&](Bits bits, int64_t s) { Kept64<T>(x + s * x_step + i, becomes).write(y + s * y_step + i, bits, becomes, past_cache); });
           }
         },
         [=](uint64_t bits, int64_t s, int64_t i, int64_t n) { apply(bits, x + s * x_step + i, y + s * y_step + i, n, becomes); });
@@ -332,10 +327,8 @@ void noise_chunk(const Draw& draw, int64_t o, int64_t b, int64_t begin, int64_t 
 }
 template <class T>
 void noise_chunk(const Draw& draw, int64_t o, int64_t b, int64_t begin, int64_t end, const T* x, T* y) {
-  if (draw.rule.plain())
-    noise_chunk(draw, o, b, begin, end, x, y, Scaled<T>(draw.rule));
-  else
-    noise_chunk(draw, o, b, begin, end, x, y, Affine<T>(draw.rule));
+  if (draw.rule.plain()) noise_chunk(draw, o, b, begin, end, x, y, Scaled<T>(draw.rule));
+  else noise_chunk(draw, o, b, begin, end, x, y, Affine<T>(draw.rule));
 }
 
 // dx = scale * sum over noise samples of keep * dy for one chunk of one example.
@@ -362,7 +355,8 @@ void noise_sum_chunk(const Draw& draw, int64_t o, int64_t b, int64_t begin, int6
           draw.layout, draw.address.row(s, b, draw.layout.examples), draw.rule.threshold, o, begin, end,
           [&](uint64_t bits, int64_t offset, int64_t n) { accumulate(bits, from + offset, sum + offset, n); },
           [&](uint32_t bit, int64_t offset, int64_t n) {
-            for (int64_t i = 0; bit && i < n; i += 64) accumulate(~uint64_t(0), from + offset + i, sum + offset + i, std::min<int64_t>(n - i, 64));
+            for (int64_t i = 0; bit && i < n; i += 64)
+              accumulate(~uint64_t(0), from + offset + i, sum + offset + i, std::min<int64_t>(n - i, 64));
           });
     }
   }

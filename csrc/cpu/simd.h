@@ -224,8 +224,7 @@ inline vec<A> load_some(const T* p, int64_t n, A otherwise) {
   if (n >= L) return load(p);
 #if IWSGD_AVX512
   const uint32_t there = (1u << n) - 1;
-  if constexpr (std::is_same_v<T, float>)
-    return (vfloat)_mm512_mask_loadu_ps(_mm512_set1_ps(otherwise), static_cast<__mmask16>(there), p);
+  if constexpr (std::is_same_v<T, float>) return (vfloat)_mm512_mask_loadu_ps(_mm512_set1_ps(otherwise), static_cast<__mmask16>(there), p);
   else if constexpr (sizeof(T) == 2)
     return (vfloat)_mm512_mask_mov_ps(_mm512_set1_ps(otherwise), static_cast<__mmask16>(there),
                                       (__m512)widen(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(there), p), T{}));
@@ -246,10 +245,8 @@ inline void store_some(T* p, V v, int64_t n) {
   if (n >= L) return store(p, v);
 #if IWSGD_AVX512
   const uint32_t there = (1u << n) - 1;
-  if constexpr (std::is_same_v<T, float>)
-    return _mm512_mask_storeu_ps(p, static_cast<__mmask16>(there), (__m512)v);
-  else if constexpr (sizeof(T) == 2)
-    return _mm256_mask_storeu_epi16(p, static_cast<__mmask16>(there), narrow(v, T{}));
+  if constexpr (std::is_same_v<T, float>) return _mm512_mask_storeu_ps(p, static_cast<__mmask16>(there), (__m512)v);
+  else if constexpr (sizeof(T) == 2) return _mm256_mask_storeu_epi16(p, static_cast<__mmask16>(there), narrow(v, T{}));
 #elif IWSGD_AVX2
   if constexpr (std::is_same_v<T, float>) return _mm256_maskstore_ps(p, first_lanes(n), (__m256)v);
 #endif

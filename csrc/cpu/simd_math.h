@@ -81,15 +81,15 @@ inline vfloat vexp(vfloat x) {
   const vfloat t = x * 1.44269504088896341f;
 #if IWSGD_AVX512
   const vfloat f = (vfloat)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // in [0, 1); 0 for -infinity
-  const vfloat p = polynomial(f, {2.1612914956e-4f, 1.2467846446e-3f, 9.6754515670e-3f, 5.5485280619e-2f, 2.4022930555e-1f,
-                                  6.9314704444e-1f, 1.0f});
+  const vfloat p =
+      polynomial(f, {2.1612914956e-4f, 1.2467846446e-3f, 9.6754515670e-3f, 5.5485280619e-2f, 2.4022930555e-1f, 6.9314704444e-1f, 1.0f});
   return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)t);  // takes the integer below t itself
 #else
   const vfloat magic = splat<vfloat>(12583039.0f);  // 1.5 * 2^23 + 127: adding it rounds, and leaves the exponent of 2^n in the low bits
   const vfloat shifted = t + magic;
   const vfloat f = t - (shifted - magic);  // in [-1/2, 1/2]
-  const vfloat p = polynomial(f, {1.4902517689e-4f, 1.3389582111e-3f, 9.6200179572e-3f, 5.5503651828e-2f, 2.4022636856e-1f,
-                                  6.9314718334e-1f, 1.0f});
+  const vfloat p =
+      polynomial(f, {1.4902517689e-4f, 1.3389582111e-3f, 9.6200179572e-3f, 5.5503651828e-2f, 2.4022636856e-1f, 6.9314718334e-1f, 1.0f});
   const vint in_range = ~(vint)(t < splat<vfloat>(-125.0f));  // NaN is in range
   // A product, not a sum of exponents: to a NaN's bits those of its payload would be added, which may make a number of it.
   return (vfloat)((vint)(p * (vfloat)((vint)shifted << 23)) & in_range);

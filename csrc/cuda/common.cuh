@@ -18,9 +18,10 @@ namespace iwsgd {
 // last error torch does not clear: the next launch's check would take it for that launch's.
 inline void check(cudaError_t result) {
   if (result != cudaSuccess) static_cast<void>(cudaGetLastError());
-  STD_TORCH_CHECK(result != cudaErrorNoKernelImageForDevice,
-                  "iwsgd_ext's CUDA kernels were not built for this GPU (iw.backend_info()['build'] says for which they were). Build again with "
-                  "TORCH_CUDA_ARCH_LIST set to its compute capability (torch.cuda.get_device_capability()), or iw.set_backend('reference')");
+  STD_TORCH_CHECK(
+      result != cudaErrorNoKernelImageForDevice,
+      "iwsgd_ext's CUDA kernels were not built for this GPU (iw.backend_info()['build'] says for which they were). Build again with "
+      "TORCH_CUDA_ARCH_LIST set to its compute capability (torch.cuda.get_device_capability()), or iw.set_backend('reference')");
   STD_CUDA_CHECK(result);
 }
 

@@ -27,10 +27,8 @@ __global__ void __launch_bounds__(kBlock) gaussian_bwd_kernel(const __grid_const
 // Calls body with the elements of a pack, as a std::integral_constant.
 template <class T, class Body>
 void with_pack(const Gaussian& call, std::initializer_list<const void*> tensors, const Body& body) {
-  if (packs_are_whole(call.draw.layout, kPack<T>, sizeof(T), tensors))
-    body(std::integral_constant<int, kPack<T>>{});
-  else
-    body(std::integral_constant<int, 1>{});
+  if (packs_are_whole(call.draw.layout, kPack<T>, sizeof(T), tensors)) body(std::integral_constant<int, kPack<T>>{});
+  else body(std::integral_constant<int, 1>{});
 }
 
 template <class T>
@@ -41,10 +39,8 @@ void gaussian_fwd_cuda(const Gaussian& call, const T* x, T* y, cudaStream_t stre
     if (work.total == 0) return;
     const NoiseGrid grid = noise_grid(work, true);
     const dim3 blocks(static_cast<unsigned>(grid.blocks), static_cast<unsigned>(grid.parts));
-    if (call.draw.expand)
-      gaussian_fwd_kernel<T, P, true><<<blocks, kBlock, 0, stream>>>(work, x, y, static_cast<int>(grid.part));
-    else
-      gaussian_fwd_kernel<T, P, false><<<blocks, kBlock, 0, stream>>>(work, x, y, static_cast<int>(grid.part));
+    if (call.draw.expand) gaussian_fwd_kernel<T, P, true><<<blocks, kBlock, 0, stream>>>(work, x, y, static_cast<int>(grid.part));
+    else gaussian_fwd_kernel<T, P, false><<<blocks, kBlock, 0, stream>>>(work, x, y, static_cast<int>(grid.part));
     check_launch();
   });
 }

@@ -16,7 +16,7 @@ struct PackNormals {
   RowAddress row;  // but for the sample
   Keys keys;
   Group groups[kGroups];
-  int which;       // where P is 1: the element's number within its group
+  int which;  // where P is 1: the element's number within its group
 
   IWSGD_HD PackNormals(const GaussianWork& work, int64_t pack) : PackNormals(work, pack, work.by_packs(pack)) {}
 
@@ -40,8 +40,7 @@ struct PackNormals {
   }
 
  private:
-  IWSGD_HD PackNormals(const GaussianWork& work, int64_t pack, int64_t line)
-      : b(line), row(), keys(work.draw.address.seed()), which(0) {
+  IWSGD_HD PackNormals(const GaussianWork& work, int64_t pack, int64_t line) : b(line), row(), keys(work.draw.address.seed()), which(0) {
     hold(keys);
     const Layout& layout = work.draw.layout;
     const int64_t i = (pack - line * work.packs) * P;

@@ -78,7 +78,8 @@ struct DeviceBlock {
   __device__ void expect_bytes(uint64_t* barrier, int bytes) const {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(barrier)), "r"(bytes) : "memory");
   }
-  // 16 bytes to the place of `to` in the shared memory of another of the cluster's blocks, whose barrier in the place of `barrier` counts them.
+  // 16 bytes to the place of `to` in the shared memory of another of the cluster's blocks, whose barrier in the place of `barrier` counts
+  // them.
   template <class X>
   __device__ void push(const X& value, X* to, int rank, uint64_t* barrier) const {
     static_assert(sizeof(X) == 16, "");
@@ -86,8 +87,8 @@ struct DeviceBlock {
     memcpy(w, &value, 16);
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address(to)), "r"(rank));
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counts) : "r"(address(barrier)), "r"(rank));
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(there), "r"(w[0]), "r"(w[1]),
-                 "r"(w[2]), "r"(w[3]), "r"(counts)
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(there), "r"(w[0]),
+                 "r"(w[1]), "r"(w[2]), "r"(w[3]), "r"(counts)
                  : "memory");
   }
   // Until the phase of this parity, 0 of the first one, has ended.

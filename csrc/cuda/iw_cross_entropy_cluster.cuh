@@ -32,16 +32,17 @@ struct ClusterPlace {
 
   template <class Block>
   IWSGD_HD ClusterPlace(const Block& block, const ClusterPlan& plan)
-      : thread(fresh_register(block.thread())), lane(thread & (plan.lanes - 1)), team(thread / plan.lanes), warp_lane(thread % kWarpLanes), warp(thread / kWarpLanes) {}
+      : thread(fresh_register(block.thread())), lane(thread & (plan.lanes - 1)), team(thread / plan.lanes), warp_lane(thread % kWarpLanes),
+        warp(thread / kWarpLanes) {}
 };
 
 // The granules of n classes that begin at z.
 template <class T>
 struct Granules {
   static constexpr int V = kVector<T>;
-  int before, count;        // elements of granule 0 that are before z; granules
-  int whole, whole_end;     // granules from `whole` on, and before `whole_end`, belong to z with all elements
-  int last_bytes;           // of the last one, as far as z goes
+  int before, count;     // elements of granule 0 that are before z; granules
+  int whole, whole_end;  // granules from `whole` on, and before `whole_end`, belong to z with all elements
+  int last_bytes;        // of the last one, as far as z goes
 
   IWSGD_HD Granules(const T* z, int n) : before(static_cast<int>(reinterpret_cast<uintptr_t>(z) % 16 / sizeof(T))), whole(before > 0) {
     const int end = n > 0 ? before + n : 0;
@@ -91,7 +92,8 @@ IWSGD_HD void loss_cluster(const Block& block, const LossArguments<T, A>& a, con
     for (int s = ClusterPlace(block, plan).team; s < S; s += teams) {
       const Granules<T> granules(row_in_memory(s, cluster), n);
       const T* const row = row_in_memory(s, cluster) - granules.before;
-      for (int j = ClusterPlace(block, plan).lane; j < granules.count; j += plan.lanes) block.copy16(row_in_shared(s) + j * V, row + j * V, granules.bytes(j));
+      for (int j = ClusterPlace(block, plan).lane; j < granules.count; j += plan.lanes)
+        block.copy16(row_in_shared(s) + j * V, row + j * V, granules.bytes(j));
     }
   if (block.thread() == 0) block.init_arrivals(arrivals, 1), block.init_arrivals(arrivals + 1, 1);
   find_scale(block, a, work, scratch, scale);
@@ -125,7 +127,7 @@ IWSGD_HD void loss_cluster(const Block& block, const LossArguments<T, A>& a, con
           for (int i = 0; i < V; ++i) numbers[i] = element(x, i);
           row.template add<kSoft>(numbers, [&](int i) { return mine.soft(j * V - granules.before + i); });
         }
-        const auto add_part = [&](int which) {  // of a granule that the row has in part
+        const auto add_part = [&](int which) {            // of a granule that the row has in part
           const int first = which * V - granules.before;  // class
           IWSGD_UNROLL_BY(1)
           for (int i = first < 0 ? 0 : first; i < first + V && i < n; ++i) {
@@ -207,7 +209,8 @@ IWSGD_HD void loss_cluster(const Block& block, const LossArguments<T, A>& a, con
         const int first = which * V - granules.before;
         if (a.dlogits != nullptr && !zero) {
           IWSGD_UNROLL_BY(1)
-          for (int i = first < 0 ? 0 : first; i < first + V && i < n; ++i) dz[granules.before + i] = gradient.of(i, here[granules.before + i]);
+          for (int i = first < 0 ? 0 : first; i < first + V && i < n; ++i)
+            dz[granules.before + i] = gradient.of(i, here[granules.before + i]);
         }
         if (which < next_count) block.copy16(here + which * V, next_row + which * V, nexts.bytes(which));
       };

@@ -292,7 +292,7 @@ IWSGD_HD void loss_tile(const Block& block, const LossArguments<T, A>& a, const 
             continue;
           }
           row_gradient<kSoft, kTileLoads<T>, kSpace>(target, row_in_shared(row.s, row.j), 1, dz, 1, C, max[row.r],
-                                                  outside * c[row.j] / sum[row.r], outside * target.weight, row.lane, plan.lanes);
+                                                     outside * c[row.j] / sum[row.r], outside * target.weight, row.lane, plan.lanes);
         }
       };
       if (plan.flat) gradients(std::integral_constant<Space, Space::shared>{}, row_in_shared);
@@ -325,7 +325,8 @@ template <class A>
 struct Part {
   int first, classes;
   IWSGD_HD Part(const LossWork<A>& work, int64_t C, int64_t part)
-      : first(static_cast<int>(part * work.part_classes)), classes(static_cast<int>(C - first < work.part_classes ? C - first : work.part_classes)) {}
+      : first(static_cast<int>(part * work.part_classes)),
+        classes(static_cast<int>(C - first < work.part_classes ? C - first : work.part_classes)) {}
 };
 
 // What the slice's position i has to say under sample s, from its row's statistics.
@@ -355,8 +356,8 @@ IWSGD_HD void loss_statistics(const Block& block, const LossArguments<T, A>& a, 
       target = row_target<true>(a, p);
       const Part<A> part(work, a.C, q - r * work.parts);
       if (!target.ignored)
-        row = row_sum<kSoft, kSliceLoads, T, A>(target.from(part.first), a.row(s, p) + part.first * a.class_stride, a.class_stride, part.classes,
-                                                lane, lanes);
+        row = row_sum<kSoft, kSliceLoads, T, A>(target.from(part.first), a.row(s, p) + part.first * a.class_stride, a.class_stride,
+                                                part.classes, lane, lanes);
     }
     row = team_merge<kSoft>(block, row, lanes, reinterpret_cast<A*>(block.shared()));
     if (!there || lane != 0) continue;
@@ -401,8 +402,9 @@ IWSGD_HD void loss_weights(const Block& block, const LossArguments<T, A>& a, con
   for (int64_t at = block.index() * teams; at < work.units; at += block.blocks() * teams) {
     const int64_t i = at + block.thread() / lanes, unit = work.first_unit + i;
     const bool there = i < work.units;
-    const A bound = weigh_unit(block, static_cast<A>(a.alpha), static_cast<int>(a.S), lane, lanes, there,
-                               [&](int s) { return a.log_p[s * units + unit]; }, [&](int s, A w) { a.weights[s * units + unit] = w; });
+    const A bound = weigh_unit(
+        block, static_cast<A>(a.alpha), static_cast<int>(a.S), lane, lanes, there, [&](int s) { return a.log_p[s * units + unit]; },
+        [&](int s, A w) { a.weights[s * units + unit] = w; });
     if (there && lane == 0) loss += finish_unit(a, unit, bound, work.c[i], *scale);
   }
   if (work.losses == nullptr) return;
@@ -445,8 +447,9 @@ IWSGD_HD void loss_join(const Block& block, const LossArguments<T, A>& a, const 
     }
     block.sync();
     if (block.thread() < 32) {
-      const A bound = weigh_unit(block, static_cast<A>(a.alpha), static_cast<int>(a.S), block.thread(), 32, true,
-                                 [&](int s) { return a.log_p[s * a.B + unit]; }, [&](int s, A w) { a.weights[s * a.B + unit] = w; });
+      const A bound = weigh_unit(
+          block, static_cast<A>(a.alpha), static_cast<int>(a.S), block.thread(), 32, true, [&](int s) { return a.log_p[s * a.B + unit]; },
+          [&](int s, A w) { a.weights[s * a.B + unit] = w; });
       if (block.thread() == 0) loss += finish_unit(a, unit, bound, static_cast<A>(*shared_outer), *scale);
     }
   }

@@ -38,14 +38,14 @@ struct DeviceLimits {
 // What the choice depends on.
 struct LossShape {
   int64_t S, units, C;
-  int64_t positions;          // of a unit: more than one only where an example's positions share their weights
+  int64_t positions;  // of a unit: more than one only where an example's positions share their weights
   int64_t element_bytes, acc_bytes;
-  bool even;                  // row (s, unit) begins at s * B * row_stride + unit * pitch, in both, and its classes are adjacent
-  bool adjacent;              // the classes of a row of the logits
-  bool contiguous;            // the rows of neighbouring units, too, in the logits and in their gradient
-  bool soft;                  // probabilities, or smoothed labels
-  int64_t access_bytes;       // the widest access in which every row can be taken, in both: 16, 4, or one element
-  bool alike;                 // a row begins as far behind a multiple of 16 bytes in the logits as in their gradient
+  bool even;             // row (s, unit) begins at s * B * row_stride + unit * pitch, in both, and its classes are adjacent
+  bool adjacent;         // the classes of a row of the logits
+  bool contiguous;       // the rows of neighbouring units, too, in the logits and in their gradient
+  bool soft;             // probabilities, or smoothed labels
+  int64_t access_bytes;  // the widest access in which every row can be taken, in both: 16, 4, or one element
+  bool alike;            // a row begins as far behind a multiple of 16 bytes in the logits as in their gradient
 };
 
 template <class T, class A>
@@ -59,7 +59,8 @@ inline LossShape loss_shape(const LossArguments<T, A>& a) {
   };
   uint64_t ends = static_cast<uint64_t>(a.C * size);  // where rows begin and end, as far as its lowest bits tell
   const auto begin_at = [&](const T* base, int64_t row, int64_t position) {
-    ends |= reinterpret_cast<uintptr_t>(base) | static_cast<uint64_t>(row * size) | static_cast<uint64_t>(positions == 1 ? 0 : position * size);
+    ends |=
+        reinterpret_cast<uintptr_t>(base) | static_cast<uint64_t>(row * size) | static_cast<uint64_t>(positions == 1 ? 0 : position * size);
   };
   LossShape shape{};
   shape.S = a.S, shape.units = a.units(), shape.C = a.C;
@@ -98,10 +99,10 @@ struct RegisterPlan {
   int access, accesses, rows;  // the form: elements of an access; accesses of a lane in a row; rows of a lane
   bool shifted;                // the form: rows begin anywhere, and are taken in the aligned accesses that cover them
   int group_bits, places, warps;
-  int weigh_bits;              // 2^weigh_bits threads weigh a unit
-  int inverse_samples;         // row / S = row * inverse_samples >> 16
-  unsigned last_samples;       // bit r: a lane's row r is of its unit's last sample, and another unit's rows follow
-  int threads;                 // of a block: a team, or several of one warp each
+  int weigh_bits;         // 2^weigh_bits threads weigh a unit
+  int inverse_samples;    // row / S = row * inverse_samples >> 16
+  unsigned last_samples;  // bit r: a lane's row r is of its unit's last sample, and another unit's rows follow
+  int threads;            // of a block: a team, or several of one warp each
   bool one_launch;
   int64_t shared_bytes, tiles, blocks;  // tiles: of a team's units
   int64_t stride;                       // units from one tile of a team to its next one
@@ -118,9 +119,9 @@ struct TilePlan {
   bool use;
   int threads, lanes, weigh_lanes, n;
   int step_samples, step_units;  // from a team's row to its next one, threads / lanes rows on
-  bool segments;  // the n rows of one noise sample are copied as one
-  bool flat;      // the gradient goes through shared memory, as rows alone would be written in unaligned bits
-  bool one_launch;  // NOTE [One launch]: the blocks are on the GPU all at once, and make the denominator and the total too
+  bool segments;                 // the n rows of one noise sample are copied as one
+  bool flat;                     // the gradient goes through shared memory, as rows alone would be written in unaligned bits
+  bool one_launch;               // NOTE [One launch]: the blocks are on the GPU all at once, and make the denominator and the total too
   int64_t row_bytes, segment_bytes, rows_at, shared_bytes;
   int64_t tiles, blocks;
 };
@@ -132,15 +133,15 @@ struct ClusterPlan {
   int ranks, threads, lanes;
   int64_t classes;  // of a block; the last may have fewer, or none
   int64_t row_bytes, rows_at, shared_bytes;
-  int64_t blocks;   // ranks times the clusters, each of which works on several units
+  int64_t blocks;  // ranks times the clusters, each of which works on several units
 };
 
 struct SlicePlan {
-  int64_t units;        // of a slice
-  int lanes;            // of a row, or of each of its parts
-  int parts;            // of a row: as many as it takes to keep all multiprocessors busy with a slice that the cache holds
-  int64_t classes;      // of a part; the last may have fewer
-  int weigh_lanes;      // of a unit's weights
+  int64_t units;    // of a slice
+  int lanes;        // of a row, or of each of its parts
+  int parts;        // of a row: as many as it takes to keep all multiprocessors busy with a slice that the cache holds
+  int64_t classes;  // of a part; the last may have fewer
+  int weigh_lanes;  // of a unit's weights
   int64_t row_blocks, part_blocks, unit_blocks;  // of the kernels of rows or their parts, of the one that joins parts, of those of units
 };
 
@@ -269,7 +270,7 @@ inline TilePlan tile_plan(const LossShape& shape, const DeviceLimits& device) {
 // What a warp sends of its part of a row: five values, or three where the target is hard, in whole pieces of 16 bytes.
 IWSGD_HD constexpr int64_t part_bytes(bool soft, int64_t acc_bytes) { return ((soft ? 5 : 3) * acc_bytes + 15) / 16 * 16; }
 
-constexpr int kMostRanks = 16;       // of a cluster; more than 8 must be asked for
+constexpr int kMostRanks = 16;  // of a cluster; more than 8 must be asked for
 constexpr int kClusterThreads = 512;
 
 inline ClusterPlan cluster_with(const LossShape& shape, int ranks) {
@@ -312,7 +313,8 @@ inline SlicePlan slice_plan(const LossShape& shape, const DeviceLimits& device) 
   // are long, else with more units.
   const int64_t row_lanes = shape.adjacent ? lanes_of_row(shape, kPlainThreads) : 1;
   const int64_t unit_threads = std::max<int64_t>(1, shape.S * shape.positions * row_lanes), threads = device.multiprocessors * 1024;
-  const int64_t row_bytes = shape.C * shape.element_bytes, most_parts = shape.adjacent ? std::max<int64_t>(1, row_bytes / device.part_bytes) : 1;
+  const int64_t row_bytes = shape.C * shape.element_bytes,
+                most_parts = shape.adjacent ? std::max<int64_t>(1, row_bytes / device.part_bytes) : 1;
   const int64_t fill = divide_up(threads, unit_threads * most_parts);
   plan.units = std::max<int64_t>(1, std::min(shape.units, std::max(fill, device.cache / 3 / unit_bytes)));
   plan.lanes = static_cast<int>(row_lanes);
@@ -331,14 +333,14 @@ inline SlicePlan slice_plan(const LossShape& shape, const DeviceLimits& device) 
 // Memory of a call besides its arguments and results.
 template <class A>
 struct LossWork {
-  double* denominators;    // [denominator_blocks], partial sums of d, where the loss is the mean
+  double* denominators;  // [denominator_blocks], partial sums of d, where the loss is the mean
   int64_t denominator_blocks;
-  unsigned* finished;      // blocks, where one launch does everything
-  double* losses;          // [blocks], partial sums of the loss, or null
+  unsigned* finished;  // blocks, where one launch does everything
+  double* losses;      // [blocks], partial sums of the loss, or null
   int64_t loss_blocks;
   // Of the positions of a slice, row (s, position) at s * (positions of the slice) + position - first:
-  A *max, *sum, *u;        // [S, positions]
-  A* c;                    // [positions]
+  A *max, *sum, *u;  // [S, positions]
+  A* c;              // [positions]
   int64_t first_unit, units;
   // Of rows in parts of so many classes each: what a RowSum holds, [S, positions, parts, 4].
   int64_t parts, part_classes;
@@ -396,21 +398,24 @@ void run_loss_as(const LossArguments<T, A>& a, const DeviceLimits& device, const
   }
   const bool held = registers.use || tiles.use;  // by one block
   const int64_t held_blocks = registers.use ? registers.blocks : tiles.blocks;
-  const ClusterPlan clusters = held ? ClusterPlan{} : cluster_plan(shape, device, [&](const ClusterPlan& plan) {
-    return launches.template clusters<kSoft, T>(plan);
-  });
+  const ClusterPlan clusters =
+      held ? ClusterPlan{}
+           : cluster_plan(shape, device, [&](const ClusterPlan& plan) { return launches.template clusters<kSoft, T>(plan); });
   const bool sliced = !held && !clusters.use && shape.units > 0;
   const SlicePlan slices = sliced ? slice_plan(shape, device) : SlicePlan{};
   const int64_t positions = slices.units * shape.positions;
 
   LossWork<A> work{};
-  if (mean) work.denominator_blocks = one_launch ? held_blocks : std::min<int64_t>(kDenominatorBlocks, divide_up(a.positions(), kPlainThreads));
+  if (mean)
+    work.denominator_blocks = one_launch ? held_blocks : std::min<int64_t>(kDenominatorBlocks, divide_up(a.positions(), kPlainThreads));
   const auto cut = [&](char* base) {
     Cutter memory{base};
     work.denominators = memory.take<double>(work.denominator_blocks);
     work.finished = memory.take<unsigned>(1);
-    work.loss_blocks = held ? held_blocks : clusters.use ? clusters.blocks / clusters.ranks
-                     : sliced ? divide_up(shape.units, slices.units) * slices.unit_blocks : 0;
+    work.loss_blocks = held           ? held_blocks
+                       : clusters.use ? clusters.blocks / clusters.ranks
+                       : sliced       ? divide_up(shape.units, slices.units) * slices.unit_blocks
+                                      : 0;
     work.losses = total ? memory.take<double>(work.loss_blocks) : nullptr;
     work.max = memory.take<A>(a.S * positions);
     work.sum = memory.take<A>(a.S * positions);

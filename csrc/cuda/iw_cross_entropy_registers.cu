@@ -11,9 +11,9 @@ namespace {
 extern __shared__ __align__(16) double shared_memory[];
 
 template <class T, int V, int K, int R, bool kShifted>
-__global__ void __launch_bounds__(kTeamWarps * kWarpLanes, 1)
+__global__ void __launch_bounds__(kTeamWarps* kWarpLanes, 1)
     iw_cross_entropy_registers_kernel(const __grid_constant__ LossArguments<T, float> a, const __grid_constant__ LossWork<float> work,
-                                          const __grid_constant__ RegisterPlan plan) {
+                                      const __grid_constant__ RegisterPlan plan) {
   loss_registers<V, K, R, kShifted>(DeviceBlock{reinterpret_cast<char*>(shared_memory)}, a, work, plan);
 }
 
@@ -31,7 +31,8 @@ void with_kernel(const RegisterPlan& plan, const Body& body) {
 template <class T>
 int64_t resident_registers(const RegisterPlan& plan, int64_t multiprocessors) {
   int each = 0;
-  with_kernel<T>(plan, [&](auto kernel) { check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, plan.threads, plan.shared_bytes)); });
+  with_kernel<T>(
+      plan, [&](auto kernel) { check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, plan.threads, plan.shared_bytes)); });
   return each * multiprocessors;
 }
 
@@ -43,8 +44,8 @@ void launch_registers(const LossArguments<T, float>& a, const LossWork<float>& w
   });
 }
 
-#define IWSGD_REGISTERS_OF(T)                                                    \
-  template int64_t resident_registers<T>(const RegisterPlan&, int64_t);          \
+#define IWSGD_REGISTERS_OF(T)                                           \
+  template int64_t resident_registers<T>(const RegisterPlan&, int64_t); \
   template void launch_registers<T>(const LossArguments<T, float>&, const LossWork<float>&, const RegisterPlan&, cudaStream_t);
 IWSGD_REGISTERS_OF(float)
 IWSGD_REGISTERS_OF(bf16)

@@ -39,7 +39,8 @@ template <class T, class Body>
 void with_form(const RegisterPlan& plan, const Body& body) {
   constexpr auto narrow = std::make_index_sequence<std::size(kNarrowForms)>{};
   if (plan.shifted) with_form_of<kVector<T>, true, kShiftedForms>(plan, body, std::make_index_sequence<std::size(kShiftedForms)>{});
-  else if (plan.access == kVector<T>) with_form_of<kVector<T>, false, kWideForms>(plan, body, std::make_index_sequence<std::size(kWideForms)>{});
+  else if (plan.access == kVector<T>)
+    with_form_of<kVector<T>, false, kWideForms>(plan, body, std::make_index_sequence<std::size(kWideForms)>{});
   else if (plan.access == 1) with_form_of<1, false, kNarrowForms>(plan, body, narrow);
   else if constexpr (sizeof(T) == 2) with_form_of<2, false, kNarrowForms>(plan, body, narrow);
 }
@@ -63,12 +64,12 @@ IWSGD_HD void sync_team(const Block& block, bool warp) {
 
 // Where a thread stands in a team. Made anew in each step, which costs less than to keep it.
 struct TeamPlace {
-  bool alone;          // the team is one warp
+  bool alone;  // the team is one warp
   int lane, warp;
-  int groups, group;   // of lanes: this lane's row is of unit `group`
-  int sub;             // the lane in its group
-  int team;            // of the block
-  int first_row;       // of the warp, among the rows of its team
+  int groups, group;  // of lanes: this lane's row is of unit `group`
+  int sub;            // the lane in its group
+  int team;           // of the block
+  int first_row;      // of the warp, among the rows of its team
 
   template <class Block>
   IWSGD_HD TeamPlace(const Block& block, const RegisterPlan& plan) : alone(plan.warps == 1) {
@@ -82,7 +83,7 @@ struct TeamPlace {
 template <int V, int K, int R, bool kShifted, class T, class Block>
 IWSGD_HD void loss_registers(const Block& block, const LossArguments<T, float>& a, const LossWork<float>& work, const RegisterPlan& plan) {
   const int S = static_cast<int>(a.S), C = static_cast<int>(a.C), lanes = kWarpLanes >> plan.group_bits;
-  const int accesses = kShifted ? (C + V - 2) / V + 1 : C / V;  // a shifted row begins up to V - 1 elements behind its first access
+  const int accesses = kShifted ? (C + V - 2) / V + 1 : C / V;          // a shifted row begins up to V - 1 elements behind its first access
   const int apart = fills_warp(V * sizeof(T), K) ? kWarpLanes : lanes;  // from one access of a lane to its next
   const int64_t units = a.units();
   double* scratch = reinterpret_cast<double*>(block.shared());
@@ -260,8 +261,8 @@ IWSGD_HD void loss_registers(const Block& block, const LossArguments<T, float>& 
           if (w == 0.f) slot.label = -1;  // zeros, whatever the logits are; NaN would have made the weight NaN
           slot.factor *= w * upstream, slot.own *= w * upstream;
         };
-        const float bound = weigh_unit(block, static_cast<float>(a.alpha), S, weigh_lane, weigh_lanes, there,
-                                       [&](int s) { return l[s * at.groups]; }, put);
+        const float bound =
+            weigh_unit(block, static_cast<float>(a.alpha), S, weigh_lane, weigh_lanes, there, [&](int s) { return l[s * at.groups]; }, put);
         if (there && weigh_lane == 0) loss += finish_unit(a, unit, bound, c, *scale);
       }
     }
@@ -273,7 +274,8 @@ IWSGD_HD void loss_registers(const Block& block, const LossArguments<T, float>& 
       // Computed once: the compiler would do it anew for each row. left: units from the group's first on, 0 where no gradient is wanted.
       // Of `to` and `next` the distance is held, not the address, which the compiler then no longer knew to be of global memory.
       const auto few = [](int64_t count) { return static_cast<int>(count < 1024 ? count : 1024); };
-      const int left = fresh_register(a.dlogits != nullptr ? few(units - unit) : 0), next_left = fresh_register(few(units - unit - plan.stride));
+      const int left = fresh_register(a.dlogits != nullptr ? few(units - unit) : 0),
+                next_left = fresh_register(few(units - unit - plan.stride));
       const T* const next = a.logits + fresh_register((unit + plan.stride) * plan.logits.unit);
       T* const to = a.dlogits + fresh_register(unit * plan.gradient.unit);
       const RowSlot* its = slots(at) + (at.first_row * at.groups + at.group);

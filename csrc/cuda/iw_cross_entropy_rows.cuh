@@ -37,13 +37,13 @@ IWSGD_HD double larger(double x, double y) { return fmax(x, y); }
 template <class A>
 struct RowTarget {
   bool ignored;
-  int label;                     // -1 for probabilities
-  const A* probability;          // [C], probability_stride apart, or null
+  int label;             // -1 for probabilities
+  const A* probability;  // [C], probability_stride apart, or null
   int64_t probability_stride;
-  const A* class_weight;         // [C] or null
-  A weight;                      // m, the position's weight
-  A hot;                         // (1 - smoothing) * v[label]
-  A uniform, share;              // smoothing / C, and 1 - smoothing
+  const A* class_weight;  // [C] or null
+  A weight;               // m, the position's weight
+  A hot;                  // (1 - smoothing) * v[label]
+  A uniform, share;       // smoothing / C, and 1 - smoothing
 
   // q v of class i, without its one-hot part.
   IWSGD_HD A soft(int i) const {
@@ -235,7 +235,8 @@ struct RowGradient {
   const RowTarget<A>& target;
   A max, factor, k, hot;
 
-  IWSGD_HD RowGradient(const RowTarget<A>& target, A max, A factor, A k) : target(target), max(max), factor(factor), k(k), hot(k * target.hot) {}
+  IWSGD_HD RowGradient(const RowTarget<A>& target, A max, A factor, A k)
+      : target(target), max(max), factor(factor), k(k), hot(k * target.hot) {}
 
   // Of class i, without the label's part.
   IWSGD_HD A outside(int i, A z) const {

@@ -21,8 +21,7 @@ struct Cuda {
     const auto rows = static_cast<unsigned>(call.samples * call.examples);
     if (call.features <= kSharedFeatures)
       multinomial_fwd_kernel<true><<<rows, kCountThreads, call.features * sizeof(int32_t), device.stream()>>>(call, counts);
-    else
-      multinomial_fwd_kernel<false><<<rows, kCountThreads, 0, device.stream()>>>(call, counts);
+    else multinomial_fwd_kernel<false><<<rows, kCountThreads, 0, device.stream()>>>(call, counts);
     check_launch();
   }
 };

@@ -21,7 +21,10 @@ constexpr int kMostBlocks = 4;  // Turing's
 constexpr int kMostBlocks = 5;
 #endif
 template <class T, int V, bool kExpand>
-constexpr int kBlocks = std::min(kMostBlocks, (V == kGroup ? 4 : V > 1 && sizeof(T) == 4 ? 3 : 2) + (kExpand && V > 1 ? 1 : 0));
+constexpr int kBlocks = std::min(kMostBlocks, (V == kGroup               ? 4
+                                               : V > 1 && sizeof(T) == 4 ? 3
+                                                                         : 2) +
+                                                  (kExpand && V > 1 ? 1 : 0));
 
 template <class T, int V, bool kGroups, bool kExpand>
 __global__ void __launch_bounds__(kBlock, kBlocks<T, V, kExpand>) noise_fwd_kernel(const __grid_constant__ NoiseWork work,
@@ -33,9 +36,9 @@ __global__ void __launch_bounds__(kBlock, kBlocks<T, V, kExpand>) noise_fwd_kern
 
 template <class T, int V, bool kGroups>
 __global__ void __launch_bounds__(kBlock, kBlocks<T, V, false>) noise_bwd_kernel(const __grid_constant__ NoiseWork work,
-                                                                                   const T* dy,  // [O, S*B, I]
-                                                                                   T* dx,        // [O, B, I]
-                                                                                   acc_t<T> scale) {
+                                                                                 const T* dy,  // [O, S*B, I]
+                                                                                 T* dx,        // [O, B, I]
+                                                                                 acc_t<T> scale) {
   noise_bwd<T, V, kGroups>(work, dy, dx, scale, blockIdx.x, static_cast<int>(threadIdx.x));
 }
 
@@ -44,24 +47,22 @@ template <class T, int V, bool kGroups>
 constexpr int kRuleBlocks = sizeof(T) < 8 && (kGroups || V == kGroup) ? 3 : 2;
 
 template <class T, int V, bool kGroups, bool kExpand>
-__global__ void __launch_bounds__(kBlock, kRuleBlocks<T, V, kGroups>) noise_rule_fwd_kernel(const __grid_constant__ NoiseWork work, const T* x, T* y,
-                                                                                const __grid_constant__ Affine<T> map, int part) {
+__global__ void __launch_bounds__(kBlock, kRuleBlocks<T, V, kGroups>)
+    noise_rule_fwd_kernel(const __grid_constant__ NoiseWork work, const T* x, T* y, const __grid_constant__ Affine<T> map, int part) {
   noise_rule_fwd<T, V, kGroups, kExpand>(work, x, y, map, part, blockIdx.x, static_cast<int>(blockIdx.y), static_cast<int>(threadIdx.x));
 }
 
 template <class T, int V, bool kGroups>
-__global__ void __launch_bounds__(kBlock, kRuleBlocks<T, V, kGroups>) noise_rule_bwd_kernel(const __grid_constant__ NoiseWork work, const T* dy, T* dx,
-                                                                                const __grid_constant__ Affine<T> map) {
+__global__ void __launch_bounds__(kBlock, kRuleBlocks<T, V, kGroups>)
+    noise_rule_bwd_kernel(const __grid_constant__ NoiseWork work, const T* dy, T* dx, const __grid_constant__ Affine<T> map) {
   noise_rule_bwd<T, V, kGroups>(work, dy, dx, map, blockIdx.x, static_cast<int>(threadIdx.x));
 }
 
 // Calls body with the elements of an access, as a std::integral_constant.
 template <class T, class Body>
 void with_access(const NoiseWork& work, std::initializer_list<const void*> tensors, const Body& body) {
-  if (rows_are_aligned(work.draw.layout, sizeof(T), tensors))
-    body(std::integral_constant<int, kVector<T>>{});
-  else
-    body(std::integral_constant<int, 1>{});
+  if (rows_are_aligned(work.draw.layout, sizeof(T), tensors)) body(std::integral_constant<int, kVector<T>>{});
+  else body(std::integral_constant<int, 1>{});
 }
 
 // Calls body with two types: the elements of an access as a std::integral_constant, and whether packs are known to be groups.
@@ -102,8 +103,7 @@ void noise_fwd_cuda(const Draw& draw, const T* x, T* y, const Affine<T>& map, cu
       constexpr bool kGroups = decltype(groups)::value;
       if (draw.expand && draw.samples > 1)
         noise_rule_fwd_kernel<T, V, kGroups, true><<<dimensions(grid), kBlock, 0, stream>>>(work, x, y, map, part);
-      else
-        noise_rule_fwd_kernel<T, V, kGroups, false><<<dimensions(grid), kBlock, 0, stream>>>(work, x, y, map, part);
+      else noise_rule_fwd_kernel<T, V, kGroups, false><<<dimensions(grid), kBlock, 0, stream>>>(work, x, y, map, part);
     });
     check_launch();
     return;
@@ -117,8 +117,7 @@ void noise_fwd_cuda(const Draw& draw, const T* x, T* y, const Affine<T>& map, cu
     constexpr bool kGroups = decltype(groups)::value;
     if (draw.expand || draw.samples == 1)
       noise_fwd_kernel<T, V, kGroups, true><<<dimensions(grid), kBlock, 0, stream>>>(work, x, y, map, part);
-    else
-      noise_fwd_kernel<T, V, kGroups, false><<<dimensions(grid), kBlock, 0, stream>>>(work, x, y, map, part);
+    else noise_fwd_kernel<T, V, kGroups, false><<<dimensions(grid), kBlock, 0, stream>>>(work, x, y, map, part);
   });
   check_launch();
 }

@@ -87,10 +87,10 @@ IWSGD_HD uint32_t keep_bits(const Words& words, uint32_t threshold) {
 
 // Where a pack lies. kWhole: rows are whole packs; places past the last pack are then not asked for.
 struct Place {
-  int64_t x, y;      // its first element, in [O, B, I] and in sample 0 of [O, S*B, I]
-  int64_t o, b;      // outer index and example
-  int64_t index;     // the element's number within the example
-  int count;         // elements, kGroup but at the end of a row; none past the last pack
+  int64_t x, y;   // its first element, in [O, B, I] and in sample 0 of [O, S*B, I]
+  int64_t o, b;   // outer index and example
+  int64_t index;  // the element's number within the example
+  int count;      // elements, kGroup but at the end of a row; none past the last pack
 
   template <bool kWhole>
   IWSGD_HD Place(const NoiseWork& work, int64_t pack, std::bool_constant<kWhole>) {
@@ -116,18 +116,14 @@ struct Place {
 // kGroups: packs are known to be groups of the generator, and the bits never leave the predicates that they are made in.
 template <bool kGroups>
 struct PackNoise {
-  int64_t b;               // the example's place in the batch, for its sample ids
-  RowAddress row;          // but for the sample
+  int64_t b;       // the example's place in the batch, for its sample ids
+  RowAddress row;  // but for the sample
   Keys keys;
   int64_t position, left;  // of the pack's first element; elements that share its draw, from it on
   Group group;             // of that position
 
   IWSGD_HD PackNoise(const NoiseWork& work, const Place& place)
-      : b(place.b),
-        row(work.draw.address.row(0, place.b, work.draw.layout.examples)),
-        keys(row.seed),
-        position(place.index),
-        left(1) {
+      : b(place.b), row(work.draw.address.row(0, place.b, work.draw.layout.examples)), keys(row.seed), position(place.index), left(1) {
     if constexpr (!kGroups) {
       const int64_t index = position;
       position = work.by_share(index);
@@ -187,9 +183,7 @@ struct Slots {
   bool inside[kSlots];
 
   IWSGD_HD Slots(const NoiseWork& work, int64_t block, int thread)
-      : work(work),
-        warp_pack(block * kBlock + thread - thread % kWarp),
-        lane(static_cast<unsigned>(thread) % kWarp),
+      : work(work), warp_pack(block * kBlock + thread - thread % kWarp), lane(static_cast<unsigned>(thread) % kWarp),
         own(work, block * kBlock + thread, kWhole) {
     IWSGD_UNROLL
     for (int k = 0; k < kSlots; ++k) {
@@ -261,8 +255,7 @@ struct Affine {
   T fill;
   // Of plain dropout the shift is -0, with which every product stays as it is; +0 would make +0 of -0.
   explicit Affine(const Rule& rule)
-      : scale(static_cast<acc_t<T>>(rule.scale)),
-        shift(static_cast<acc_t<T>>(rule.plain() ? -0.0 : rule.shift)),
+      : scale(static_cast<acc_t<T>>(rule.scale)), shift(static_cast<acc_t<T>>(rule.plain() ? -0.0 : rule.shift)),
         fill(from_acc<T>(static_cast<acc_t<T>>(rule.fill))) {}
 };
 

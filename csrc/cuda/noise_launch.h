@@ -56,12 +56,9 @@ struct NoiseWork {
   Divider by_packs, by_examples, by_share, by_positions;
 
   explicit NoiseWork(const Draw& draw)
-      : draw(draw),
-        packs((draw.layout.inner + kGroup - 1) / kGroup),
-        total(draw.layout.outer * draw.layout.examples * packs),
+      : draw(draw), packs((draw.layout.inner + kGroup - 1) / kGroup), total(draw.layout.outer * draw.layout.examples * packs),
         step(draw.layout.examples * draw.layout.inner),
-        wraps(draw.layout.outer * draw.layout.inner > draw.layout.positions * draw.layout.share),
-        groups(packs_are_groups(draw.layout)) {
+        wraps(draw.layout.outer * draw.layout.inner > draw.layout.positions * draw.layout.share), groups(packs_are_groups(draw.layout)) {
     if (total == 0) return;
     by_packs = Divider(packs);
     by_examples = Divider(draw.layout.examples);

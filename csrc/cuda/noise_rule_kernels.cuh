@@ -37,10 +37,7 @@ struct PackRule {
 
   // first: the first noise sample. Its thresholds are loaded before the keys are waited for.
   IWSGD_HD PackRule(const NoiseWork& work, const Affine<T>& map, const Place& place, int first)
-      : work(work),
-        place(place),
-        noise((load_thresholds(first), work), place),
-        map(map),
+      : work(work), place(place), noise((load_thresholds(first), work), place), map(map),
         by_sample(!kGroups || (work.draw.rule.threshold_rows != 1 && work.draw.rule.threshold_rows != work.draw.layout.examples)) {
     set_factors();
   }
@@ -110,7 +107,8 @@ struct PackRule {
 };
 
 template <class T, int V, bool kGroups, bool kExpand>
-IWSGD_HD void noise_rule_fwd(const NoiseWork& work, const T* x, T* y, const Affine<T>& map, int part, int64_t block, int which, int thread) {
+IWSGD_HD void noise_rule_fwd(const NoiseWork& work, const T* x, T* y, const Affine<T>& map, int part, int64_t block, int which,
+                             int thread) {
   constexpr int kSlots = kGroup / V;
   const Place place(work, block * kBlock + thread, std::bool_constant<kGroups>{});
   if (place.count == 0) return;

@@ -38,7 +38,7 @@ class Random {
 
 }  // namespace test
 
-#define CHECK(condition, ...) \
-  do {                        \
+#define CHECK(condition, ...)                                                  \
+  do {                                                                         \
     if (!(condition)) test::fail(__FILE__, __LINE__, #condition, __VA_ARGS__); \
   } while (false)

@@ -28,9 +28,9 @@ void sizes() {
   if (kFewCases) return;
   run_all({2, 2, 5003, 1});
   run_all({1, 1, 20011, 1});
-  run_all({3, 700, 2, 1});   // more units than threads
-  run_all({40, 3, 5, 1});    // more samples than lanes
-  run_all({2, 3, 4, 70});    // more positions than a block has warps
+  run_all({3, 700, 2, 1});    // more units than threads
+  run_all({40, 3, 5, 1});     // more samples than lanes
+  run_all({2, 3, 4, 70});     // more positions than a block has warps
   Case image{2, 3, 4, 1100};  // than threads
   image.layout = kClassFirst;
   run<bf16>(image);
@@ -86,7 +86,8 @@ void registers() {
       run<bf16>(k);
       CHECK(counts.registers > before, k, "not in registers");
       k.resident_blocks = 4 - k.resident_blocks;
-      k.reduction = S % 2 == 1 ? Reduction::sum : Reduction::none, k.class_weight = k.example_weight = true, k.alpha = 0.5, k.in_place = true;
+      k.reduction = S % 2 == 1 ? Reduction::sum : Reduction::none, k.class_weight = k.example_weight = true, k.alpha = 0.5,
+      k.in_place = true;
       run<fp16>(k);
       if (C <= 2048) run<float>(k);
     }
@@ -112,7 +113,8 @@ void parts() {
       for (const int option : {0, 1, 2}) {
         Case k{3, 2, C, T};
         k.device = {2, 300, 600, 100}, k.device.registers = 0, k.device.part_bytes = 64;
-        k.offset = option, k.class_weight = option == 1, k.smoothing = option == 2 ? 0.1 : 0, k.probabilities = option == 2, k.per_position = option == 1;
+        k.offset = option, k.class_weight = option == 1, k.smoothing = option == 2 ? 0.1 : 0, k.probabilities = option == 2,
+        k.per_position = option == 1;
         k.layout = option == 2 ? kPadded : kClassLast, k.in_place = option == 1;
         const int before = counts.parts;
         run_all(k);
@@ -160,8 +162,9 @@ int main() {
   parts();
   clusters();
   options();
-  CHECK(kFewCases || (counts.registers > 300 && counts.tiles > 300 && counts.together > 200 && counts.clusters > 100 && counts.slices > 300 && counts.parts > 50),
-        "registers ", counts.registers, ", tiles ", counts.tiles, ", in one launch ",
-        counts.together, ", clusters ", counts.clusters, ", slices ", counts.slices, ", of them in parts ", counts.parts);
+  CHECK(kFewCases || (counts.registers > 300 && counts.tiles > 300 && counts.together > 200 && counts.clusters > 100 &&
+                      counts.slices > 300 && counts.parts > 50),
+        "registers ", counts.registers, ", tiles ", counts.tiles, ", in one launch ", counts.together, ", clusters ", counts.clusters,
+        ", slices ", counts.slices, ", of them in parts ", counts.parts);
   return test::report();
 }

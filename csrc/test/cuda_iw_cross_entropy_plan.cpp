@@ -39,7 +39,9 @@ void plans() {
   const DeviceLimits a100{108, 166912, 167936, 41943040};
   DeviceLimits h200{132, 232448, 233472, 62914560};
   h200.most_ranks = kMostRanks;
-  const auto shape = [](int64_t S, int64_t C, int64_t bytes) { return LossShape{S, 8192, C, 1, bytes, 4, true, true, true, false, C * bytes % 16 == 0 ? 16 : bytes, false}; };
+  const auto shape = [](int64_t S, int64_t C, int64_t bytes) {
+    return LossShape{S, 8192, C, 1, bytes, 4, true, true, true, false, C * bytes % 16 == 0 ? 16 : bytes, false};
+  };
   const auto times = [](LossShape s, double units) { return s.units = static_cast<int64_t>(s.units * units), s; };
   const auto ranks = [](const LossShape& s, const DeviceLimits& device, int64_t held = 8) {
     if (tile_plan(s, device).use) return 1;
@@ -55,7 +57,8 @@ void plans() {
     const RegisterPlan plan = register_plan(s, h200);
     CHECK(plan.use && kWarpLanes >> plan.group_bits == lanes && plan.accesses == accesses && plan.rows == rows && plan.warps == warps &&
               (plan.places << plan.group_bits) == units,
-          what, ": ", kWarpLanes >> plan.group_bits, ' ', plan.accesses, ' ', plan.rows, ' ', plan.warps, ' ', plan.places << plan.group_bits);
+          what, ": ", kWarpLanes >> plan.group_bits, ' ', plan.accesses, ' ', plan.rows, ' ', plan.warps, ' ',
+          plan.places << plan.group_bits);
     CHECK(plan.places * s.S <= plan.rows * plan.warps && plan.tiles * (plan.places << plan.group_bits) >= s.units, what);
   };
   const auto pairs = [&](int64_t S, int64_t C) {
@@ -80,7 +83,9 @@ void plans() {
   odd.alike = true;
   held(odd, 32, 4, 4, 2, 1, "an odd row, in the accesses that cover it");
   CHECK(register_plan(odd, h200).shifted && register_plan(odd, h200).access == 8, "");
-  CHECK(!register_plan(shape(8, 5000, 2), h200).use && !register_plan(shape(8, 10, 8), h200).use && !register_plan(shape(1000, 10, 2), h200).use, "");
+  CHECK(!register_plan(shape(8, 5000, 2), h200).use && !register_plan(shape(8, 10, 8), h200).use &&
+            !register_plan(shape(1000, 10, 2), h200).use,
+        "");
   expect(ranks(shape(8, 10, 2), h200), 1, "digits");
   expect(ranks(shape(8, 7000, 2), h200), 1, "the largest tile");
   expect(ranks(shape(8, 8192, 2), h200), 2, "just above");

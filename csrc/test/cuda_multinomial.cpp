@@ -62,9 +62,10 @@ void kernel(int64_t samples, int64_t examples, int64_t features, int64_t draws, 
   for (const Order order : {Order::forwards, Order::backwards, Order::random}) {
     std::vector<int32_t> counts(static_cast<std::size_t>(samples * examples * features), -1);
     Threads threads(order);
-    launch_on_host(threads, samples * examples, 1, kCountThreads, features * 4,
-                   [&](const HostBlock& block) { multinomial_fwd<kShared>(call, counts.data(), block); },
-                   [](int64_t at) { CHECK(false, "written ", at, " bytes behind shared memory"); });
+    launch_on_host(
+        threads, samples * examples, 1, kCountThreads, features * 4,
+        [&](const HostBlock& block) { multinomial_fwd<kShared>(call, counts.data(), block); },
+        [](int64_t at) { CHECK(false, "written ", at, " bytes behind shared memory"); });
     for (int64_t r = 0; r < samples * examples; ++r) {
       const int64_t s = r / examples, b = r % examples;
       std::vector<int32_t> want(static_cast<std::size_t>(features));

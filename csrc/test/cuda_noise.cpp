@@ -33,7 +33,8 @@ void dividers() {
 }
 
 NoiseWork work_of(int64_t outer, int64_t examples, int64_t inner, int64_t samples) {
-  return NoiseWork(Draw{{outer, examples, inner, outer * inner, 1}, {nullptr, nullptr, false, 0, 0}, samples, Rule{1, 1.0, 0.0, 0.0, nullptr, 0}, true});
+  return NoiseWork(
+      Draw{{outer, examples, inner, outer * inner, 1}, {nullptr, nullptr, false, 0, 0}, samples, Rule{1, 1.0, 0.0, 0.0, nullptr, 0}, true});
 }
 
 void grids() {
@@ -251,7 +252,8 @@ class Trial {
     expected(draw, [&](int64_t o, int64_t s, int64_t b, int64_t i, bool kept) {
       const acc_t<T> value = to_acc(x.data()[draw.input_row(o, s, b) + i]) * map.scale;
       const T want = kept ? from_acc<T>(rule_.plain() ? value : value + map.shift) : from_acc<T>(static_cast<acc_t<T>>(rule_.fill));
-      CHECK((rule_.plain() ? same<T> : close)(y.data()[draw.row(o, s, b) + i], want), where(kExpand ? "expand" : "rows"), " at ", o, " ", s, " ", b, " ", i);
+      CHECK((rule_.plain() ? same<T> : close)(y.data()[draw.row(o, s, b) + i], want), where(kExpand ? "expand" : "rows"), " at ", o, " ", s,
+            " ", b, " ", i);
     });
     CHECK(x.guarded() && y.guarded(), where("forward"), " writes outside");
   }
@@ -289,7 +291,8 @@ class Trial {
         if (rule_.thresholds == nullptr) noise_fwd<T, V, kGroups, true>(work, dy, y.data(), map, 1, block, 0, thread);
         else noise_rule_fwd<T, V, kGroups, false>(work, dy, y.data(), map, 1, block, 0, thread);
       }
-    for (int64_t i = 0; i < n; ++i) CHECK(same(y.data()[i], dx[i]) || (std::isnan(to_acc(dx[i])) && std::isnan(to_acc(y.data()[i]))), where("sum of one"), " at ", i);
+    for (int64_t i = 0; i < n; ++i)
+      CHECK(same(y.data()[i], dx[i]) || (std::isnan(to_acc(dx[i])) && std::isnan(to_acc(y.data()[i]))), where("sum of one"), " at ", i);
   }
 
   // What a kept element is multiplied by.
@@ -317,7 +320,8 @@ class Trial {
     for (int64_t block = 0; block < grid.blocks; ++block)
       for (int part = 0; part < grid.parts; ++part)
         for (int thread = 0; thread < kBlock; ++thread)
-          noise_rule_fwd<T, V, kGroups, kExpand>(work, x.data(), y.data(), Affine<T>(rule_), static_cast<int>(grid.part), block, part, thread);
+          noise_rule_fwd<T, V, kGroups, kExpand>(work, x.data(), y.data(), Affine<T>(rule_), static_cast<int>(grid.part), block, part,
+                                                 thread);
     expected(draw, [&](int64_t o, int64_t s, int64_t b, int64_t i, bool kept) {
       const acc_t<T> value = to_acc(x.data()[draw.input_row(o, s, b) + i]) * factor(draw, o, s, b, i) + static_cast<acc_t<T>>(rule_.shift);
       const T want = from_acc<T>(kept ? value : static_cast<acc_t<T>>(rule_.fill));
@@ -334,7 +338,8 @@ class Trial {
     fill(dy.data(), outputs);
     const NoiseGrid grid = noise_grid(work, false);
     for (int64_t block = 0; block < grid.blocks; ++block)
-      for (int thread = 0; thread < kBlock; ++thread) noise_rule_bwd<T, V, kGroups>(work, dy.data(), dx.data(), Affine<T>(rule_), block, thread);
+      for (int thread = 0; thread < kBlock; ++thread)
+        noise_rule_bwd<T, V, kGroups>(work, dy.data(), dx.data(), Affine<T>(rule_), block, thread);
     std::vector<acc_t<T>> sum(static_cast<std::size_t>(inputs));
     expected(draw, [&](int64_t o, int64_t s, int64_t b, int64_t i, bool kept) {
       if (kept) sum[draw.example(o, b) + i] += to_acc(dy.data()[draw.row(o, s, b) + i]) * factor(draw, o, s, b, i);
@@ -372,7 +377,8 @@ void trials(const Case& c, test::Random& random) {
     Trial<T, kWide, false>(c, 0, random).run_rules();
     if constexpr (kWide == kGroup)
       if (packs_are_groups(c.layout)) Trial<T, kWide, true>(c, 0, random).run();
-    if (packs_are_groups(c.layout) && c.layout.inner % kGroup == 0 && c.layout.positions % kGroup == 0) Trial<T, kWide, true>(c, 0, random).run_rules();
+    if (packs_are_groups(c.layout) && c.layout.inner % kGroup == 0 && c.layout.positions % kGroup == 0)
+      Trial<T, kWide, true>(c, 0, random).run_rules();
   }
   for (const int64_t offset : {0, 1}) Trial<T, 1, false>(c, offset, random).run();
   Trial<T, 1, false>(c, 1, random).run_rules();

@@ -81,13 +81,14 @@ void short_rule() {
   const auto pair = [](uint32_t a, uint32_t b) {
     const Pair<double> want = normal_pair<double>(a, b);
     const Pair<float> got = short_pair<Inexact>(a, b);
-    CHECK(std::abs(got.first - want.first) <= kShortTolerance && std::abs(got.second - want.second) <= kShortTolerance, "short: words ", a, ' ', b,
-          ": ", got.first, ' ', got.second, ", not ", want.first, ' ', want.second);
+    CHECK(std::abs(got.first - want.first) <= kShortTolerance && std::abs(got.second - want.second) <= kShortTolerance, "short: words ", a,
+          ' ', b, ": ", got.first, ' ', got.second, ", not ", want.first, ' ', want.second);
     CHECK(std::abs(got.first) < 6.77f && std::abs(got.second) < 6.77f && got.first * got.first + got.second * got.second > 0, a, ' ', b);
   };
   const std::vector<uint32_t> words = edges();
   for (Inexact::sides = 0; Inexact::sides < 16; ++Inexact::sides) {
-    for (std::size_t i = 0; i < words.size(); ++i) pair(words[i], words[(i * 7919) % words.size()]), pair(~words[i], words[(i * 104729) % words.size()]);
+    for (std::size_t i = 0; i < words.size(); ++i)
+      pair(words[i], words[(i * 7919) % words.size()]), pair(~words[i], words[(i * 104729) % words.size()]);
     test::Random random;
     for (int trial = 0; trial < 100000; ++trial) pair(random.word() >> random.below(32), random.word());
     for (int trial = 0; trial < 100000; ++trial) pair(~(random.word() >> random.below(32)), random.word());
@@ -102,23 +103,23 @@ struct Forms {
   void (*doubles)(const RowAddress&, int64_t position, int64_t n, double* z);
 };
 
-#define FORMS(ISA)                                                                \
-  Forms {                                                                         \
-    #ISA,                                                                         \
-        [](const uint64_t* w01, const uint64_t* w23, float* z) {                  \
-          ISA::Drawn drawn;                                                       \
-          std::memcpy(drawn.w01, w01, sizeof drawn.w01);                          \
-          std::memcpy(drawn.w23, w23, sizeof drawn.w23);                          \
-          ISA::store_normals(drawn, z);                                           \
-        },                                                                        \
-        [](const RowAddress& row, int64_t position, int64_t n, float* z) {        \
-          ISA::Buffer<float> buffer;                                              \
-          std::copy_n(ISA::normals(row, position, n, buffer), n, z);              \
-        },                                                                        \
-        [](const RowAddress& row, int64_t position, int64_t n, double* z) {       \
-          ISA::Buffer<double> buffer;                                             \
-          std::copy_n(ISA::normals(row, position, n, buffer), n, z);              \
-        }                                                                         \
+#define FORMS(ISA)                                                          \
+  Forms {                                                                   \
+    #ISA,                                                                   \
+        [](const uint64_t* w01, const uint64_t* w23, float* z) {            \
+          ISA::Drawn drawn;                                                 \
+          std::memcpy(drawn.w01, w01, sizeof drawn.w01);                    \
+          std::memcpy(drawn.w23, w23, sizeof drawn.w23);                    \
+          ISA::store_normals(drawn, z);                                     \
+        },                                                                  \
+        [](const RowAddress& row, int64_t position, int64_t n, float* z) {  \
+          ISA::Buffer<float> buffer;                                        \
+          std::copy_n(ISA::normals(row, position, n, buffer), n, z);        \
+        },                                                                  \
+        [](const RowAddress& row, int64_t position, int64_t n, double* z) { \
+          ISA::Buffer<double> buffer;                                       \
+          std::copy_n(ISA::normals(row, position, n, buffer), n, z);        \
+        }                                                                   \
   }
 
 void forms(const Forms& forms) {
@@ -146,7 +147,8 @@ void forms(const Forms& forms) {
     const RowAddress row{random.next() >> random.below(64), random.word() >> random.below(32), random.word() >> random.below(32),
                          random.word() >> random.below(32)};
     const int64_t n = 1 + random.below(200);
-    const int64_t position = (static_cast<int64_t>(random.word() >> random.below(32)) * kNormals + random.below(kNormals)) - (trial % 2) * n;
+    const int64_t position =
+        (static_cast<int64_t>(random.word() >> random.below(32)) * kNormals + random.below(kNormals)) - (trial % 2) * n;
     if (position < 0) continue;
     floats.resize(n);
     doubles.resize(n);

@@ -166,7 +166,8 @@ void races() {
   };
   has_race(true, "a block's barrier for two", [&](const HostBlock& block) { return other_block(block, [&] { block.sync(); }); });
   has_race(false, "a cluster's barrier", [&](const HostBlock& block) { return other_block(block, [&] { block.sync_cluster(); }); });
-  has_race(false, "a grid's barrier", [&](const HostBlock& block) { return other_block(block, [&] { block.wait_grid(block.arrive_grid()); }); });
+  has_race(false, "a grid's barrier",
+           [&](const HostBlock& block) { return other_block(block, [&] { block.wait_grid(block.arrive_grid()); }); });
   const auto pushed = [](const HostBlock& block, int who_waits) {
     auto* const barrier = reinterpret_cast<uint64_t*>(block.shared());
     int* const shared = reinterpret_cast<int*>(block.shared()) + 4;

@@ -25,7 +25,7 @@
 // expected, and are negative then. 0xFF in all bytes is none.
 struct Arrivals {
   int32_t bytes;
-  uint16_t expected;  // arrivals of each phase
+  uint16_t expected;                  // arrivals of each phase
   uint16_t pending : 15, parity : 1;  // of the phase that runs
 
   IWSGD_UNSEEN static Arrivals of(const uint64_t* barrier) {
@@ -231,10 +231,13 @@ class Threads {
     const int several = static_cast<int>(ready_.size());
     for (;;) {
       if (seldom(256)) block_ = static_cast<int>(random.below(several));
-      for (int i = 0; i < several && ready_[block_].empty(); ++i) block_ = (block_ + (order == Order::backwards ? several - 1 : 1)) % several;
+      for (int i = 0; i < several && ready_[block_].empty(); ++i)
+        block_ = (block_ + (order == Order::backwards ? several - 1 : 1)) % several;
       if (!ready_[block_].empty()) break;
       if (pushes_.empty()) return false;
-      land(order == Order::forwards ? pushes_.size() - 1 : order == Order::backwards ? 0 : random.below(static_cast<uint32_t>(pushes_.size())));
+      land(order == Order::forwards    ? pushes_.size() - 1
+           : order == Order::backwards ? 0
+                                       : random.below(static_cast<uint32_t>(pushes_.size())));
     }
     current_ = ready_[block_].take(order == Order::random ? random.below(ready_[block_].left()) : 0);
     return true;
@@ -288,7 +291,7 @@ class Threads {
   std::vector<ucontext_t> contexts_;
   std::vector<Place> places_;
   std::vector<char> started_;
-  std::vector<int> left_;  // threads of each block that have not ended
+  std::vector<int> left_;     // threads of each block that have not ended
   std::vector<Queue> ready_;  // of each block
   std::vector<int> arrivals_waiting_;
   std::vector<Push> pushes_;
@@ -384,7 +387,8 @@ struct HostBlock {
   template <class X>
   X* of_rank(X* x, int rank) const {
     if (rank < 0 || rank >= static_cast<int>(each->size())) fault("a cluster has no such rank");
-    return reinterpret_cast<X*>(reinterpret_cast<uintptr_t>(x) - reinterpret_cast<uintptr_t>((*each)[at]) + reinterpret_cast<uintptr_t>((*each)[rank]));
+    return reinterpret_cast<X*>(reinterpret_cast<uintptr_t>(x) - reinterpret_cast<uintptr_t>((*each)[at]) +
+                                reinterpret_cast<uintptr_t>((*each)[rank]));
   }
 
   void init_arrivals(uint64_t* barrier, int arrivals) const { all->init(barrier, arrivals); }

@@ -64,21 +64,24 @@ struct HostLaunches {
     CHECK(!plan.one_launch || plan.blocks <= resident_blocks, "more blocks than are there at once: ", plan.blocks);
     with_form<T>(plan, [&](auto form) {
       using Form = decltype(form);
-      launch(plan.blocks, plan.one_launch ? static_cast<int>(plan.blocks) : 1, plan.threads, plan.shared_bytes,
-             [&](const HostBlock& block) { loss_registers<Form::access, Form::accesses, Form::rows, Form::shifted>(block, a, work, plan); });
+      launch(
+          plan.blocks, plan.one_launch ? static_cast<int>(plan.blocks) : 1, plan.threads, plan.shared_bytes,
+          [&](const HostBlock& block) { loss_registers<Form::access, Form::accesses, Form::rows, Form::shifted>(block, a, work, plan); });
     });
   }
   template <bool kSoft>
   void tile(const Arguments& a, const Work& work, const TilePlan& plan) const {
     ++counts->tiles, counts->together += plan.one_launch;
     CHECK(!plan.one_launch || plan.blocks <= resident_blocks, "more blocks than are there at once: ", plan.blocks);
-    launch(plan.blocks, plan.one_launch ? static_cast<int>(plan.blocks) : 1, plan.threads, plan.shared_bytes, [&](const HostBlock& block) { loss_tile<kSoft>(block, a, work, plan); });
+    launch(plan.blocks, plan.one_launch ? static_cast<int>(plan.blocks) : 1, plan.threads, plan.shared_bytes,
+           [&](const HostBlock& block) { loss_tile<kSoft>(block, a, work, plan); });
   }
   template <bool kSoft>
   void cluster(const Arguments& a, const Work& work, const ClusterPlan& plan) const {
     ++counts->clusters;
     CHECK(plan.blocks % plan.ranks == 0, "clusters of ", plan.ranks, " among ", plan.blocks);
-    launch(plan.blocks, plan.ranks, plan.threads, plan.shared_bytes, [&](const HostBlock& block) { loss_cluster<kSoft>(block, a, work, plan); });
+    launch(plan.blocks, plan.ranks, plan.threads, plan.shared_bytes,
+           [&](const HostBlock& block) { loss_cluster<kSoft>(block, a, work, plan); });
   }
   template <bool kSoft>
   void statistics(const Arguments& a, const Work& work, const SlicePlan& plan) const {
@@ -91,8 +94,7 @@ struct HostLaunches {
     launch(plan.part_blocks, kPlainThreads, kScratchBytes, [&](const HostBlock& block) { loss_parts<kSoft>(block, a, work); });
   }
   void weights(const Arguments& a, const Work& work, const SlicePlan& plan) const {
-    launch(plan.unit_blocks, kPlainThreads, kScratchBytes,
-           [&](const HostBlock& block) { loss_weights(block, a, work, plan.weigh_lanes); });
+    launch(plan.unit_blocks, kPlainThreads, kScratchBytes, [&](const HostBlock& block) { loss_weights(block, a, work, plan.weigh_lanes); });
   }
   void join(const Arguments& a, const Work& work, const SlicePlan& plan) const {
     launch(plan.unit_blocks, kJoinThreads, kScratchBytes, [&](const HostBlock& block) { loss_join(block, a, work); });
@@ -111,13 +113,13 @@ struct HostLaunches {
 // ---- cases ----
 
 enum Layout { kClassLast, kClassFirst, kPadded, kApart };  // kApart: every second class
-enum Signs { kPositive, kNegative, kBoth };  // of class and position weights
+enum Signs { kPositive, kNegative, kBoth };                // of class and position weights
 enum Special { kOrdinary, kInfinite, kDead, kNan, kAllIgnored };
 
 struct Case {
   int64_t S, B, C, T;
   Layout layout = kClassLast;
-  int offset = 0;            // elements from alignment; one more for the gradient where `apart`
+  int offset = 0;  // elements from alignment; one more for the gradient where `apart`
   bool apart = false, in_place = false, gradient = true, per_position = false;
   bool probabilities = false, class_weight = false, example_weight = false, position_weight = false, normalizer = false;
   double smoothing = 0, alpha = 1;
@@ -191,8 +193,12 @@ class Problem {
   Results<A> solve(Threads& threads, Counts* counts) {
     const int64_t units = k_.per_position ? k_.B * k_.T : k_.B;
     constexpr A kStale = A(-77);
-    Results<A> r{Watched<A>(k_.reduction == Reduction::none ? units : 1, kStale), Watched<A>(k_.S * units, kStale),
-                 Watched<A>(k_.S * units, kStale), Watched<A>(units, kStale), Watched<A>(units, kStale), {}};
+    Results<A> r{Watched<A>(k_.reduction == Reduction::none ? units : 1, kStale),
+                 Watched<A>(k_.S * units, kStale),
+                 Watched<A>(k_.S * units, kStale),
+                 Watched<A>(units, kStale),
+                 Watched<A>(units, kStale),
+                 {}};
     Watched<std::pair<double, double>> in = placed(k_.offset), out = k_.in_place ? in : placed(k_.offset + k_.apart);
     LossArguments<T, A> a{};
     a.S = k_.S, a.B = k_.B, a.C = k_.C, a.positions_each = k_.T;
@@ -330,7 +336,8 @@ void Problem<T>::compare(const Results<A>& got) const {
     CHECK(near(got.bound[unit], bound, 8 * eps, 8 * eps * size), k_, "bound ", unit, ": ", got.bound[unit], " ", bound);
     CHECK(near(got.outer[unit], weight, 32 * eps, 0), k_, "outer ", unit, ": ", got.outer[unit], " ", weight);
     if (k_.reduction == Reduction::none)
-      CHECK(near(got.loss[unit], of_unit, 40 * eps, 8 * eps * size * std::abs(weight)), k_, "loss ", unit, ": ", got.loss[unit], " ", of_unit);
+      CHECK(near(got.loss[unit], of_unit, 40 * eps, 8 * eps * size * std::abs(weight)), k_, "loss ", unit, ": ", got.loss[unit], " ",
+            of_unit);
     loss += of_unit;
     losses += std::isfinite(of_unit) ? std::abs(of_unit) : 0;
     for (int64_t p = unit * each; p < (unit + 1) * each; ++p)
@@ -342,7 +349,8 @@ void Problem<T>::compare(const Results<A>& got) const {
           if (std::isfinite(g)) most_gradient = std::max(most_gradient, std::abs(w[s] * scale * example * c[p]));
         }
   }
-  if (k_.reduction != Reduction::none) CHECK(near(got.loss[0], loss, 64 * eps, 64 * eps * losses + 1e-300), k_, "loss ", got.loss[0], " ", loss);
+  if (k_.reduction != Reduction::none)
+    CHECK(near(got.loss[0], loss, 64 * eps, 64 * eps * losses + 1e-300), k_, "loss ", got.loss[0], " ", loss);
 
   std::vector<bool> written(logits.size());
   const Wide half_unit = std::is_same_v<T, bf16> ? 0x1p-8 : std::is_same_v<T, fp16> ? 0x1p-11 : 0.0;
@@ -394,6 +402,4 @@ void run(const Case& k) {
   }
 }
 
-inline void run_all(const Case& k) {
-  run<float>(k), run<bf16>(k), run<fp16>(k), run<double>(k);
-}
+inline void run_all(const Case& k) { run<float>(k), run<bf16>(k), run<fp16>(k), run<double>(k); }

@@ -37,7 +37,7 @@ class Races {
     return one;
   }
   int found = 0;
-  bool tells = true;  // on standard error
+  bool tells = true;               // on standard error
   static inline int current = -1;  // the thread that runs, or none
 
   // ---- memory whose accesses are seen ----
@@ -161,8 +161,10 @@ class Races {
   void report(const Access& before, const char* kind, const Access& now, bool writes, const void* at) {
     ++found;
     if (!tells || !reported_.insert({before.code, now.code}).second || reported_.size() > 10) return;
-    std::cerr << std::dec << "a race: thread " << before.thread << "'s " << kind << " and thread " << now.thread << "'s " << (writes ? "write" : "read")
-              << " of " << at << " (addr2line -iCfe PROGRAM " << std::hex << before.code << ' ' << now.code << ")\n" << std::dec;
+    std::cerr << std::dec << "a race: thread " << before.thread << "'s " << kind << " and thread " << now.thread << "'s "
+              << (writes ? "write" : "read") << " of " << at << " (addr2line -iCfe PROGRAM " << std::hex << before.code << ' ' << now.code
+              << ")\n"
+              << std::dec;
   }
 
   Cell* cells_;
@@ -184,9 +186,13 @@ struct WatchedAllocator {
   X* allocate(std::size_t n) { return reinterpret_cast<X*>(Races::all().take(n * sizeof(X))); }
   void deallocate(X* memory, std::size_t n) { Races::all().give_back(reinterpret_cast<char*>(memory), n * sizeof(X)); }
   template <class Y>
-  bool operator==(const WatchedAllocator<Y>&) const { return true; }
+  bool operator==(const WatchedAllocator<Y>&) const {
+    return true;
+  }
   template <class Y>
-  bool operator!=(const WatchedAllocator<Y>&) const { return false; }
+  bool operator!=(const WatchedAllocator<Y>&) const {
+    return false;
+  }
 };
 template <class X>
 using Watched = std::vector<X, WatchedAllocator<X>>;
@@ -197,13 +203,13 @@ extern "C" {
 extern const char __executable_start;  // of the linker
 #define IWSGD_CALLED __attribute__((no_sanitize("thread"), used, visibility("default")))
 // Most accesses are to other memory; this must be quick for them.
-#define IWSGD_ACCESS(at, bytes, writes)                                                          \
+#define IWSGD_ACCESS(at, bytes, writes)                                                                              \
   if (static_cast<std::size_t>(static_cast<const char*>(at) - Races::begin_) < Races::kBytes && Races::current >= 0) \
   Races::all().access(Races::current, at, bytes, writes, __builtin_return_address(0))
-#define IWSGD_ACCESSES(bytes)                                                                    \
-  IWSGD_CALLED void __tsan_read##bytes(void* at) { IWSGD_ACCESS(at, bytes, false); }             \
-  IWSGD_CALLED void __tsan_write##bytes(void* at) { IWSGD_ACCESS(at, bytes, true); }             \
-  IWSGD_CALLED void __tsan_unaligned_read##bytes(void* at) { IWSGD_ACCESS(at, bytes, false); }   \
+#define IWSGD_ACCESSES(bytes)                                                                  \
+  IWSGD_CALLED void __tsan_read##bytes(void* at) { IWSGD_ACCESS(at, bytes, false); }           \
+  IWSGD_CALLED void __tsan_write##bytes(void* at) { IWSGD_ACCESS(at, bytes, true); }           \
+  IWSGD_CALLED void __tsan_unaligned_read##bytes(void* at) { IWSGD_ACCESS(at, bytes, false); } \
   IWSGD_CALLED void __tsan_unaligned_write##bytes(void* at) { IWSGD_ACCESS(at, bytes, true); }
 IWSGD_ACCESSES(1)
 IWSGD_ACCESSES(2)

@@ -60,10 +60,8 @@ void many_classes(const char* isa, Solve solve) {
     std::vector<float> z(kClasses);
     const bool equal = kind[0] == 'e';
     for (float& x : z) x = equal ? -3.3f : static_cast<float>(random.word() * 0x1p-29 - 4);
-    if (kind[0] == 'r')
-      std::sort(z.begin(), z.end());
-    else
-      z[0] = 4;
+    if (kind[0] == 'r') std::sort(z.begin(), z.end());
+    else z[0] = 4;
     long double sum = 0, mean = 0;
     for (const float x : z) sum += std::exp(static_cast<long double>(x)), mean += x / static_cast<long double>(kClasses);
     for (const float smoothing : {0.0f, 0.1f, 1.0f})
@@ -132,8 +130,7 @@ struct Batch {
     a.row_stride = a.drow_stride = classes, a.class_stride = a.dclass_stride = a.position_stride = a.dposition_stride = 1;
     a.labels = labels.data(), a.ignore_index = -100, a.smoothing = smoothing, a.alpha = alpha;
     a.log_p = log_p.data(), a.weights = weights.data(), a.bound = bound.data();
-    if (at_once)
-      solve(a, c.data(), c.data(), 0.5f, 0, examples);
+    if (at_once) solve(a, c.data(), c.data(), 0.5f, 0, examples);
     else
       for (int64_t b = 0; b < examples; ++b) solve(a, c.data(), c.data(), 0.5f, b, b + 1);
     for (const float* p = memory.data(); !in_place && p < memory.data() + memory.size(); ++p)

@@ -102,8 +102,8 @@ class Noise {
                                                   expand));
   }
   void forward_out(const Tensor& x, bool expand, const Tensor& out) const {
-    call("iwsgd_ext::noise_out", x, origin_, sample_ids_, c_.samples, kStream, kFirstExample, c_.positions, c_.share,
-         int64_t(c_.threshold), std::optional<Tensor>(), scale(), 0.0, 0.0, expand, out);
+    call("iwsgd_ext::noise_out", x, origin_, sample_ids_, c_.samples, kStream, kFirstExample, c_.positions, c_.share, int64_t(c_.threshold),
+         std::optional<Tensor>(), scale(), 0.0, 0.0, expand, out);
   }
   Tensor sum(const Tensor& dy) const {
     return torch::stable::detail::to<Tensor>(call("iwsgd_ext::noise_sum", dy, origin_, sample_ids_, c_.samples, kStream, kFirstExample,
