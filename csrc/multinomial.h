@@ -1,7 +1,7 @@
 // Multinomial noise: how often each of F features is drawn in a number of draws, and the rule that turns random words into features.
 // Plain C++17 for host and device, no torch.
 #pragma once
-#include "noise.h"
+#include "address.h"
 
 namespace iwsgd {
 
@@ -9,7 +9,7 @@ constexpr int kDraws = 4;  // of one Philox call: draw j takes word j % kDraws o
 
 // One call of the multinomial op; counts are [K, B, F].
 struct Multinomial {
-  CallAddress address;
+  Address address;
   int64_t samples, examples, features;  // K, B, F
   const int64_t* bounds;                // [F], or [K, F] where by_sample: probabilities summed up, times 2^32
   bool by_sample;

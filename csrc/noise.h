@@ -1,13 +1,12 @@
-// The address of noise and the rule that turns random bits into a mask. Plain C++17 for host and device, no torch.
+// The rule that turns random bits into a mask, and the mask into noise. Plain C++17 for host and device, no torch.
 //
-//   key     = seed                                    (64 bits)
-//   counter = (group, example, sample, stream)        (32 bits each)
-//   group   = position / kGroup, the element's index within its example over the elements of one Philox call
-//
-// A call gives 128 bits, which are eight 16-bit fields: field j is bits 16*(j%2) .. +16 of word j/2, so that on a
+// A Philox call gives 128 bits, which are eight 16-bit fields: field j is bits 16*(j%2) .. +16 of word j/2, so that on a
 // little-endian machine the fields are the words read as uint16_t[8]. An element is dropped where its field < threshold.
 #pragma once
-#include "philox.h"
+#include <algorithm>
+#include <type_traits>
+
+#include "address.h"
 
 namespace iwsgd {
 
@@ -15,36 +14,18 @@ constexpr int kGroup = 8;                            // elements of one Philox c
 constexpr uint32_t kFieldRange = 65536;              // a threshold in [0, kFieldRange] drops threshold/kFieldRange of all elements
 constexpr int64_t kMaxPositions = int64_t(1) << 35;  // 2^32 groups of kGroup
 
-// What every element of one row (one example, one noise sample) shares.
-struct RowAddress {
-  uint64_t seed;
-  uint32_t example, sample, stream;
-};
-
-// What one noise call shares. `origin` is int64[3] in the memory of the device that draws: seed, stream, first example.
-// Stream and first example are offsets from it, so that a captured graph or a compiled region need not change when they do.
-struct CallAddress {
-  const int64_t* origin;
-  const int64_t* sample_ids;  // [K] or [K, B]; null: 0 .. K-1
-  bool ids_per_example;
-  int64_t stream, first_example;
-
-  IWSGD_HD uint64_t seed() const { return static_cast<uint64_t>(origin[0]); }
-
-  IWSGD_HD RowAddress row(int64_t sample, int64_t example, int64_t examples) const {
-    const int64_t id = sample_ids == nullptr ? sample : sample_ids[ids_per_example ? sample * examples + example : sample];
-    return {seed(), static_cast<uint32_t>(origin[2] + first_example + example), static_cast<uint32_t>(id),
-            static_cast<uint32_t>(origin[1] + stream)};
-  }
-};
-
 IWSGD_HD uint32_t field(const Words& words, int j) { return (words.w[j / 2] >> (16 * (j % 2))) & 0xFFFFu; }
 
-IWSGD_HD bool keep(uint32_t field, uint32_t threshold) { return field >= threshold; }
+// Signed or unsigned: vectors of the CPU compare signed integers in fewer instructions.
+template <class I>
+IWSGD_HD bool keep(I field, std::common_type_t<I> threshold) {
+  return field >= threshold;
+}
 
-// The factor of kept elements: the inverse of the probability that the threshold really keeps.
-IWSGD_HD double keep_scale(uint32_t threshold) {
-  return threshold >= kFieldRange ? 0.0 : double(kFieldRange) / double(kFieldRange - threshold);
+// The factor of kept elements: the inverse of the probability that the threshold really keeps. (A threshold of kFieldRange keeps none.)
+template <class A>
+IWSGD_HD A keep_scale(int32_t threshold) {
+  return A(kFieldRange) / A(std::max(int32_t(kFieldRange) - threshold, 1));
 }
 
 // The keep bits of one group: bit j is element j.
@@ -54,13 +35,6 @@ IWSGD_HD uint32_t keep_group(const RowAddress& row, uint32_t group, uint32_t thr
   for (int j = 0; j < kGroup; ++j) bits |= static_cast<uint32_t>(keep(field(words, j), threshold)) << j;
   return bits;
 }
-
-// How one call's tensor is laid out, and which of its elements share a draw: x [O, B, I] row-major, position of element
-// (o, i) = ((o * I + i) / share) % positions. Element noise: share 1, positions O * I; channel noise: positions = channels.
-struct Layout {
-  int64_t outer, examples, inner;  // O, B, I
-  int64_t positions, share;
-};
 
 // What becomes of an element: scale * x + shift where it is kept, fill where it is dropped.
 struct Rule {
@@ -78,18 +52,9 @@ struct Rule {
   }
 };
 
-// One call of the noise op. y is [O, samples * B, I]; x is [O, B, I] where expand, else as y.
-struct Draw {
-  Layout layout;
-  CallAddress address;
-  int64_t samples;
+// One call of the noise op.
+struct Noise : Call {
   Rule rule;
-  bool expand;
-
-  // Where element 0 of row (o, s, b) starts, in y and in x.
-  IWSGD_HD int64_t row(int64_t o, int64_t s, int64_t b) const { return ((o * samples + s) * layout.examples + b) * layout.inner; }
-  IWSGD_HD int64_t input_row(int64_t o, int64_t s, int64_t b) const { return expand ? example(o, b) : row(o, s, b); }
-  IWSGD_HD int64_t example(int64_t o, int64_t b) const { return (o * layout.examples + b) * layout.inner; }
 };
 
 }  // namespace iwsgd

@@ -1,37 +1,29 @@
-// The noise ops as torch calls them, for any device: tensors to a Draw and back. Device::forward<T>(draw, x, y, tensor) and
-// Device::backward<T>(draw, dy, dx, tensor) compute, on the device that the tensor is on.
+// The noise ops as torch calls them, for any device: tensors to a Noise and back. Device::forward<T>(call, x, y, tensor) and
+// Device::backward<T>(call, dy, dx, tensor) compute, on the device that the tensor is on.
 #pragma once
 #include <type_traits>
 
+#include "address_op.h"
 #include "noise.h"
-#include "stable_torch.h"
 
 namespace iwsgd {
 
 template <class Device>
 struct NoiseOp {
-  // What the three ops have in common, in the order of their schemas; x or dy is [O, rows, I].
-  static Draw draw_of(const Tensor& x, const Tensor& origin, const std::optional<Tensor>& sample_ids, int64_t samples, int64_t stream,
-                      int64_t first_example, int64_t positions, int64_t share, int64_t threshold, const std::optional<Tensor>& thresholds,
-                      double scale, double shift, double fill, bool expand) {
-    return {{x.size(0), expand ? x.size(1) : x.size(1) / samples, x.size(2), positions, share},
-            {origin.const_data_ptr<int64_t>(), sample_ids ? sample_ids->const_data_ptr<int64_t>() : nullptr,
-             sample_ids && sample_ids->dim() == 2, stream, first_example},
-            samples,
-            {static_cast<uint32_t>(threshold), scale, shift, fill, thresholds ? thresholds->const_data_ptr<int32_t>() : nullptr,
-             thresholds ? thresholds->size(0) : 0},
-            expand};
+  static Rule rule_of(int64_t threshold, const std::optional<Tensor>& thresholds, double scale, double shift, double fill) {
+    return {static_cast<uint32_t>(threshold),    scale, shift, fill, thresholds ? thresholds->const_data_ptr<int32_t>() : nullptr,
+            thresholds ? thresholds->size(0) : 0};
   }
 
   static void noise_out(Tensor x, Tensor origin, std::optional<Tensor> sample_ids, int64_t samples, int64_t stream, int64_t first_example,
                         int64_t positions, int64_t share, int64_t threshold, std::optional<Tensor> thresholds, double scale, double shift,
                         double fill, bool expand, Tensor out) {
     x = torch::stable::contiguous(x);
-    const Draw draw =
-        draw_of(x, origin, sample_ids, samples, stream, first_example, positions, share, threshold, thresholds, scale, shift, fill, expand);
+    const Noise call{call_of(x, origin, sample_ids, samples, stream, first_example, positions, share, expand),
+                     rule_of(threshold, thresholds, scale, shift, fill)};
     dispatch_floating(x, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      Device::template forward<T>(draw, data<T>(x), mutable_data<T>(out), x);
+      Device::template forward<T>(call, data<T>(x), mutable_data<T>(out), x);
     });
   }
 
@@ -49,12 +41,11 @@ struct NoiseOp {
                           double scale) {
     dy = torch::stable::contiguous(dy);
     Tensor dx = torch::stable::new_empty(dy, {dy.size(0), dy.size(1) / samples, dy.size(2)});
-    Draw draw =
-        draw_of(dy, origin, sample_ids, samples, stream, first_example, positions, share, threshold, thresholds, scale, 0, 0, false);
-    draw.expand = true;
+    const Noise call{sum_of(dy, origin, sample_ids, samples, stream, first_example, positions, share),
+                     rule_of(threshold, thresholds, scale, 0, 0)};
     dispatch_floating(dy, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      Device::template backward<T>(draw, data<T>(dy), mutable_data<T>(dx), dy);
+      Device::template backward<T>(call, data<T>(dy), mutable_data<T>(dx), dy);
     });
     return dx;
   }

@@ -21,8 +21,8 @@ from .layers.dropout import (
     IWDropPath,
     IWFeatureAlphaDropout,
 )
-from .layers.gaussian import IWGaussianDropout, IWGaussianNoise
 from .layers.multinomial import IWMultinomialDropout
+from .layers.real_noise import IWGaussianDropout, IWGaussianNoise, IWLaplaceNoise, IWUniformNoise
 from .layers.recurrent import IWGRU, IWLSTM, IWRNN
 from .ops.iw_cross_entropy import iw_cross_entropy
 from .stats import IWStats, IWSummary
@@ -53,11 +53,13 @@ __all__ = [
     "IWFeatureAlphaDropout",
     "IWGaussianDropout",
     "IWGaussianNoise",
+    "IWLaplaceNoise",
     "IWLoss",
     "IWMultiheadAttention",
     "IWMultinomialDropout",
     "IWStats",
     "IWSummary",
+    "IWUniformNoise",
     "StatsLogger",
     "audit",
     "backend_info",

@@ -207,7 +207,7 @@ def _load_triton() -> bool:
             "TRITON_INTERPRET=1 python ..., or set it before torch, triton and iwsgd_ext are imported"
         )
         return False
-    for name in ("gaussian", "iw_cross_entropy", "multinomial", "noise"):
+    for name in ("iw_cross_entropy", "multinomial", "noise", "real_noise"):
         _triton_ops.update(importlib.import_module(f"{PACKAGE}.ops.triton.{name}").OPS)
     return True
 

@@ -19,9 +19,10 @@ from .checks import (
 )
 from .layers.attention import attend, check_attention
 from .layers.drop_connect import check_linear, product
-from .ops.gaussian import gaussian, gaussian_std
+from .ops.address import Address, Place, Rows, Unit, make_origin
 from .ops.multinomial import multinomial_noise, one_example
-from .ops.noise import Law, Rows, Unit, alpha_law, dropout_law, make_origin, noise
+from .ops.noise import Rule, alpha_rule, dropout_rule, noise
+from .ops.real_noise import Law, dropout_std, real_noise
 
 _ARGS = """
     Args:
@@ -59,9 +60,15 @@ _RATES = """
 
 
 def _form(
-    name: str, unit: Unit, summary: str, shape: str, dims: tuple[int, ...] | None, example: str, law: Callable[[float], Law] = dropout_law
+    name: str,
+    unit: Unit,
+    summary: str,
+    shape: str,
+    dims: tuple[int, ...] | None,
+    example: str,
+    rule_of: Callable[[float], Rule] = dropout_rule,
 ):
-    rates = law is dropout_law  # whether p may be a tensor
+    rates = rule_of is dropout_rule  # whether p may be a tensor
 
     def form(
         x: Tensor,
@@ -78,7 +85,7 @@ def _form(
     ) -> Tensor:
         if not (rates and isinstance(p, Tensor)):
             check_probability(p)
-            p = law(p)
+            p = rule_of(p)
         return _noise(x, p, unit, shape, dims, samples, seed, stream, sample_ids, first_example, expand, batch_dim, out)
 
     form.__name__ = form.__qualname__ = name
@@ -97,19 +104,19 @@ dropout2d = _form(
 dropout3d = _form("dropout3d", "channel", "Dropout of whole channels under K noise samples.", "[B, C, D, H, W]", (5,), "2, 6, 2, 2, 2")
 drop_path = _form("drop_path", "row", "Stochastic depth: whole rows are dropped, under K noise samples.", "[B, ...]", None, "2, 6")
 alpha_dropout = _form(
-    "alpha_dropout", "element", "Alpha dropout of independent elements under K noise samples.", "[B, ...]", None, "2, 6", alpha_law
+    "alpha_dropout", "element", "Alpha dropout of independent elements under K noise samples.", "[B, ...]", None, "2, 6", alpha_rule
 )
 feature_alpha_dropout = _form(
-    "feature_alpha_dropout", "channel", "Alpha dropout of whole channels under K samples.", "[B, C, ...]", _FEATURES, "2, 6, 3", alpha_law
+    "feature_alpha_dropout", "channel", "Alpha dropout of whole channels under K samples.", "[B, C, ...]", _FEATURES, "2, 6, 3", alpha_rule
 )
 
 
-def _noise(x, law, unit, shape, dims, samples, seed, stream, sample_ids, first_example, expand, batch_dim, out) -> Tensor:
+def _noise(x, rule, unit, shape, dims, samples, seed, stream, sample_ids, first_example, expand, batch_dim, out) -> Tensor:
     check_dtype("x", x)
     if x.dim() == 0 or (dims is not None and x.dim() not in dims):
         raise ValueError(f"x: expected {shape}, got {x.dim()}-D {tuple(x.shape)}")
-    address = _place(x, samples, seed, stream, sample_ids, first_example, expand, batch_dim)
-    batch_dim, rows = address["batch_dim"], x.shape[address["batch_dim"]]
+    place = _place(x, samples, seed, stream, sample_ids, first_example, expand, batch_dim)
+    samples, batch_dim, rows = place.address.samples, place.batch_dim, x.shape[place.batch_dim]
     if out is not None:
         result = list(x.shape)
         result[batch_dim] = rows * samples if expand else rows
@@ -121,11 +128,11 @@ def _noise(x, law, unit, shape, dims, samples, seed, stream, sample_ids, first_e
         if not out.permute(layout.order(x.dim())).is_contiguous():
             order = "channels_last" if layout.channels_last else "contiguous"
             raise ValueError(f"out: expected a tensor that is {order}, as the result is, got strides {out.stride()}")
-    return noise(x, law, unit, out=out, **address)
+    return noise(x, rule, unit, place, out)
 
 
-def _place(x, samples, seed, stream, sample_ids, first_example, expand, batch_dim) -> dict:
-    """The address of a call, checked: the arguments that the internal form of every law shares."""
+def _place(x, samples, seed, stream, sample_ids, first_example, expand, batch_dim) -> Place:
+    """The place of a call, checked: the arguments that every noise shares."""
     samples, batch_dim = as_samples(samples), as_int("batch_dim", batch_dim)
     if not -x.dim() <= batch_dim < x.dim():
         raise ValueError(f"batch_dim: expected a dimension of x in [{-x.dim()}, {x.dim()}), got {batch_dim}")
@@ -143,15 +150,8 @@ def _place(x, samples, seed, stream, sample_ids, first_example, expand, batch_di
     # As ints where they are: a tensor made of them would cost a copy to the device at each call.
     stream_int, stream = (0, stream) if isinstance(stream, Tensor) else (stream % 2**32, 0)
     first_int, first_example = (0, first_example) if isinstance(first_example, Tensor) else (first_example % 2**32, 0)
-    return {
-        "samples": samples,
-        "origin": make_origin(seed, stream, first_example, x.device),
-        "sample_ids": sample_ids,
-        "stream": stream_int,
-        "first_example": first_int,
-        "expand": expand,
-        "batch_dim": batch_dim,
-    }
+    origin = make_origin(seed, stream, first_example, x.device)
+    return Place(Address(origin, sample_ids, samples, stream_int, first_int), expand, batch_dim)
 
 
 def gaussian_dropout(
@@ -193,27 +193,15 @@ def gaussian_dropout(
     """
     _check_input(x)
     check_rate(p)
-    address = _place(x, samples, seed, stream, sample_ids, first_example, expand, batch_dim)
-    return gaussian(x, gaussian_std(p), True, **address)
+    place = _place(x, samples, seed, stream, sample_ids, first_example, expand, batch_dim)
+    return real_noise(x, "normal", dropout_std(p), True, place)
 
 
-def gaussian_noise(
-    x: Tensor,
-    std: float = 1.0,
-    *,
-    samples: int = 1,
-    seed: int | Tensor,
-    stream: int | Tensor = 0,
-    sample_ids: Tensor | Sequence[int] | None = None,
-    first_example: int | Tensor = 0,
-    expand: bool = True,
-    batch_dim: int = 0,
-) -> Tensor:
-    """Additive Gaussian noise: x + std z with independent z ~ N(0, 1) (eq 1, g additive), under K noise samples.
-
+_REAL_ARGS = """
     Args:
         x: [B, ...] where ``expand``, else with samples * B rows, sample-major. float32, float64, bfloat16, float16; any strides.
-        std: standard deviation, a finite number >= 0, in units of x.
+        std: standard deviation of the noise, a finite number >= 0; in units of x where it is added, and of 1 where it multiplies.
+        multiply: the noise multiplies x, x * (1 + std z), instead of being added.
         samples: K, noise samples for each example.
         seed, stream, sample_ids, first_example: the noise's address, as in :func:`dropout`.
         expand: draw K noises for each of B rows, or one for each of K*B rows.
@@ -227,15 +215,47 @@ def gaussian_noise(
 
     Example:
         >>> import torch
-        >>> from iwsgd_ext.functional import gaussian_noise
-        >>> y = gaussian_noise(torch.zeros(2, 1000), 3.0, samples=4, seed=7)
+        >>> from iwsgd_ext.functional import {name}
+        >>> y = {name}(torch.zeros(2, 1000), 3.0, samples=4, seed=7)
         >>> y.shape, round(y.std().item())
         (torch.Size([8, 1000]), 3)
     """
-    _check_input(x)
-    check_std(std)
-    address = _place(x, samples, seed, stream, sample_ids, first_example, expand, batch_dim)
-    return gaussian(x, std, False, **address)
+
+
+def _real_form(name: str, law: Law, summary: str):
+    def form(
+        x: Tensor,
+        std: float = 1.0,
+        *,
+        multiply: bool = False,
+        samples: int = 1,
+        seed: int | Tensor,
+        stream: int | Tensor = 0,
+        sample_ids: Tensor | Sequence[int] | None = None,
+        first_example: int | Tensor = 0,
+        expand: bool = True,
+        batch_dim: int = 0,
+    ) -> Tensor:
+        _check_input(x)
+        check_std(std)
+        return real_noise(x, law, std, multiply, _place(x, samples, seed, stream, sample_ids, first_example, expand, batch_dim))
+
+    form.__name__ = form.__qualname__ = name
+    form.__doc__ = summary + "\n" + _REAL_ARGS.format(name=name)
+    return form
+
+
+gaussian_noise = _real_form(
+    "gaussian_noise", "normal", "Gaussian noise (eq 1): x + std z with independent z ~ N(0, 1), under K noise samples."
+)
+laplace_noise = _real_form(
+    "laplace_noise",
+    "laplace",
+    "Laplace noise (eq 1): x + std z with independent z of density exp(-sqrt(2) |z|) / sqrt(2), under K noise samples.",
+)
+uniform_noise = _real_form(
+    "uniform_noise", "uniform", "Uniform noise (eq 1): x + std z with independent z uniform in [-sqrt(3), sqrt(3)], under K noise samples."
+)
 
 
 def multinomial_dropout(
@@ -277,10 +297,10 @@ def multinomial_dropout(
     _check_input(x)
     draws = as_int("draws", draws)
     check(1 <= draws < 2**31, "draws", "an integer in 1 .. 2^31 - 1", draws)
-    address = _place(x, samples, seed, stream, sample_ids, first_example, expand, batch_dim)
+    place = _place(x, samples, seed, stream, sample_ids, first_example, expand, batch_dim)
     if probabilities is not None:
-        check_probabilities(probabilities, one_example(x, address["batch_dim"]))
-    return multinomial_noise(x, probabilities, draws, **address)
+        check_probabilities(probabilities, one_example(x, place.batch_dim))
+    return multinomial_noise(x, probabilities, draws, place)
 
 
 def _check_input(x: Tensor) -> None:

@@ -57,8 +57,9 @@ def draw_fields(
 
 
 def keep_scale(threshold: int) -> float:
-    """The factor of kept elements, so that noise is unbiased: one over the probability that the threshold really keeps."""
-    return FIELD_RANGE / (FIELD_RANGE - threshold) if threshold < FIELD_RANGE else 0.0
+    """The factor of kept elements, so that noise is unbiased: one over the probability that the threshold really keeps. (A threshold of
+    FIELD_RANGE keeps none.)"""
+    return FIELD_RANGE / max(FIELD_RANGE - threshold, 1)
 
 
 def _keep(x: Tensor, address: tuple, threshold: int, thresholds: Tensor | None) -> tuple[Tensor, Tensor | float]:
@@ -159,17 +160,33 @@ def normals(words: Tensor) -> Tensor:
     return torch.stack([radius * angle.cos(), radius * angle.sin()], -1).flatten(-2)
 
 
-def _normals_of(x: Tensor, examples: int, samples: int, address: tuple) -> Tensor:
-    """The normal number of each element, [O, K, B, I], for x [O, rows, I]."""
+def laplace(words: Tensor) -> Tensor:
+    """Laplace numbers of standard deviation 1 of words [...], as float64 [...]: a word's lower 31 bits m, with u = (m + 1/2) / 2^31, give
+    -ln u / sqrt(2), and its highest bit the sign, 1 for negative."""
+    size = -(((words & 0x7FFFFFFF).double() + 0.5) / 2**31).log() / 2**0.5
+    return torch.where(words < 2**31, size, -size)
+
+
+def uniform(words: Tensor) -> Tensor:
+    """Uniform numbers of standard deviation 1 of words [...], as float64 [...]: sqrt(3) (i + 1/2) / 2^31, i the word as signed integer."""
+    signed = torch.where(words < 2**31, words, words - 2**32)
+    return (signed.double() + 0.5) / 2**31 * 3**0.5
+
+
+LAWS = (normals, laplace, uniform)  # by their numbers
+
+
+def _numbers_of(x: Tensor, law: int, examples: int, samples: int, address: tuple) -> Tensor:
+    """The number of each element, [O, K, B, I], for x [O, rows, I]."""
     *row, positions, share = address
     outer, inner = x.shape[0], x.shape[2]
-    z = normals(draw_words(*row, examples, (positions + 3) // 4 * 4))  # [K, B, P]
+    z = LAWS[law](draw_words(*row, examples, (positions + 3) // 4 * 4))  # [K, B, P]
     position = torch.arange(outer * inner, device=x.device) // share % max(positions, 1)
     z = z[:, :, position].view(samples, examples, outer, inner).permute(2, 0, 1, 3)
     return z.to(_accumulated(x.dtype))
 
 
-def gaussian(
+def real_noise(
     x: Tensor,
     origin: Tensor,
     sample_ids: Tensor | None,
@@ -178,17 +195,19 @@ def gaussian(
     first_example: int,
     positions: int,
     share: int,
+    law: int,
     std: float,
     multiply: bool,
     expand: bool,
 ) -> Tensor:
-    """Gaussian noise: y = x * (1 + std * z), or x + std * z, with z the standard normal number of each element's address (eq 1).
+    """Real-valued noise: y = x * (1 + std * z), or x + std * z, with z the number of each element's address (eq 1).
 
     Args:
         x: [O, B, I] where expand, else [O, K*B, I]: the examples' dimension stands second.
         origin, sample_ids, samples, positions, share: as in :func:`noise`.
+        law: the law of z, of mean 0 and standard deviation 1: 0 normal, 1 Laplace, 2 uniform.
         std: the noise's standard deviation.
-        multiply: whether the noise multiplies or is added.
+        multiply: the noise multiplies, or is added.
         expand: draw K noises for each example, or one for each row of K*B.
 
     Returns:
@@ -196,13 +215,13 @@ def gaussian(
     """
     examples = x.shape[1] if expand else x.shape[1] // samples
     outer, inner = x.shape[0], x.shape[2]
-    z = _normals_of(x, examples, samples, (origin, sample_ids, samples, stream, first_example, positions, share))
+    z = _numbers_of(x, law, examples, samples, (origin, sample_ids, samples, stream, first_example, positions, share))
     x = x.view(outer, 1, examples, inner) if expand else x.reshape(outer, samples, examples, inner)
     y = x.to(z.dtype) * (1 + std * z) if multiply else x.to(z.dtype) + std * z
     return y.to(x.dtype).reshape(outer, samples * examples, inner).contiguous()
 
 
-def gaussian_sum(
+def real_noise_sum(
     dy: Tensor,
     origin: Tensor,
     sample_ids: Tensor | None,
@@ -211,10 +230,11 @@ def gaussian_sum(
     first_example: int,
     positions: int,
     share: int,
+    law: int,
     std: float,
 ) -> Tensor:
-    """The gradient of an expanding, multiplying :func:`gaussian`: dx = sum over the noise samples of (1 + std * z) * dy, [O, B, I]."""
-    z = _normals_of(dy, dy.shape[1] // samples, samples, (origin, sample_ids, samples, stream, first_example, positions, share))
+    """The gradient of an expanding, multiplying :func:`real_noise`: dx = sum over the noise samples of (1 + std * z) * dy, [O, B, I]."""
+    z = _numbers_of(dy, law, dy.shape[1] // samples, samples, (origin, sample_ids, samples, stream, first_example, positions, share))
     return (dy.reshape(z.shape).to(z.dtype) * (1 + std * z)).sum(1).to(dy.dtype).contiguous()
 
 

@@ -297,5 +297,5 @@ def test_opcheck_of_exported_ops():
     address = (torch.tensor([3, 0, 0]), None, 2, 1, 0, 5, 1)
     torch.library.opcheck(ops.noise.default, (x, *address, 20000, None, 1.5, 0.5, -0.5, True))
     torch.library.opcheck(ops.noise_sum.default, (dy, *address, 20000, None, 1.5))
-    torch.library.opcheck(ops.gaussian.default, (x, *address, 0.5, True, True))
-    torch.library.opcheck(ops.gaussian_sum.default, (dy, *address, 0.5))
+    torch.library.opcheck(ops.real_noise.default, (x, *address, 1, 0.5, True, True))
+    torch.library.opcheck(ops.real_noise_sum.default, (dy, *address, 2, 0.5))

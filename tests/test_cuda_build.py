@@ -14,7 +14,7 @@ from compiled_kernels import MARKS, OLDEST, ROOT, SOURCES, compile_kernels, ptxa
 import gpu_exercise  # isort: skip, compiled_kernels shows the way to tools/
 
 OPS = {
-    "gaussian.cu": ("gaussian", "gaussian_sum"),
+    "real_noise.cu": ("real_noise", "real_noise_sum"),
     "iw_cross_entropy_registers.cu": (),  # launched by the one below
     "iw_cross_entropy.cu": ("iw_cross_entropy", "iw_cross_entropy_", "iw_cross_entropy_scale_"),
     "multinomial.cu": ("multinomial",),

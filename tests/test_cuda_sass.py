@@ -14,7 +14,7 @@ GENERIC = {
     "iw_cross_entropy_fwd_kernel": ({"load", "atomic"}, "the barrier of all blocks, of cooperative groups"),
     "iw_cross_entropy_registers_kernel": ({"load", "atomic"}, "the same"),
 }
-ELEMENT_WISE = ("gaussian", "noise")  # whose kernels are of an element type and a number of elements for an access
+ELEMENT_WISE = ("noise", "real_noise")  # whose kernels are of an element type and a number of elements for an access
 
 
 def marked(test):
@@ -77,8 +77,8 @@ def test_noise_kernels_do_not_divide():
 @marked
 @pytest.mark.parametrize("form", noise_prediction.FORMS, ids=lambda form: form.name)
 def test_predicted_part_of_the_copy_rate(form):
-    """What docs/gpu-speed.md says. Rates and Gaussian noise in 16 bits are bound by arithmetic."""
-    least = 0.8 if form.source == "gaussian" or "rates" in form.name else 0.92
+    """What docs/gpu-speed.md says. Rates and real-valued noise in 16 bits are bound by arithmetic."""
+    least = 0.8 if form.source == "real_noise" or "rates" in form.name else 0.92
     for type_, samples in itertools.product(noise_prediction.TYPES, (1, 4, 8)):
         predicted = noise_prediction.predict(disassemble(form.source), form, type_, samples)
         assert predicted.part >= least, (type_, samples, predicted)
@@ -123,8 +123,8 @@ def test_clusters_refill_granules_as_they_are_read():
 
 
 def elements_of_an_access(kernel) -> int:
-    """V of noise_fwd_kernel<bf16, V, ...>"""
-    return int(kernel.name.split("<")[1].rstrip(">").split(", ")[1])
+    """V of noise_fwd_kernel<bf16, V, ...> and real_noise_fwd_kernel<Normal, bf16, V, ...>"""
+    return next(int(argument) for argument in kernel.name.split("<")[1].rstrip(">").split(", ") if argument.isdigit())
 
 
 def split_stores(kernel) -> list[str]:

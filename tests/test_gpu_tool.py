@@ -364,7 +364,9 @@ def test_driver_of_the_checks():
     environment = {**os.environ, "PYTHONPATH": str(TOOLS.parent), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(TOOLS / "gpu_exercise.py"), "--device", "cpu", "--dtype", "float32", "bfloat16"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0 and "cases of noise, gaussian, multinomial, loss, scale, 0 failed" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "cases of noise, real_noise, multinomial, loss, scale, 0 failed" in done.stdout, (
+        done.stdout + done.stderr
+    )
 
 
 def test_driver_of_the_checks_knows_every_kernel():

@@ -1,4 +1,4 @@
-"""The Gaussian op at a given address, on every backend and instruction set, against the loops of naive.py."""
+"""The op of real-valued noise at a given address, on every backend and instruction set, against the loops of naive.py."""
 
 import os
 import subprocess
@@ -14,36 +14,45 @@ from oracle import naive
 
 import iwsgd_ext as iw
 from iwsgd_ext import functional as F
-from iwsgd_ext.ops.gaussian import gaussian
-from iwsgd_ext.ops.noise import make_origin
+from iwsgd_ext.ops.address import Address, Place, make_origin
+from iwsgd_ext.ops.real_noise import real_noise
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-FORMS = {"multiply": F.gaussian_dropout, "add": F.gaussian_noise}
-P, STD = 0.3, (0.3 / 0.7) ** 0.5  # of both forms in turn, so that they have the same noise
-TOLERANCE = 5e-5  # of a normal number, on every backend
+P, STD = 0.3, (0.3 / 0.7) ** 0.5  # of Gaussian dropout, which has the same noise as all others
+# name -> function of (x, std), law, whether it multiplies
+FORMS = {
+    "gaussian dropout": (lambda x, std, **address: F.gaussian_dropout(x, std**2 / (1 + std**2), **address), "normal", True),
+    "gaussian": (F.gaussian_noise, "normal", False),
+    "laplace factors": (partial(F.laplace_noise, multiply=True), "laplace", True),
+    "laplace": (F.laplace_noise, "laplace", False),
+    "uniform factors": (partial(F.uniform_noise, multiply=True), "uniform", True),
+    "uniform": (F.uniform_noise, "uniform", False),
+}
+TOLERANCE = 5e-5  # of a number, on every backend
 
 
-def assert_noise(y: torch.Tensor, x: torch.Tensor, law: str, std: float, **address) -> None:
+def assert_noise(y: torch.Tensor, x: torch.Tensor, form: str, std: float, **address) -> None:
     """y is x * (1 + std z), or x + std z, with z within TOLERANCE (1e-13 in float64), and two roundings of x's dtype's accumulation."""
     samples, expand, batch_dim = address["samples"], address.get("expand", True), address.get("batch_dim", 0)
-    z = naive.naive_normals(x, **address)
+    _, law, multiply = FORMS[form]
+    z = naive.naive_numbers(x, law, **address)
     wide = x.detach().cpu().double()
     wide = torch.cat([wide] * samples, batch_dim) if expand else wide
-    want = wide * (1 + std * z) if law == "multiply" else wide + std * z
+    want = wide * (1 + std * z) if multiply else wide + std * z
     assert y.dtype == x.dtype
     assert y.shape == want.shape
     tolerance = 1e-13 if x.dtype == torch.float64 else TOLERANCE
     acc = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
-    noise = std * (wide.abs() if law == "multiply" else torch.ones_like(wide))
+    noise = std * (wide.abs() if multiply else torch.ones_like(wide))
     bound = tolerance * noise + torch.finfo(x.dtype).eps / 2 * want.abs() + 4 * acc * (wide.abs() + noise * (1 + z.abs()))
     error = (y.detach().cpu().double() - want).abs()
     assert bool((error <= bound + torch.finfo(x.dtype).tiny).all()), f"{error.max()}, {(error / bound).max()} of what is allowed"
 
 
-def check(x: torch.Tensor, law: str = "multiply", **address) -> torch.Tensor:
-    y = FORMS[law](x, P if law == "multiply" else STD, **address)
+def check(x: torch.Tensor, form: str = "gaussian dropout", **address) -> torch.Tensor:
+    y = FORMS[form][0](x, STD, **address)
     ints = {k: v.item() if isinstance(v, torch.Tensor) and k != "sample_ids" else v for k, v in address.items()}
-    assert_noise(y, x, law, STD, **ints)
+    assert_noise(y, x, form, STD, **ints)
     return y
 
 
@@ -61,15 +70,15 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize("law", FORMS)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", SIZES)
 class TestSizes:
-    def test_expanding(self, device, backend, shape, law):
+    def test_expanding(self, device, backend, shape, form):
         for samples in (1, 3):
-            check(torch.randn(shape, device=device), law, samples=samples, seed=11, stream=3)
+            check(torch.randn(shape, device=device), form, samples=samples, seed=11, stream=3)
 
-    def test_expanded(self, device, backend, shape, law):
-        check(torch.randn(3 * shape[0], *shape[1:], device=device), law, samples=3, seed=-11, stream=4, expand=False)
+    def test_expanded(self, device, backend, shape, form):
+        check(torch.randn(3 * shape[0], *shape[1:], device=device), form, samples=3, seed=-11, stream=4, expand=False)
 
 
 LAYOUTS = [
@@ -103,7 +112,7 @@ class TestLayouts:
     def test_expanded(self, device, backend, make, batch_dim):
         x = make(device).movedim(batch_dim, 0)
         x = torch.cat([x, x + 1, x + 2]).movedim(0, batch_dim)
-        check(x, "add", samples=3, seed=5, expand=False, batch_dim=batch_dim)
+        check(x, "uniform", samples=3, seed=5, expand=False, batch_dim=batch_dim)
 
 
 UNITS = [pytest.param((3, 5, 3, 5), id="short"), pytest.param((2, 63, 9, 7), id="63-channels"), pytest.param((1, 9, 63, 67), id="long")]
@@ -116,10 +125,10 @@ UNITS = [pytest.param((3, 5, 3, 5), id="short"), pytest.param((2, 63, 9, 7), id=
 def test_units_that_share_a_draw(device, backend, shape, memory_format, unit, batch_dim):
     """Not offered by a layer, but what the op's positions and shares are for."""
     x = torch.randn(shape, device=device).to(memory_format=memory_format)
-    address = {"samples": 2, "expand": True, "batch_dim": batch_dim}
-    origin = make_origin(3, 1, 0, torch.device(device))
-    y = gaussian(x, STD, True, origin=origin, sample_ids=None, stream=2, first_example=4, unit=unit, **address)
-    assert_noise(y, x, "multiply", STD, seed=3, stream=3, first_example=4, unit=unit, **address)
+    address = Address(make_origin(3, 1, 0, torch.device(device)), None, 2, 2, 4)
+    for form in ("gaussian dropout", "laplace factors", "uniform factors"):
+        y = real_noise(x, FORMS[form][1], STD, True, Place(address, True, batch_dim), unit)
+        assert_noise(y, x, form, STD, samples=2, batch_dim=batch_dim, seed=3, stream=3, first_example=4, unit=unit)
 
 
 BIG = 2**32
@@ -140,14 +149,14 @@ ADDRESSES = [
 def test_addresses(device, backend, address):
     x = torch.randn(4, 77, device=device)
     check(x, samples=3, **address)
-    check(torch.cat([x, -x, 2 * x]), "add", samples=3, expand=False, **address)
+    check(torch.cat([x, -x, 2 * x]), "laplace", samples=3, expand=False, **address)
 
 
-@pytest.mark.parametrize("law", FORMS)
-def test_splitting_the_batch_and_the_samples_changes_nothing(device, backend, law):
+@pytest.mark.parametrize("form", FORMS)
+def test_splitting_the_batch_and_the_samples_changes_nothing(device, backend, form):
     """One call draws what parts of the batch, chunks of the samples, and single samples draw, to the bit."""
     x = torch.randn(5, 9, 3, 7, device=device)
-    form = partial(FORMS[law], seed=8, stream=2)
+    form = partial(FORMS[form][0], std=STD, seed=8, stream=2)
     whole = form(x, samples=7).unflatten(0, (7, 5))
     parts = torch.cat([form(x[:2], samples=7).unflatten(0, (7, 2)), form(x[2:], samples=7, first_example=2).unflatten(0, (7, 3))], 1)
     assert torch.equal(parts, whole)
@@ -163,23 +172,23 @@ def test_time_major_draws_what_batch_first_draws(device, backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("law", FORMS)
+@pytest.mark.parametrize("form", FORMS)
 class TestValues:
-    def test_rounding(self, device, backend, dtype, law):
+    def test_rounding(self, device, backend, dtype, form):
         for n in (1, 17, 64, 500, 4999):
-            check((torch.randn(3, n, device=device) * 3).to(dtype), law, samples=3, seed=n)
-            check((torch.randn(9, n, device=device) * 3).to(dtype), law, samples=3, seed=n, expand=False)
+            check((torch.randn(3, n, device=device) * 3).to(dtype), form, samples=3, seed=n)
+            check((torch.randn(9, n, device=device) * 3).to(dtype), form, samples=3, seed=n, expand=False)
 
-    def test_no_noise_is_the_identity(self, device, backend, dtype, law):
+    def test_no_noise_is_the_identity(self, device, backend, dtype, form):
         x = torch.tensor([[-0.0, 1.5, float("inf"), -2.0, 1.0]], dtype=dtype, device=device)
         for samples in (1, 3):
-            assert torch.equal(FORMS[law](x, 0.0, samples=samples, seed=0), torch.cat([x] * samples))
+            assert torch.equal(FORMS[form][0](x, 0.0, samples=samples, seed=0), torch.cat([x] * samples))
 
-    def test_special_values(self, device, backend, dtype, law):
+    def test_special_values(self, device, backend, dtype, form):
         """NaN and infinities stay with their elements; what is finite stays finite."""
         x = torch.ones(1, 4000, dtype=dtype, device=device)
         x[:, 7::50], x[:, 9::50], x[:, 11::50] = float("nan"), float("inf"), 0.0
-        y = FORMS[law](x, 0.5, samples=3, seed=2)
+        y = FORMS[form][0](x, 1.0, samples=3, seed=2)
         assert torch.equal(y.isnan(), x.isnan().expand(3, -1))
         assert torch.equal(y.isinf(), x.isinf().expand(3, -1))
 
@@ -219,7 +228,7 @@ def test_every_instruction_set(isa):
 
 @given(st.data())
 def test_any_call(device, backend, data):
-    """Shapes, layouts, addresses and laws together."""
+    """Shapes, layouts, addresses and forms together."""
     dim = data.draw(st.integers(1, 5), "dim")
     shape = data.draw(st.lists(st.integers(0, 9), min_size=dim, max_size=dim).map(tuple), "shape")
     batch_dim = data.draw(st.integers(0, dim - 1), "batch_dim")
@@ -231,7 +240,7 @@ def test_any_call(device, backend, data):
     x = torch.randn([shape[d] for d in order], device=device).permute([order.index(d) for d in range(dim)])
     check(
         x.to(data.draw(st.sampled_from(DTYPES), "dtype")),
-        data.draw(st.sampled_from(list(FORMS)), "law"),
+        data.draw(st.sampled_from(list(FORMS)), "form"),
         samples=samples,
         seed=data.draw(st.integers(-(2**63), 2**64 - 1), "seed"),
         stream=data.draw(st.integers(0, 2**33), "stream"),
@@ -243,14 +252,17 @@ def test_any_call(device, backend, data):
 
 
 LAYERS = [
-    pytest.param(partial(iw.IWGaussianDropout, P), "multiply", id="IWGaussianDropout"),
-    pytest.param(partial(iw.IWGaussianNoise, STD), "add", id="IWGaussianNoise"),
+    pytest.param(partial(iw.IWGaussianDropout, P), "gaussian dropout", id="IWGaussianDropout"),
+    pytest.param(partial(iw.IWGaussianNoise, STD), "gaussian", id="IWGaussianNoise"),
+    pytest.param(partial(iw.IWGaussianNoise, STD, multiply=True), "gaussian dropout", id="IWGaussianNoise-multiply"),
+    pytest.param(partial(iw.IWLaplaceNoise, STD), "laplace", id="IWLaplaceNoise"),
+    pytest.param(partial(iw.IWUniformNoise, STD, multiply=True), "uniform factors", id="IWUniformNoise-multiply"),
 ]
 
 
-@pytest.mark.parametrize(("layer", "law"), LAYERS)
+@pytest.mark.parametrize(("layer", "form"), LAYERS)
 class TestLayers:
-    def test_noise_of_a_context(self, device, backend, layer, law):
+    def test_noise_of_a_context(self, device, backend, layer, form):
         """The first call expands, the second takes the next stream of expanded rows; eval draws none."""
         x = torch.randn(4, 63, device=device)
         with iw.sampling(3, seed=5, first_example=7) as context:
@@ -258,10 +270,10 @@ class TestLayers:
             y = layer()(x)
             z = layer()(y)
         assert context.stream == 2
-        assert_noise(y, x, law, STD, samples=3, seed=5, first_example=7)
-        assert_noise(z, y, law, STD, samples=3, seed=5, first_example=7, stream=1, expand=False)
+        assert_noise(y, x, form, STD, samples=3, seed=5, first_example=7)
+        assert_noise(z, y, form, STD, samples=3, seed=5, first_example=7, stream=1, expand=False)
 
-    def test_alone_is_one_fresh_sample(self, device, backend, layer, law):
+    def test_alone_is_one_fresh_sample(self, device, backend, layer, form):
         x = torch.ones(4, 63, device=device)
         torch.manual_seed(3)
         one, other = layer()(x), layer()(x)
@@ -270,20 +282,21 @@ class TestLayers:
         assert one.shape == x.shape
         assert not torch.equal(one, other)
 
-    def test_batch_dim(self, device, backend, layer, law):
+    def test_batch_dim(self, device, backend, layer, form):
         x = torch.randn(6, 4, 9, device=device)
         with iw.sampling(3, seed=5):
             y = layer(batch_dim=1)(x)
-        assert_noise(y, x, law, STD, samples=3, seed=5, batch_dim=1)
+        assert_noise(y, x, form, STD, samples=3, seed=5, batch_dim=1)
 
-    def test_state_and_repr(self, layer, law):
+    def test_state_and_repr(self, layer, form):
         assert not layer().state_dict()
         assert not list(layer().parameters())
         name = layer.func.__name__
-        assert repr(layer()) == (f"{name}(p=0.3)" if law == "multiply" else f"{name}(std={STD})")
+        more = ", multiply=True" if "multiply" in layer.keywords else ""
+        assert repr(layer()) == (f"{name}(p=0.3)" if name == "IWGaussianDropout" else f"{name}(std={STD}{more})")
         assert repr(layer(batch_dim=1)).endswith(", batch_dim=1)")
 
-    def test_bad_input(self, layer, law):
+    def test_bad_input(self, layer, form):
         name = layer.func.__name__
         with pytest.raises(TypeError, match=f"input of {name}: expected float32, .*, got torch.int64"):
             layer()(torch.ones(3, 4, dtype=torch.int64))
@@ -300,12 +313,15 @@ BAD = [
     (iw.IWGaussianNoise, float("inf"), ValueError, "std: expected a finite number >= 0, got inf"),
     (iw.IWGaussianNoise, float("nan"), ValueError, "std: expected a finite number >= 0, got nan"),
     (iw.IWGaussianNoise, None, TypeError, "std: expected a number, got NoneType"),
+    (iw.IWLaplaceNoise, -1.0, ValueError, "std: expected a finite number >= 0, got -1.0"),
+    (iw.IWUniformNoise, float("inf"), ValueError, "std: expected a finite number >= 0, got inf"),
 ]
 
 
 @pytest.mark.parametrize(("layer", "value", "error", "message"), BAD)
 def test_bad_noise(layer, value, error, message):
-    form = {iw.IWGaussianDropout: F.gaussian_dropout, iw.IWGaussianNoise: F.gaussian_noise}[layer]
+    forms = {iw.IWGaussianDropout: F.gaussian_dropout, iw.IWLaplaceNoise: F.laplace_noise, iw.IWUniformNoise: F.uniform_noise}
+    form = forms.get(layer, F.gaussian_noise)
     for call in (layer, lambda v: form(torch.ones(2, 3), v, seed=0)):
         with pytest.raises(error, match=message):
             call(value)
@@ -323,7 +339,7 @@ BAD_ARGUMENTS = [
 
 
 @pytest.mark.parametrize(("error", "message", "change"), BAD_ARGUMENTS)
-@pytest.mark.parametrize("law", FORMS)
-def test_bad_arguments(law, error, message, change):
+@pytest.mark.parametrize("form", FORMS)
+def test_bad_arguments(form, error, message, change):
     with pytest.raises(error, match=message):
-        FORMS[law](**{"x": torch.ones(6, 3), "samples": 2, "seed": 0, **change})
+        FORMS[form][0](**{"x": torch.ones(6, 3), "std": 0.5, "samples": 2, "seed": 0, **change})

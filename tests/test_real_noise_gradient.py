@@ -1,4 +1,4 @@
-"""Derivatives of Gaussian noise, what it keeps for backward, and how it behaves under compilers."""
+"""Derivatives of real-valued noise, what it keeps for backward, and how it behaves under compilers."""
 
 from functools import partial
 
@@ -11,21 +11,26 @@ import iwsgd_ext as iw
 from iwsgd_ext import functional as F
 
 OPS = torch.ops.iwsgd_ext
-FORMS = {"multiply": F.gaussian_dropout, "add": F.gaussian_noise}
-P = 0.3
-STD = (0.3 / 0.7) ** 0.5
+P, STD = 0.3, (0.3 / 0.7) ** 0.5
+# name -> function of x, law of the factor that the gradient has, or None
+FORMS = {
+    "gaussian dropout": (partial(F.gaussian_dropout, p=P), "normal"),
+    "gaussian": (partial(F.gaussian_noise, std=STD), None),
+    "laplace factors": (partial(F.laplace_noise, std=STD, multiply=True), "laplace"),
+    "uniform factors": (partial(F.uniform_noise, std=STD, multiply=True), "uniform"),
+}
 
 
-def naive_gradient(x: torch.Tensor, dy: torch.Tensor, law: str, samples: int, batch_dim: int = 0, **address) -> torch.Tensor:
+def naive_gradient(x: torch.Tensor, dy: torch.Tensor, form: str, samples: int, batch_dim: int = 0, **address) -> torch.Tensor:
     """sum over s of (1 + std z) * dy, or of dy, in float64."""
-    z = naive.naive_normals(x, samples=samples, batch_dim=batch_dim, **address)
-    factor = 1 + STD * z if law == "multiply" else torch.ones_like(z)
-    terms = dy.detach().cpu().double() * factor
+    law = FORMS[form][1]
+    z = naive.naive_numbers(x, law or "normal", samples=samples, batch_dim=batch_dim, **address)
+    terms = dy.detach().cpu().double() * (1 + STD * z if law else torch.ones_like(z))
     return sum(terms.tensor_split(samples, batch_dim)) if address.get("expand", True) else terms
 
 
-def call(law: str, x: torch.Tensor, **address) -> torch.Tensor:
-    return FORMS[law](x, P if law == "multiply" else STD, **address)
+def call(form: str, x: torch.Tensor, **address) -> torch.Tensor:
+    return FORMS[form][0](x, **address)
 
 
 LAYOUTS = [
@@ -40,65 +45,65 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize(("shape", "batch_dim", "memory_format"), LAYOUTS)
-@pytest.mark.parametrize("law", FORMS)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_backward_sums_over_samples(device, backend, shape, batch_dim, memory_format, law, dtype):
+def test_backward_sums_over_samples(device, backend, shape, batch_dim, memory_format, form, dtype):
     """Every error below that of the numbers (5e-5), S float32 sums and one rounding."""
     x = torch.randn(shape, device=device).to(dtype).contiguous(memory_format=memory_format).requires_grad_()
     for samples in (1, 3, 8):
         address = {"samples": samples, "seed": 9, "stream": 2, "first_example": 4, "batch_dim": batch_dim}
-        y = call(law, x, **address)
+        y = call(form, x, **address)
         dy = torch.randn_like(y)
         (dx,) = torch.autograd.grad(y, x, dy)
-        want = naive_gradient(x, dy, law, **address)
+        want = naive_gradient(x, dy, form, **address)
         assert dx.dtype == dtype
         assert dx.shape == x.shape
         acc = torch.float64 if dtype == torch.float64 else torch.float32
-        size = naive_gradient(x, dy.abs(), "add", **address)
-        noise = (1e-13 if dtype == torch.float64 else 5e-5) * STD if law == "multiply" else 0.0
+        size = naive_gradient(x, dy.abs(), "gaussian", **address)
+        noise = (1e-13 if dtype == torch.float64 else 5e-5) * STD if FORMS[form][1] else 0.0
         bound = (
             torch.finfo(dtype).eps / 2 * want.abs() + (5 * (samples + 3) * torch.finfo(acc).eps + noise) * size + torch.finfo(dtype).tiny
         )
         assert bool(((dx.detach().cpu().double() - want).abs() <= bound).all())
 
 
-@pytest.mark.parametrize("law", FORMS)
-def test_backward_of_expanded_rows(device, backend, law):
+@pytest.mark.parametrize("form", FORMS)
+def test_backward_of_expanded_rows(device, backend, form):
     x = torch.randn(6, 5, 3, 7, device=device, dtype=torch.float64, requires_grad=True)
     address = {"samples": 3, "seed": 1, "expand": False, "sample_ids": [4, 0, 9]}
-    y = call(law, x, **address)
+    y = call(form, x, **address)
     dy = torch.randn_like(y)
     (dx,) = torch.autograd.grad(y, x, dy)
-    torch.testing.assert_close(dx.cpu(), naive_gradient(x, dy, law, **address), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(dx.cpu(), naive_gradient(x, dy, form, **address), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("expand", [True, False])
-@pytest.mark.parametrize("law", FORMS)
-def test_layout_of_the_gradient_does_not_choose_the_noise(device, backend, law, expand):
+@pytest.mark.parametrize("form", FORMS)
+def test_layout_of_the_gradient_does_not_choose_the_noise(device, backend, form, expand):
     """The order of positions is the forward input's: a gradient of the other layout meets the same numbers."""
     dense = torch.randn(4, 6, 5, 7, device=device, dtype=torch.float64)
     for x in (dense, dense.to(memory_format=torch.channels_last)):
         x = x.clone().requires_grad_()
-        y = call(law, x, samples=2, seed=3, expand=expand)
+        y = call(form, x, samples=2, seed=3, expand=expand)
         dy = torch.randn(y.shape, device=device, dtype=torch.float64)
         transposed = dy.transpose(1, 3).contiguous().transpose(1, 3)
         for layout in (dy, dy.to(memory_format=torch.channels_last), transposed, torch.ones_like(dy[:1]).expand_as(dy)):
             (dx,) = torch.autograd.grad(y, x, layout, retain_graph=True)
-            want = naive_gradient(x, layout, law, samples=2, seed=3, expand=expand)
+            want = naive_gradient(x, layout, form, samples=2, seed=3, expand=expand)
             torch.testing.assert_close(dx.cpu(), want, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("law", FORMS)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("expand", [True, False])
-def test_gradcheck_and_gradgradcheck(device, backend, law, expand):
+def test_gradcheck_and_gradgradcheck(device, backend, form, expand):
     x = torch.randn(2, 3, 2, 3, device=device, dtype=torch.float64).to(memory_format=torch.channels_last).requires_grad_()
-    form = partial(call, law, samples=2, seed=2, expand=expand)
-    assert torch.autograd.gradcheck(lambda v: form(v).pow(2), x)
-    assert torch.autograd.gradgradcheck(lambda v: form(v).pow(3), x)
+    function = partial(call, form, samples=2, seed=2, expand=expand)
+    assert torch.autograd.gradcheck(lambda v: function(v).pow(2), x)
+    assert torch.autograd.gradgradcheck(lambda v: function(v).pow(3), x)
 
 
-@pytest.mark.parametrize("law", FORMS)
-def test_kept_for_backward_is_the_address(device, backend, law):
+@pytest.mark.parametrize("form", FORMS)
+def test_kept_for_backward_is_the_address(device, backend, form):
     """No noise and no input: 24 bytes of origin and the sample ids, for any size, and nothing for an addition."""
     for n in (8, 100_000):
         saved = []
@@ -109,9 +114,9 @@ def test_kept_for_backward_is_the_address(device, backend, law):
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            y = call(law, x, samples=4, seed=0, sample_ids=torch.arange(4))
-            call(law, y, samples=4, seed=0, stream=1, expand=False)
-        assert sum(t.untyped_storage().nbytes() for t in saved) == (24 + 32 + 24 if law == "multiply" else 0)
+            y = call(form, x, samples=4, seed=0, sample_ids=torch.arange(4))
+            call(form, y, samples=4, seed=0, stream=1, expand=False)
+        assert sum(t.untyped_storage().nbytes() for t in saved) == (24 + 32 + 24 if FORMS[form][1] else 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -123,19 +128,19 @@ def test_opcheck(device, backend, dtype):
     for sample_ids in (None, ids[:, 0].contiguous(), ids):
         address = torch.tensor([3, 0, 0], device=device), sample_ids, 2, 1, 0, 5, 1
         for multiply in (True, False):
-            torch.library.opcheck(OPS.gaussian, (x, *address, 0.5, multiply, True))
-            torch.library.opcheck(OPS.gaussian, (y, *address, 0.5, multiply, False))
-        torch.library.opcheck(OPS.gaussian_sum, (y, *address, 0.5))
+            torch.library.opcheck(OPS.real_noise, (x, *address, 0, 0.5, multiply, True))
+            torch.library.opcheck(OPS.real_noise, (y, *address, 1, 0.5, multiply, False))
+        torch.library.opcheck(OPS.real_noise_sum, (y, *address, 2, 0.5))
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["dense", "channels_last"])
-@pytest.mark.parametrize("law", FORMS)
-def test_written_in_place_by_the_next_layer(device, backend, law, memory_format):
+@pytest.mark.parametrize("form", FORMS)
+def test_written_in_place_by_the_next_layer(device, backend, form, memory_format):
     """A ReLU(inplace=True) behind the noise, forward and gradient."""
     x = torch.randn(2, 3, 4, 5, device=device).contiguous(memory_format=memory_format).requires_grad_()
     results = []
     for in_place in (False, True):
-        y = torch.nn.functional.relu(call(law, x, samples=3, seed=1), inplace=in_place)
+        y = torch.nn.functional.relu(call(form, x, samples=3, seed=1), inplace=in_place)
         results.append([y, *torch.autograd.grad(y.square().sum(), x)])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
@@ -143,9 +148,9 @@ def test_written_in_place_by_the_next_layer(device, backend, law, memory_format)
 
 def test_meta_device_gives_shapes():
     x, origin = torch.empty(5, 6, 7, device="meta"), torch.empty(3, dtype=torch.int64, device="meta")
-    y = OPS.gaussian(x, origin, None, 3, 0, 0, 7, 1, 0.5, True, True)
+    y = OPS.real_noise(x, origin, None, 3, 0, 0, 7, 1, 0, 0.5, True, True)
     assert y.shape == (5, 18, 7)
-    assert OPS.gaussian_sum(y, origin, None, 3, 0, 0, 7, 1, 0.5).shape == (5, 6, 7)
+    assert OPS.real_noise_sum(y, origin, None, 3, 0, 0, 7, 1, 0, 0.5).shape == (5, 6, 7)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["dense", "channels_last"])

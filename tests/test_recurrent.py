@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import iwsgd_ext as iw
-from iwsgd_ext.ops.noise import dropout_law, make_origin, noise
+from iwsgd_ext.ops.address import Address, Place, make_origin
+from iwsgd_ext.ops.noise import dropout_rule, noise
 
 T, F, H = 5, 3, 4
 PAIRS = [(iw.IWLSTM, nn.LSTM), (iw.IWGRU, nn.GRU), (iw.IWRNN, nn.RNN)]
@@ -148,8 +149,7 @@ def test_locked_noise_op(device, backend, features, batch_dim, expand):
     samples = 3 if expand else 2
     x = torch.randn((rows, steps, features) if batch_dim == 0 else (steps, rows, features), device=device).requires_grad_()
     origin = make_origin(5, 0, 0, x.device)
-    address = {"samples": samples, "origin": origin, "sample_ids": None, "stream": 3, "first_example": 2, "expand": expand}
-    y = noise(x, dropout_law(p), "feature", **address, batch_dim=batch_dim)
+    y = noise(x, dropout_rule(p), "feature", Place(Address(origin, None, samples, 3, 2), expand, batch_dim))
     examples = rows if expand else rows // samples
     keep = [
         naive_layers.keep_scale(p, seed=5, stream=3, sample=s, example=2 + b, shape=(features,))

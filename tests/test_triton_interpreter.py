@@ -27,9 +27,9 @@ import triton
 import triton.language as tl
 
 from iwsgd_ext.ops.triton import device as devices
-from iwsgd_ext.ops.triton import gaussian as gaussian_op
 from iwsgd_ext.ops.triton import noise as noise_op
 from iwsgd_ext.ops.triton import noise_plan, philox
+from iwsgd_ext.ops.triton import real_noise as real_noise_op
 
 try:
     from iwsgd_ext import _info as info
@@ -133,7 +133,7 @@ def lines_of_call(shape, unit, batch_dim):
 
 
 def noise_op_rows(x, batch_dim):
-    from iwsgd_ext.ops.noise import Rows
+    from iwsgd_ext.ops.address import Rows
 
     return Rows.of(x, batch_dim)
 
@@ -276,51 +276,54 @@ def test_noise_past_two_to_the_31(tmp_path):
     assert_same_bits(got, reference.noise(x[None], *address, 0.0, 0.0, True)[0])
 
 
-# ---- Gaussian and multinomial noise ----
+# ---- real-valued and multinomial noise ----
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("law", naive.LAWS)
 @pytest.mark.parametrize("call", [name for name in CALLS if CALLS[name][1] == "element" or name == "time-major-rows"])
-def test_gaussian(call, dtype):
-    """Both laws and the gradient of the first, to 5e-5 of the numbers of the definition; exactly so in float64."""
+def test_real_noise(call, law, dtype):
+    """Multiplied, added, and the gradient of the first, to 5e-5 of the numbers of the definition; exactly so in float64."""
     shape, unit, batch_dim, _ = CALLS[call]
     x = torch.randn(shape, dtype=dtype)
     given = {"samples": 3, "seed": 2**63 + 3, "stream": 2**32 - 1, "first_example": 2**32 - 2, "sample_ids": [9, 0, -2]}
     flat = noise_op_rows(x, batch_dim)
     address = (torch.tensor([signed(2**63 + 3), 0, 0]), torch.tensor([9, 0, -2]), 3, 2**32 - 1, 2**32 - 2, *flat.positions(x.shape, unit))
-    z = naive.naive_normals(x, batch_dim=batch_dim, unit=unit, **given)
+    z, number = naive.naive_numbers(x, law, batch_dim=batch_dim, unit=unit, **given), list(naive.LAWS).index(law)
     tolerance = 1e-12 if dtype == torch.float64 else 5e-5 * 4
     for expand in (True, False):
         y = x if expand else torch.cat([x, 0 * x, 2 * x], batch_dim)
         rows = torch.cat([x] * 3, batch_dim).double() if expand else y.double()
         for multiply in (True, False):
-            got = torch.ops.iwsgd_triton.gaussian(flat.flatten(y), *address, 0.7, multiply, expand)
+            got = torch.ops.iwsgd_triton.real_noise(flat.flatten(y), *address, number, 0.7, multiply, expand)
             want = rows * (1 + 0.7 * z) if multiply else rows + 0.7 * z
             torch.testing.assert_close(flat.unflatten(got, y.shape).double(), want, rtol=1e-6, atol=tolerance)
     dy = torch.randn_like(rows).to(dtype)
-    dx = flat.unflatten(torch.ops.iwsgd_triton.gaussian_sum(flat.flatten(dy), *address, 0.7), dy.shape)
+    dx = flat.unflatten(torch.ops.iwsgd_triton.real_noise_sum(flat.flatten(dy), *address, number, 0.7), dy.shape)
     want = sum((dy.double() * (1 + 0.7 * z)).tensor_split(3, batch_dim))
     torch.testing.assert_close(dx.double(), want, rtol=1e-6, atol=3 * tolerance)
 
 
-def test_gaussian_of_the_ends():
-    """The words for which the logarithm and the quarter turns are delicate: no infinity, within 5e-6 of the definition."""
+def test_numbers_of_the_ends():
+    """The words for which logarithms and quarter turns are delicate: no infinity, within 5e-6 of the definition."""
     ends = [0, 1, 2**23, 2**24 - 1, 2**31 - 1, 2**31, 2**31 + 1, 2**32 - 2**9, 2**32 - 129, 2**32 - 2, 2**32 - 1]
     ends += [i * 2**29 + j for i in range(1, 8) for j in (-1, 0, 1)]
     a, b = (v.flatten() for v in torch.meshgrid(torch.tensor(ends), torch.tensor(ends), indexing="ij"))
     radius, angle = (-2 * ((a.double() + 0.5) / 2**32).log()).sqrt(), 2 * math.pi * ((b.double() + 0.5) / 2**32)
     for dtype, tolerance in ((torch.float32, 5e-6), (torch.float64, 1e-14)):
         x, y = torch.empty(1024, dtype=dtype), torch.empty(1024, dtype=dtype)
-        pair_kernel[(1,)](a, b, x, y, len(a), tl.float32 if dtype == torch.float32 else tl.float64)
-        for got, want in ((x, radius * angle.cos()), (y, radius * angle.sin())):
-            assert (got[: len(a)].double() - want).abs().max() < tolerance
+        one_word = [[torch.tensor([law([int(word)])[0] for word in words]) for words in (a, b)] for law in (naive.laplace, naive.uniform)]
+        for law, wanted in enumerate([(radius * angle.cos(), radius * angle.sin()), *one_word]):
+            pair_kernel[(1,)](a, b, x, y, len(a), law, tl.float32 if dtype == torch.float32 else tl.float64)
+            for got, want in zip((x, y), wanted, strict=True):
+                assert (got[: len(a)].double() - want).abs().max() < tolerance, law
 
 
 @triton.jit
-def pair_kernel(a, b, x, y, N, ACC: tl.constexpr):
+def pair_kernel(a, b, x, y, N, LAW: tl.constexpr, ACC: tl.constexpr):
     i = tl.arange(0, 1024)
     first, second = (tl.load(words + i, i < N, 0).to(tl.uint32) for words in (a, b))
-    z0, z1 = gaussian_op.normal_pair(first, second, ACC)
+    z0, z1 = real_noise_op.number_pair(first, second, LAW, ACC)
     tl.store(x + i, z0, i < N)
     tl.store(y + i, z1, i < N)
 

@@ -93,7 +93,7 @@ def clusters(run: Run) -> str:
     return f"a table, below\n{output}"
 
 
-FAMILIES = ("noise", "gaussian", "multinomial", "loss", "scale")  # of tools/gpu_exercise.py, a process each
+FAMILIES = ("noise", "real_noise", "multinomial", "loss", "scale")  # of tools/gpu_exercise.py, a process each
 RESTARTS = 4
 
 

@@ -15,6 +15,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -158,8 +159,9 @@ def exercise_noise(cases: Cases, dtypes: list[torch.dtype]) -> None:
     agrees(cases, "p=1", functional.dropout, 1.0, torch.float32, SHAPES[0], True, 0)
 
 
-def exercise_gaussian(cases: Cases, dtypes: list[torch.dtype]) -> None:
+def exercise_real_noise(cases: Cases, dtypes: list[torch.dtype]) -> None:
     forms = {"gaussian dropout": functional.gaussian_dropout, "gaussian noise": functional.gaussian_noise}
+    forms |= {"laplace noise": functional.laplace_noise, "uniform factors": partial(functional.uniform_noise, multiply=True)}
     for dtype, expand, shift, shape, (name, form) in product(dtypes, (True, False), (0, 1), SHAPES, forms.items()):
         # numbers agree within 5e-5, and three of them are added up; what is rounded to 16 bits may go either way
         close = {"rtol": 2e-2, "atol": 1e-2} if dtype.itemsize == 2 else {"rtol": 1e-4, "atol": 5e-4}
@@ -268,7 +270,7 @@ def exercise_scale(cases: Cases, dtypes: list[torch.dtype]) -> None:
 # What each launches: of CUDA's kernels and of Triton's, which have the same names where they do the same.
 EXERCISES = {
     exercise_noise: {"noise_fwd_kernel", "noise_bwd_kernel", "noise_rule_fwd_kernel", "noise_rule_bwd_kernel"},
-    exercise_gaussian: {"gaussian_fwd_kernel", "gaussian_bwd_kernel"},
+    exercise_real_noise: {"real_noise_fwd_kernel", "real_noise_bwd_kernel"},
     exercise_multinomial: {"multinomial_fwd_kernel", "multinomial_kernel"},
     exercise_loss: {
         f"iw_cross_entropy_{part}_kernel"

@@ -50,9 +50,13 @@ FORMS = (
     Form("rates forward", "noise", "noise_rule_fwd_kernel<{T}, {V}, true, true>", "x", "S", 2, _RATES_ONE),
     Form("rates backward", "noise", "noise_rule_bwd_kernel<{T}, {V}, true>", "S", "x", 2, _RATES_ONE),
     Form("rates not expanding", "noise", _RATES_ONE, "S", "S", 2),
-    Form("Gaussian forward", "gaussian", "gaussian_fwd_kernel<{T}, {V}, true>", "x", "S"),
-    Form("Gaussian backward", "gaussian", "gaussian_bwd_kernel<{T}, {V}>", "S", "x"),
-    Form("Gaussian not expanding", "gaussian", "gaussian_fwd_kernel<{T}, {V}, false>", "S", "S"),
+    Form("Gaussian forward", "real_noise", "real_noise_fwd_kernel<Normal, {T}, {V}, true>", "x", "S"),
+    Form("Gaussian backward", "real_noise", "real_noise_bwd_kernel<Normal, {T}, {V}>", "S", "x"),
+    Form("Gaussian not expanding", "real_noise", "real_noise_fwd_kernel<Normal, {T}, {V}, false>", "S", "S"),
+    Form("Laplace forward", "real_noise", "real_noise_fwd_kernel<Laplace, {T}, {V}, true>", "x", "S"),
+    Form("Laplace backward", "real_noise", "real_noise_bwd_kernel<Laplace, {T}, {V}>", "S", "x"),
+    Form("uniform forward", "real_noise", "real_noise_fwd_kernel<Uniform, {T}, {V}, true>", "x", "S"),
+    Form("uniform backward", "real_noise", "real_noise_bwd_kernel<Uniform, {T}, {V}>", "S", "x"),
 )
 
 
@@ -96,7 +100,7 @@ def predict(kernels: list[sass_report.Kernel], form: Form, type_: str, samples: 
     bytes_ = TYPES[type_]
     name = form.one if form.one and samples == 1 else form.kernel
     (kernel,) = sass_report.named(kernels, name.format(T=type_, V=16 // bytes_, G="true" if bytes_ == 2 else "false"))
-    drawn = 16 if form.source == "gaussian" else 8 * bytes_  # bytes of what a thread draws for
+    drawn = 16 if form.source == "real_noise" else 8 * bytes_  # bytes of what a thread draws for
     reads, writes = (drawn * (1 if what == "x" else samples) for what in (form.reads, form.writes))
     loads = reads // 16 + form.shared_loads
     way = kernel.way_with({sass_report.Access("global", "load", 16): loads, sass_report.Access("global", "store", 16): writes // 16})
@@ -120,7 +124,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", default=[""], help="forms whose names contain one of these")
     parser.add_argument("--samples", nargs="+", type=int, default=[1, 4, 8])
-    parser.add_argument("--objects", type=Path, help="a folder with compiled noise.o and gaussian.o, instead of compiling")
+    parser.add_argument("--objects", type=Path, help="a folder with compiled noise.o and real_noise.o, instead of compiling")
     arguments = parser.parse_args()
     print("| form | type | S | registers | warps | KB loading | instructions / 16 bytes | by warps | by issue | predicted |")
     print("|---|---|---|---|---|---|---|---|---|---|")

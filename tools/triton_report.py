@@ -151,14 +151,14 @@ def parse(report: str) -> tuple[int, int]:
 def compiling(arch: int, case: str, out: list[Kernel]):
     """Inside, the ops' launches compile their kernels for ``arch`` and run nothing."""
     from iwsgd_ext import backend
-    from iwsgd_ext.ops.triton import address, device, gaussian, iw_cross_entropy, multinomial, noise
+    from iwsgd_ext.ops.triton import address, device, iw_cross_entropy, multinomial, noise, real_noise
 
     def launch(kernel, programs, warps, values, registers=None):
         if programs:
             out.append(compile_kernel(kernel, {p.name: values[p.name] for p in kernel.params}, warps, registers, arch, case))
 
     with contextlib.ExitStack() as stack:
-        for module in (gaussian, iw_cross_entropy, multinomial, noise):
+        for module in (iw_cross_entropy, multinomial, noise, real_noise):
             stack.enter_context(mock.patch.object(module, "launch", launch))
         for module in (address, iw_cross_entropy):
             stack.enter_context(mock.patch.object(module, "device_of", lambda x: device.KNOWN[arch]))
@@ -227,21 +227,22 @@ def loss_cases() -> dict:
 def noise_cases() -> dict:
     import torch
 
-    from iwsgd_ext.ops.triton import gaussian, multinomial, noise
+    from iwsgd_ext.ops.triton import multinomial, noise, real_noise
 
-    def call(outer, examples, inner, positions, share, samples=8, dtype=torch.bfloat16, expand=True, ids=None, thresholds=False, **law):
+    def call(outer, examples, inner, positions, share, samples=8, dtype=torch.bfloat16, expand=True, ids=None, thresholds=False, **rule):
         def run():
             x = torch.zeros(outer, examples if expand else samples * examples, inner, dtype=dtype)
             y = torch.zeros(outer, samples * examples, inner, dtype=dtype)
             sample_ids = None if ids is None else torch.zeros(ids, dtype=torch.int64)
             address = (torch.zeros(3, dtype=torch.int64), sample_ids, samples, 5, 0, positions, share)
-            if "std" in law:
-                gaussian.gaussian_fwd_triton(x, y, address, law["std"], law.get("multiply", True), expand)
-                gaussian.gaussian_bwd_triton(y, y[:, :examples], address, law["std"])
+            if "std" in rule:
+                law, std = rule.get("law", 0), rule["std"]
+                real_noise.real_noise_fwd_triton(x, y, address, law, std, rule.get("multiply", True), expand)
+                real_noise.real_noise_bwd_triton(y, y[:, :examples], address, law, std)
                 return
             given = torch.zeros(samples * examples, positions, dtype=torch.int32) if thresholds else None
             address = (*address, 30000, given, 1.25)
-            noise.noise_fwd_triton(x, y, address, law.get("shift", 0.0), law.get("fill", 0.0), expand)
+            noise.noise_fwd_triton(x, y, address, rule.get("shift", 0.0), rule.get("fill", 0.0), expand)
             if expand:
                 noise.noise_bwd_triton(y, x, address)
 
@@ -272,6 +273,9 @@ def noise_cases() -> dict:
         "gaussian-fp64": call(1, 512, n, n, 1, dtype=torch.float64, std=0.5),
         "gaussian-odd": call(16, 64, 509, 16 * 509, 1, ids=(8, 64), std=0.5),
         "gaussian-rows": call(1, 512, n, 1, n, std=0.5, expand=False),
+        "laplace-bf16": call(1, 512, n, n, 1, std=0.5, law=1),
+        "laplace-fp64": call(1, 512, n, n, 1, dtype=torch.float64, std=0.5, law=1),
+        "uniform-bf16": call(1, 512, n, n, 1, std=0.5, law=2),
         "multinomial": draw,
         "ones": call(1, 1, 1, 1, 1, samples=1),
         "ones-expanded": call(1, 1, 9, 9, 1, samples=1, expand=False, ids=(1,), thresholds=True),

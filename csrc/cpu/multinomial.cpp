@@ -16,7 +16,7 @@ struct Cpu {
         const int64_t s = r / call.examples, b = r % call.examples;
         int32_t* of_row = counts + r * call.features;
         std::fill(of_row, of_row + call.features, 0);
-        const RowAddress row = call.address.row(s, b, call.examples);
+        const RowAddress row = call.address.of_row(s, b, call.examples);
         for (int64_t group = 0; group * kDraws < call.draws; ++group)
           for_each_draw(call, row, call.of_sample(s), group, [&](int64_t f) { ++of_row[f]; });
       }

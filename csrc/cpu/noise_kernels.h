@@ -63,14 +63,14 @@ inline Bits words_to_bits(const Drawn& drawn, uint32_t threshold) {
 }
 
 // The keep bits of 64 elements. threshold < kFieldRange.
-inline Bits keep_64(const Groups& groups, const Row& row, const Keys& keys, uint32_t threshold) {
+inline Bits keep_64(const Groups& groups, const RowShare& row, const Keys& keys, uint32_t threshold) {
   return words_to_bits(draw_8(groups, row, keys), threshold);
 }
 
 // The keep bits of `groups` groups from `group` on, to memory; writes whole blocks of eight bytes.
 inline void keep_bits(uint8_t* __restrict bits, RowAddress address, int64_t group, int64_t groups, uint32_t threshold) {
   const Keys keys(address.seed);
-  const Row row(address, keys);
+  const RowShare row(address, keys);
   for (int64_t g = 0; g < groups; g += 8) {
     const uint64_t kept = keep_64(Groups(static_cast<uint32_t>(group + g), address.stream, keys), row, keys, threshold).word();
     std::memcpy(bits + g, &kept, sizeof kept);
@@ -157,9 +157,9 @@ struct Kept64 {
 // of a Xeon) that took 1.5 times as long at 64 MB, 0.93 at 128 MB; alone 1.1 and 0.78. Whole lines only: `y` is a row of one sample.
 constexpr int64_t kStreamBytes = 96 << 20;
 template <class T>
-inline bool streams_output(const Draw& draw, const T* y, int64_t y_step) {
-  const Layout& layout = draw.layout;
-  return layout.outer * draw.samples * layout.examples * layout.inner * static_cast<int64_t>(sizeof(T)) >= kStreamBytes &&
+inline bool streams_output(const Noise& call, const T* y, int64_t y_step) {
+  const Layout& layout = call.layout;
+  return layout.outer * call.samples * layout.examples * layout.inner * static_cast<int64_t>(sizeof(T)) >= kStreamBytes &&
          reinterpret_cast<std::size_t>(y) % kLineBytes == 0 && y_step * sizeof(T) % kLineBytes == 0;
 }
 
@@ -263,15 +263,15 @@ constexpr int kAbreast = kVectors == 1 ? 4 : 1;
 // For the 64 elements from i on of a chunk with consecutive positions: calls whole(for_each_sample, i), where for_each_sample(body) calls
 // body(bits, s) with the keep bits of one noise sample after another; for the n < 64 elements at its end rest(bits, s, i, n).
 template <class Whole, class Rest>
-inline void for_each_64(const Draw& draw, int64_t o, int64_t b, int64_t begin, int64_t end, Whole&& whole, Rest&& rest) {
-  const Keys keys(draw.address.seed());
-  const uint32_t stream = draw.address.row(0, 0, 1).stream, threshold = draw.rule.threshold;
-  const auto group = static_cast<uint32_t>((o * draw.layout.inner + begin) % draw.layout.positions / kGroup);
-  const int64_t samples = draw.samples;
+inline void for_each_64(const Noise& call, int64_t o, int64_t b, int64_t begin, int64_t end, Whole&& whole, Rest&& rest) {
+  const Keys keys(call.address.seed());
+  const uint32_t stream = call.address.of_row(0, 0, 1).stream, threshold = call.rule.threshold;
+  const auto group = static_cast<uint32_t>((o * call.layout.inner + begin) % call.layout.positions / kGroup);
+  const int64_t samples = call.samples;
   for (int64_t s0 = 0; s0 < samples; s0 += kTogether) {
     const int64_t together = std::min(kTogether, samples - s0);
-    Row rows[kTogether];
-    for (int64_t s = 0; s < together; ++s) rows[s] = Row(draw.address.row(s0 + s, b, draw.layout.examples), keys);
+    RowShare rows[kTogether];
+    for (int64_t s = 0; s < together; ++s) rows[s] = RowShare(call.address.of_row(s0 + s, b, call.layout.examples), keys);
     for (int64_t i = begin; i < end; i += 64) {
       const Groups groups(group + static_cast<uint32_t>((i - begin) / kGroup), stream, keys);
       const auto for_each_sample = [&](auto&& body) {
@@ -292,14 +292,14 @@ inline void for_each_64(const Draw& draw, int64_t o, int64_t b, int64_t begin, i
 
 // One chunk of one example under all noise samples.
 template <class T, class Becomes>
-void noise_chunk(const Draw& draw, int64_t o, int64_t b, int64_t begin, int64_t end, const T* x, T* y, const Becomes& becomes) {
-  const int64_t x_step = draw.input_row(o, 1, b) - draw.input_row(o, 0, b), y_step = draw.row(o, 1, b) - draw.row(o, 0, b);
-  x += draw.input_row(o, 0, b);
-  y += draw.row(o, 0, b);
-  if (consecutive(draw.layout, o, begin, end)) {
-    const bool past_cache = streams_output(draw, y + begin, y_step);
+void noise_chunk(const Noise& call, int64_t o, int64_t b, int64_t begin, int64_t end, const T* x, T* y, const Becomes& becomes) {
+  const int64_t x_step = call.input_at(o, 1, b) - call.input_at(o, 0, b), y_step = call.output_at(o, 1, b) - call.output_at(o, 0, b);
+  x += call.input_at(o, 0, b);
+  y += call.output_at(o, 0, b);
+  if (consecutive(call.layout, o, begin, end)) {
+    const bool past_cache = streams_output(call, y + begin, y_step);
     for_each_64(
-        draw, o, b, begin, end,
+        call, o, b, begin, end,
         [=](const auto& for_each_sample, int64_t i) {
           if (x_step == 0) {
             const Kept64<T> kept(x + i, becomes);
@@ -313,11 +313,11 @@ void noise_chunk(const Draw& draw, int64_t o, int64_t b, int64_t begin, int64_t 
     if (past_cache) end_of_streams();
     return;
   }
-  for (int64_t s = 0; s < draw.samples; ++s) {
+  for (int64_t s = 0; s < call.samples; ++s) {
     const T* from = x + s * x_step + begin;
     T* to = y + s * y_step + begin;
     for_each_run(
-        draw.layout, draw.address.row(s, b, draw.layout.examples), draw.rule.threshold, o, begin, end,
+        call.layout, call.address.of_row(s, b, call.layout.examples), call.rule.threshold, o, begin, end,
         [&](uint64_t bits, int64_t offset, int64_t n) { apply(bits, from + offset, to + offset, n, becomes); },
         [&](uint32_t bit, int64_t offset, int64_t n) {
           const uint64_t bits = bit ? ~uint64_t(0) : 0;
@@ -326,22 +326,22 @@ void noise_chunk(const Draw& draw, int64_t o, int64_t b, int64_t begin, int64_t 
   }
 }
 template <class T>
-void noise_chunk(const Draw& draw, int64_t o, int64_t b, int64_t begin, int64_t end, const T* x, T* y) {
-  if (draw.rule.plain()) noise_chunk(draw, o, b, begin, end, x, y, Scaled<T>(draw.rule));
-  else noise_chunk(draw, o, b, begin, end, x, y, Affine<T>(draw.rule));
+void noise_chunk(const Noise& call, int64_t o, int64_t b, int64_t begin, int64_t end, const T* x, T* y) {
+  if (call.rule.plain()) noise_chunk(call, o, b, begin, end, x, y, Scaled<T>(call.rule));
+  else noise_chunk(call, o, b, begin, end, x, y, Affine<T>(call.rule));
 }
 
 // dx = scale * sum over noise samples of keep * dy for one chunk of one example.
 template <class T>
-void noise_sum_chunk(const Draw& draw, int64_t o, int64_t b, int64_t begin, int64_t end, const T* dy, T* dx) {
+void noise_sum_chunk(const Noise& call, int64_t o, int64_t b, int64_t begin, int64_t end, const T* dy, T* dx) {
   alignas(64) acc_t<T> sum[kChunk];
   std::fill(sum, sum + (end - begin), acc_t<T>(0));
-  const int64_t step = draw.row(o, 1, b) - draw.row(o, 0, b);
-  dy += draw.row(o, 0, b);
-  if (consecutive(draw.layout, o, begin, end)) {
+  const int64_t step = call.output_at(o, 1, b) - call.output_at(o, 0, b);
+  dy += call.output_at(o, 0, b);
+  if (consecutive(call.layout, o, begin, end)) {
     acc_t<T>* const to = sum;
     for_each_64(
-        draw, o, b, begin, end,
+        call, o, b, begin, end,
         [=](const auto& for_each_sample, int64_t i) {
           Sum64<T> sum_64(to + (i - begin));
           for_each_sample([&](Bits bits, int64_t s) { sum_64.add(bits, dy + s * step + i); });
@@ -349,10 +349,10 @@ void noise_sum_chunk(const Draw& draw, int64_t o, int64_t b, int64_t begin, int6
         },
         [=](uint64_t bits, int64_t s, int64_t i, int64_t n) { accumulate(bits, dy + s * step + i, to + (i - begin), n); });
   } else {
-    for (int64_t s = 0; s < draw.samples; ++s) {
+    for (int64_t s = 0; s < call.samples; ++s) {
       const T* from = dy + s * step + begin;
       for_each_run(
-          draw.layout, draw.address.row(s, b, draw.layout.examples), draw.rule.threshold, o, begin, end,
+          call.layout, call.address.of_row(s, b, call.layout.examples), call.rule.threshold, o, begin, end,
           [&](uint64_t bits, int64_t offset, int64_t n) { accumulate(bits, from + offset, sum + offset, n); },
           [&](uint32_t bit, int64_t offset, int64_t n) {
             for (int64_t i = 0; bit && i < n; i += 64)
@@ -360,7 +360,7 @@ void noise_sum_chunk(const Draw& draw, int64_t o, int64_t b, int64_t begin, int6
           });
     }
   }
-  scaled(sum, dx + draw.example(o, b) + begin, end - begin, static_cast<acc_t<T>>(draw.rule.scale));
+  scaled(sum, dx + call.example_at(o, b) + begin, end - begin, static_cast<acc_t<T>>(call.rule.scale));
 }
 
-#include "noise_rates_kernels.h"
+#include "noise_rule_kernels.h"

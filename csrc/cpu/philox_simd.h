@@ -4,7 +4,7 @@
 // NOTE [Shared rounds] The counter is (group, example, sample, stream). A Philox round mixes word 0 with word 3 and word 2
 // with word 1, so that of the ten rounds the first two multiplications that a group takes part in see nothing of example
 // and sample: they are done once for all rows (struct Groups), and those of example and sample once for all groups
-// (struct Row). Eight rounds are left for each row and group: 48 vector operations instead of 60 per 64 elements.
+// (struct RowShare). Eight rounds are left for each row and group: 48 vector operations instead of 60 per 64 elements.
 //
 // Each 32-bit word sits in a 64-bit lane of its own, whose upper half is garbage that no operation reads: one
 // multiplication then gives both halves of a product in place.
@@ -54,10 +54,10 @@ struct Groups {
 };
 
 // One row after the part of rounds 0 and 1 that knows only example, sample and key.
-struct Row {
+struct RowShare {
   uint64_t x0, x2, c3;  // 64 bits wide, so that a vector unit broadcasts them straight from memory
-  Row() = default;
-  Row(const RowAddress& row, const Keys& keys) {
+  RowShare() = default;
+  RowShare(const RowAddress& row, const Keys& keys) {
     const uint64_t p1 = static_cast<uint64_t>(kPhiloxM1) * row.sample;
     const uint32_t c0 = static_cast<uint32_t>(p1 >> 32) ^ row.example ^ keys.k0[0];
     const uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * c0;
@@ -76,7 +76,7 @@ struct Drawn {
 // waits for its products. With AVX-512 (a Xeon), N = 4 against 1: the gradient of bfloat16 from memory 1.05 to 1.09 times as fast, other
 // work from memory the same within noise; in the first level of a cache the forward of float32 0.93, the gradient of bfloat16 0.95.
 template <int N>
-inline void draw_8(const Groups& groups, const Row* rows, const Keys& keys, Drawn* drawn) {
+inline void draw_8(const Groups& groups, const RowShare* rows, const Keys& keys, Drawn* drawn) {
   constexpr uint64_t kLow = 0xFFFFFFFFu;
   constexpr int V = kVectors < 2 ? 1 : 2, M = N * V;
 #pragma GCC unroll 4
@@ -84,7 +84,7 @@ inline void draw_8(const Groups& groups, const Row* rows, const Keys& keys, Draw
     vwords c0[M], c1[M], c2[M], c3[M];
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
-      const Row& row = rows[m / V];
+      const RowShare& row = rows[m / V];
       c0[m] = (groups.p1[v + m % V] >> 32) ^ row.x0;
       c1[m] = groups.p1[v + m % V];
       c2[m] = groups.p0[v + m % V] ^ row.x2;
@@ -110,7 +110,7 @@ inline void draw_8(const Groups& groups, const Row* rows, const Keys& keys, Draw
     }
   }
 }
-inline Drawn draw_8(const Groups& groups, const Row& row, const Keys& keys) {
+inline Drawn draw_8(const Groups& groups, const RowShare& row, const Keys& keys) {
   Drawn drawn;
   draw_8<1>(groups, &row, keys, &drawn);
   return drawn;

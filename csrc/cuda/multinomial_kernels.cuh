@@ -20,7 +20,7 @@ IWSGD_HD void add_one(int32_t* count) {
 template <bool kShared, class Block>
 IWSGD_HD void multinomial_fwd(const Multinomial& call, int32_t* counts, const Block& block) {
   const int64_t r = block.index(), s = r / call.examples;
-  const RowAddress row = call.address.row(s, r - s * call.examples, call.examples);
+  const RowAddress row = call.address.of_row(s, r - s * call.examples, call.examples);
   const int64_t* bounds = call.of_sample(s);
   int32_t* const of_row = counts + r * call.features;
   int32_t* const to = kShared ? reinterpret_cast<int32_t*>(block.shared()) : of_row;

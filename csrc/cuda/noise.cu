@@ -29,14 +29,14 @@ constexpr int kBlocks = std::min(kMostBlocks, (V == kGroup               ? 4
 template <class T, int V, bool kGroups, bool kExpand>
 __global__ void __launch_bounds__(kBlock, kBlocks<T, V, kExpand>) noise_fwd_kernel(const __grid_constant__ NoiseWork work,
                                                                                    const T* x,  // [O, B, I] where kExpand, else as y
-                                                                                   T* y,        // [O, S*B, I]
+                                                                                   T* y,        // [O, K*B, I]
                                                                                    const __grid_constant__ Affine<T> map, int part) {
   noise_fwd<T, V, kGroups, kExpand>(work, x, y, map, part, blockIdx.x, static_cast<int>(blockIdx.y), static_cast<int>(threadIdx.x));
 }
 
 template <class T, int V, bool kGroups>
 __global__ void __launch_bounds__(kBlock, kBlocks<T, V, false>) noise_bwd_kernel(const __grid_constant__ NoiseWork work,
-                                                                                 const T* dy,  // [O, S*B, I]
+                                                                                 const T* dy,  // [O, K*B, I]
                                                                                  T* dx,        // [O, B, I]
                                                                                  acc_t<T> scale) {
   noise_bwd<T, V, kGroups>(work, dy, dx, scale, blockIdx.x, static_cast<int>(threadIdx.x));
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kBlock, kRuleBlocks<T, V, kGroups>)
 // Calls body with the elements of an access, as a std::integral_constant.
 template <class T, class Body>
 void with_access(const NoiseWork& work, std::initializer_list<const void*> tensors, const Body& body) {
-  if (rows_are_aligned(work.draw.layout, sizeof(T), tensors)) body(std::integral_constant<int, kVector<T>>{});
+  if (rows_are_aligned(work.call.layout, sizeof(T), tensors)) body(std::integral_constant<int, kVector<T>>{});
   else body(std::integral_constant<int, 1>{});
 }
 
@@ -92,30 +92,30 @@ dim3 dimensions(const NoiseGrid& grid) { return {static_cast<unsigned>(grid.bloc
 
 // Of one noise sample, x is laid out as y, and the kernels for both layouts can run: each time the one with more under way.
 template <class T>
-void noise_fwd_cuda(const Draw& draw, const T* x, T* y, const Affine<T>& map, cudaStream_t stream) {
-  const NoiseWork work(draw);
+void noise_fwd_cuda(const Noise& call, const T* x, T* y, const Affine<T>& map, cudaStream_t stream) {
+  const NoiseWork work(call);
   if (work.total == 0) return;
   const NoiseGrid grid = noise_grid(work, true);
   const int part = static_cast<int>(grid.part);
-  if (draw.rule.thresholds != nullptr) {
+  if (call.rule.thresholds != nullptr) {
     with_rule_layout<T>(work, {x, y}, [&](auto vector, auto groups) {
       constexpr int V = decltype(vector)::value;
       constexpr bool kGroups = decltype(groups)::value;
-      if (draw.expand && draw.samples > 1)
+      if (call.expand && call.samples > 1)
         noise_rule_fwd_kernel<T, V, kGroups, true><<<dimensions(grid), kBlock, 0, stream>>>(work, x, y, map, part);
       else noise_rule_fwd_kernel<T, V, kGroups, false><<<dimensions(grid), kBlock, 0, stream>>>(work, x, y, map, part);
     });
     check_launch();
     return;
   }
-  if (draw.rule.threshold >= kFieldRange) {  // p = 1 gives zeros, exactly
-    check(cudaMemsetAsync(y, 0, draw.samples * draw.layout.outer * work.step * sizeof(T), stream));
+  if (call.rule.threshold >= kFieldRange) {  // p = 1 gives zeros, exactly
+    check(cudaMemsetAsync(y, 0, call.samples * call.layout.outer * work.step * sizeof(T), stream));
     return;
   }
   with_layout<T>(work, {x, y}, [&](auto vector, auto groups) {
     constexpr int V = decltype(vector)::value;
     constexpr bool kGroups = decltype(groups)::value;
-    if (draw.expand || draw.samples == 1)
+    if (call.expand || call.samples == 1)
       noise_fwd_kernel<T, V, kGroups, true><<<dimensions(grid), kBlock, 0, stream>>>(work, x, y, map, part);
     else noise_fwd_kernel<T, V, kGroups, false><<<dimensions(grid), kBlock, 0, stream>>>(work, x, y, map, part);
   });
@@ -123,16 +123,16 @@ void noise_fwd_cuda(const Draw& draw, const T* x, T* y, const Affine<T>& map, cu
 }
 
 template <class T>
-void noise_bwd_cuda(const Draw& draw, const T* dy, T* dx, cudaStream_t stream) {
-  Affine<T> map(draw.rule);
-  if (draw.samples == 1) {  // a sum of one number is that number plus 0
+void noise_bwd_cuda(const Noise& call, const T* dy, T* dx, cudaStream_t stream) {
+  Affine<T> map(call.rule);
+  if (call.samples == 1) {  // a sum of one number is that number plus 0
     map.shift = 0;
-    return noise_fwd_cuda(draw, dy, dx, map, stream);
+    return noise_fwd_cuda(call, dy, dx, map, stream);
   }
-  const NoiseWork work(draw);
+  const NoiseWork work(call);
   if (work.total == 0) return;
   const NoiseGrid grid = noise_grid(work, false);
-  if (draw.rule.thresholds != nullptr) {
+  if (call.rule.thresholds != nullptr) {
     with_rule_layout<T>(work, {dy, dx}, [&](auto vector, auto groups) {
       noise_rule_bwd_kernel<T, decltype(vector)::value, decltype(groups)::value>
           <<<dimensions(grid), kBlock, 0, stream>>>(work, dy, dx, map);
@@ -140,8 +140,8 @@ void noise_bwd_cuda(const Draw& draw, const T* dy, T* dx, cudaStream_t stream) {
     check_launch();
     return;
   }
-  if (draw.rule.threshold >= kFieldRange) {
-    check(cudaMemsetAsync(dx, 0, draw.layout.outer * work.step * sizeof(T), stream));
+  if (call.rule.threshold >= kFieldRange) {
+    check(cudaMemsetAsync(dx, 0, call.layout.outer * work.step * sizeof(T), stream));
     return;
   }
   with_layout<T>(work, {dy, dx}, [&](auto vector, auto groups) {
@@ -152,14 +152,14 @@ void noise_bwd_cuda(const Draw& draw, const T* dy, T* dx, cudaStream_t stream) {
 
 struct Cuda {
   template <class T>
-  static void forward(const Draw& draw, const T* x, T* y, const Tensor& tensor) {
+  static void forward(const Noise& call, const T* x, T* y, const Tensor& tensor) {
     const OnDeviceOf device(tensor);
-    noise_fwd_cuda(draw, x, y, Affine<T>(draw.rule), device.stream());
+    noise_fwd_cuda(call, x, y, Affine<T>(call.rule), device.stream());
   }
   template <class T>
-  static void backward(const Draw& draw, const T* dy, T* dx, const Tensor& tensor) {
+  static void backward(const Noise& call, const T* dy, T* dx, const Tensor& tensor) {
     const OnDeviceOf device(tensor);
-    noise_bwd_cuda(draw, dy, dx, device.stream());
+    noise_bwd_cuda(call, dy, dx, device.stream());
   }
 };
 

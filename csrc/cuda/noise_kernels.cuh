@@ -87,14 +87,14 @@ IWSGD_HD uint32_t keep_bits(const Words& words, uint32_t threshold) {
 
 // Where a pack lies. kWhole: rows are whole packs; places past the last pack are then not asked for.
 struct Place {
-  int64_t x, y;   // its first element, in [O, B, I] and in sample 0 of [O, S*B, I]
+  int64_t x, y;   // its first element, in [O, B, I] and in sample 0 of [O, K*B, I]
   int64_t o, b;   // outer index and example
   int64_t index;  // the element's number within the example
   int count;      // elements, kGroup but at the end of a row; none past the last pack
 
   template <bool kWhole>
-  IWSGD_HD Place(const NoiseWork& work, int64_t pack, std::bool_constant<kWhole>) {
-    const Layout& layout = work.draw.layout;
+  IWSGD_HD Place(const CallWork& work, int64_t pack, std::bool_constant<kWhole>) {
+    const Layout& layout = work.call.layout;
     const int64_t known = kWhole || pack < work.total ? pack : work.total - 1;
     b = work.by_packs(known);
     index = (known - b * work.packs) * kGroup;
@@ -109,7 +109,7 @@ struct Place {
     }
   }
 
-  IWSGD_HD int64_t of_sample_0(const NoiseWork& work) const { return x + o * (work.draw.samples - 1) * work.step; }
+  IWSGD_HD int64_t of_sample_0(const CallWork& work) const { return x + o * (work.call.samples - 1) * work.step; }
 };
 
 // What a thread draws: the keep bits of one pack, for one noise sample after the other.
@@ -123,20 +123,20 @@ struct PackNoise {
   Group group;             // of that position
 
   IWSGD_HD PackNoise(const NoiseWork& work, const Place& place)
-      : b(place.b), row(work.draw.address.row(0, place.b, work.draw.layout.examples)), keys(row.seed), position(place.index), left(1) {
+      : b(place.b), row(work.call.address.of_row(0, place.b, work.call.layout.examples)), keys(row.seed), position(place.index), left(1) {
     if constexpr (!kGroups) {
       const int64_t index = position;
       position = work.by_share(index);
-      left = work.draw.layout.share - (index - position * work.draw.layout.share);
+      left = work.call.layout.share - (index - position * work.call.layout.share);
     }
-    if (work.wraps) position -= work.by_positions(position) * work.draw.layout.positions;
+    if (work.wraps) position -= work.by_positions(position) * work.call.layout.positions;
     group = Group(static_cast<uint32_t>(static_cast<uint64_t>(position) / kGroup), row.stream, keys);
   }
 
   // Bit j: whether element j of the pack is kept by noise sample s. ids: the call's address.
-  IWSGD_HD uint32_t bits(const NoiseWork& work, const CallAddress& ids, int s) const {
-    const Layout& layout = work.draw.layout;
-    const uint32_t sample = ids.row(s, b, layout.examples).sample, threshold = work.draw.rule.threshold;
+  IWSGD_HD uint32_t bits(const NoiseWork& work, const Address& ids, int s) const {
+    const Layout& layout = work.call.layout;
+    const uint32_t sample = ids.of_row(s, b, layout.examples).sample, threshold = work.rule.threshold;
     uint32_t drawn = keep_bits(philox(group, row.example, sample, keys), threshold);
     if constexpr (kGroups) return drawn;
     if (work.groups) return drawn;
@@ -159,8 +159,8 @@ struct PackNoise {
 
 // Calls body with the call's address. Without sample ids the compiler knows it, and the sample is the loop's counter.
 template <class Body>
-IWSGD_HD void with_address(const NoiseWork& work, const Body& body) {
-  CallAddress address = work.draw.address;
+IWSGD_HD void with_address(const CallWork& work, const Body& body) {
+  Address address = work.call.address;
   if (address.sample_ids != nullptr) return body(address);
   address.sample_ids = nullptr;
   body(address);
@@ -179,7 +179,7 @@ struct Slots {
   int64_t warp_pack;  // the warp's first pack
   int lane;
   Place own;
-  int64_t x[kSlots], y[kSlots];  // first elements of the accesses, in [O, B, I] and in sample 0 of [O, S*B, I]
+  int64_t x[kSlots], y[kSlots];  // first elements of the accesses, in [O, B, I] and in sample 0 of [O, K*B, I]
   bool inside[kSlots];
 
   IWSGD_HD Slots(const NoiseWork& work, int64_t block, int thread)
@@ -221,7 +221,7 @@ struct Slots {
   }
 
   // The keep bits of access k. drawn: those of the thread's own pack.
-  IWSGD_HD uint32_t bits(const CallAddress& ids, int s, int k, uint32_t drawn) const {
+  IWSGD_HD uint32_t bits(const Address& ids, int s, int k, uint32_t drawn) const {
     if constexpr (kSlots == 1) return drawn;
 #if defined(__CUDA_ARCH__)
     return __shfl_sync(0xFFFFFFFFu, drawn, source(k)) >> first(k);
@@ -259,7 +259,7 @@ struct Affine {
         fill(from_acc<T>(static_cast<acc_t<T>>(rule.fill))) {}
 };
 
-// ---- forward: y = x * scale + shift where kept, else fill, [O, S*B, I] ----
+// ---- forward: y = x * scale + shift where kept, else fill, [O, K*B, I] ----
 //
 // kExpand: x is [O, B, I], read once; its values, mapped and rounded, stay in registers, and of each sample remain the draws,
 // one masking of them and the stores. No cache hints: what is written here is read next, and a tensor that the cache cannot
@@ -271,7 +271,7 @@ IWSGD_HD void noise_fwd(const NoiseWork& work, const T* x, T* y, const Affine<T>
   if (slots.idle()) return;
   const PackNoise<kGroups> noise(work, slots.own);
   constexpr int kSlots = slots.kSlots, kSamples = kExpand ? 1 : kAhead<T, V>;
-  const int begin = which * part, end = std::min(begin + part, static_cast<int>(work.draw.samples));
+  const int begin = which * part, end = std::min(begin + part, static_cast<int>(work.call.samples));
   const T* from[kSlots];
   T* to[kSlots];
   Elements<T, V> values[kSamples][kSlots];
@@ -292,7 +292,7 @@ IWSGD_HD void noise_fwd(const NoiseWork& work, const T* x, T* y, const Affine<T>
     for (int k = 0; k < kSlots; ++k)
       values[u][k] = scaled<T, V>([&](int j) { return element(values[u][k], j) * map.scale + map.shift; }, acc_t<T>(1));
   };
-  const auto write = [&](int u, const CallAddress& ids, int s) {
+  const auto write = [&](int u, const Address& ids, int s) {
     const uint32_t drawn = noise.bits(work, ids, s);
     IWSGD_UNROLL
     for (int k = 0; k < kSlots; ++k) {
@@ -302,7 +302,7 @@ IWSGD_HD void noise_fwd(const NoiseWork& work, const T* x, T* y, const Affine<T>
     }
   };
 
-  with_address(work, [&](const CallAddress& ids) {
+  with_address(work, [&](const Address& ids) {
     if constexpr (kExpand) {
       read(0);
       map_all(0);
@@ -334,8 +334,8 @@ IWSGD_HD void noise_bwd(const NoiseWork& work, const T* dy, T* dx, acc_t<T> scal
   IWSGD_UNROLL
   for (int k = 0; k < kSlots; ++k) from[k] = dy + slots.y[k];
   acc_t<T> sum[kSlots][V] = {};
-  with_address(work, [&](const CallAddress& ids) {
-    for_batches<kSamples>(0, static_cast<int>(work.draw.samples), [&](auto batch, int s) {
+  with_address(work, [&](const Address& ids) {
+    for_batches<kSamples>(0, static_cast<int>(work.call.samples), [&](auto batch, int s) {
       Elements<T, V> values[batch][kSlots];
       IWSGD_UNROLL
       for (int u = 0; u < batch; ++u) {

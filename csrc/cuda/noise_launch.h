@@ -47,24 +47,31 @@ inline bool packs_are_groups(const Layout& layout) {
   return layout.share == 1 && start && end;
 }
 
-// One call of a noise kernel.
-struct NoiseWork {
-  Draw draw;
+// One call of a kernel of noise, whatever its rule.
+struct CallWork {
+  Call call;
   int64_t packs, total;  // of one row, and of all examples: O * B * packs
   int64_t step;          // elements from one noise sample of an element to the next
   bool wraps, groups;    // positions come again within one example; packs_are_groups
   Divider by_packs, by_examples, by_share, by_positions;
 
-  explicit NoiseWork(const Draw& draw)
-      : draw(draw), packs((draw.layout.inner + kGroup - 1) / kGroup), total(draw.layout.outer * draw.layout.examples * packs),
-        step(draw.layout.examples * draw.layout.inner),
-        wraps(draw.layout.outer * draw.layout.inner > draw.layout.positions * draw.layout.share), groups(packs_are_groups(draw.layout)) {
+  explicit CallWork(const Call& call)
+      : call(call), packs((call.layout.inner + kGroup - 1) / kGroup), total(call.layout.outer * call.layout.examples * packs),
+        step(call.layout.examples * call.layout.inner),
+        wraps(call.layout.outer * call.layout.inner > call.layout.positions * call.layout.share), groups(packs_are_groups(call.layout)) {
     if (total == 0) return;
     by_packs = Divider(packs);
-    by_examples = Divider(draw.layout.examples);
-    by_share = Divider(draw.layout.share);
-    by_positions = Divider(draw.layout.positions);
+    by_examples = Divider(call.layout.examples);
+    by_share = Divider(call.layout.share);
+    by_positions = Divider(call.layout.positions);
   }
+};
+
+// One call of a kernel of Bernoulli noise.
+struct NoiseWork : CallWork {
+  Rule rule;
+
+  explicit NoiseWork(const Noise& call) : CallWork(call), rule(call.rule) {}
 };
 
 // Whether every row of every tensor can be taken in accesses of 16 bytes.
@@ -76,9 +83,9 @@ inline bool rows_are_aligned(const Layout& layout, int64_t element_bytes, std::i
 
 // Whether every pack is a whole group of the generator, its thresholds two aligned accesses of 16 bytes.
 inline bool thresholds_are_groups(const NoiseWork& work) {
-  const Layout& layout = work.draw.layout;
+  const Layout& layout = work.call.layout;
   return work.groups && layout.inner % kGroup == 0 && layout.positions % kGroup == 0 &&
-         reinterpret_cast<uintptr_t>(work.draw.rule.thresholds) % 16 == 0;
+         reinterpret_cast<uintptr_t>(work.rule.thresholds) % 16 == 0;
 }
 
 // The grid: blocks in x, which has room for 2^31 - 1 of them (more elements than any memory holds); in y the noise samples in
@@ -89,9 +96,9 @@ struct NoiseGrid {
 
 // One part where the packs alone fill a GPU, which backward, a sum over the samples, takes in any case. Otherwise parts of
 // at least kLeast samples, which share the draws that depend on the group alone.
-inline NoiseGrid noise_grid(const NoiseWork& work, bool divide_samples) {
+inline NoiseGrid noise_grid(const CallWork& work, bool divide_samples) {
   constexpr int64_t kFill = 1 << 18, kMostParts = 64, kLeast = 2;  // threads: 128 multiprocessors of 2048
-  const int64_t blocks = (work.total + kBlock - 1) / kBlock, samples = work.draw.samples;
+  const int64_t blocks = (work.total + kBlock - 1) / kBlock, samples = work.call.samples;
   int64_t parts = 1;
   if (divide_samples) parts = std::max<int64_t>(1, std::min({kFill / (blocks * kBlock), samples / kLeast, kMostParts}));
   const int64_t part = (samples + parts - 1) / parts;

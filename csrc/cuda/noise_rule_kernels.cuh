@@ -14,12 +14,13 @@ IWSGD_HD float refined(float reciprocal, float d) { return std::fma(std::fma(-d,
 // scale times the inverse of the probability that an element is kept.
 template <class A>
 IWSGD_HD A kept_factor(A scale, int32_t threshold) {
-  const A d = A(std::max(int32_t(kFieldRange) - threshold, 1));
 #if defined(__CUDA_ARCH__)
-  if constexpr (std::is_same_v<A, float>)  // a power of two: the same as in the other order
+  if constexpr (std::is_same_v<A, float>) {  // keep_scale by a reciprocal; a power of two: the same in both orders
+    const float d = static_cast<float>(std::max(int32_t(kFieldRange) - threshold, 1));
     return refined(fast_reciprocal(d), d) * (scale * float(kFieldRange));
+  }
 #endif
-  return scale * (A(kFieldRange) / d);
+  return scale * keep_scale<A>(threshold);
 }
 
 // A thread's pack under one noise sample after the other. kGroups: packs are known to be groups of the generator, whose thresholds lie in
@@ -38,7 +39,7 @@ struct PackRule {
   // first: the first noise sample. Its thresholds are loaded before the keys are waited for.
   IWSGD_HD PackRule(const NoiseWork& work, const Affine<T>& map, const Place& place, int first)
       : work(work), place(place), noise((load_thresholds(first), work), place), map(map),
-        by_sample(!kGroups || (work.draw.rule.threshold_rows != 1 && work.draw.rule.threshold_rows != work.draw.layout.examples)) {
+        by_sample(!kGroups || (work.rule.threshold_rows != 1 && work.rule.threshold_rows != work.call.layout.examples)) {
     set_factors();
   }
 
@@ -52,13 +53,13 @@ struct PackRule {
 
   // Bit j: whether element j is kept.
   IWSGD_HD uint32_t draw(int s) {
-    const Layout& layout = work.draw.layout;
-    const uint32_t sample = work.draw.address.row(s, place.b, layout.examples).sample;
+    const Layout& layout = work.call.layout;
+    const uint32_t sample = work.call.address.of_row(s, place.b, layout.examples).sample;
     Words words = philox(noise.group, noise.row.example, sample, noise.keys);
     uint32_t kept = 0;
     if constexpr (kGroups) {
       IWSGD_UNROLL
-      for (int j = 0; j < kGroup; ++j) kept |= static_cast<uint32_t>(static_cast<int32_t>(field(words, j)) >= threshold(j)) << j;
+      for (int j = 0; j < kGroup; ++j) kept |= static_cast<uint32_t>(keep(static_cast<int32_t>(field(words, j)), threshold(j))) << j;
       return kept;
     }
     const int32_t* thresholds = of_row(s);
@@ -71,7 +72,7 @@ struct PackRule {
       IWSGD_UNROLL
       for (int w = 1; w < 4; ++w) word = within / 2 == w ? words.w[w] : word;
       const uint32_t drawn = within % 2 ? word >> 16 : word & 0xFFFFu;
-      kept |= static_cast<uint32_t>(static_cast<int32_t>(drawn) >= threshold) << j;
+      kept |= static_cast<uint32_t>(keep(static_cast<int32_t>(drawn), threshold)) << j;
       factor[j] = kept_factor(map.scale, threshold);
       if (--same > 0) continue;
       same = layout.share;
@@ -85,14 +86,14 @@ struct PackRule {
 
  private:
   IWSGD_HD const int32_t* of_row(int s) const {
-    return work.draw.rule.of_row(s, place.b, work.draw.layout.examples, work.draw.layout.positions);
+    return work.rule.of_row(s, place.b, work.call.layout.examples, work.call.layout.positions);
   }
   IWSGD_HD int32_t threshold(int j) const { return thresholds[j / 4].e[j % 4]; }
 
   IWSGD_HD void load_thresholds(int s) {
     int64_t position = place.index;
     if constexpr (kGroups) {
-      if (work.wraps) position -= work.by_positions(position) * work.draw.layout.positions;
+      if (work.wraps) position -= work.by_positions(position) * work.call.layout.positions;
       IWSGD_UNROLL
       for (int i = 0; i < 2; ++i) thresholds[i] = load_constant<int32_t, 4>(of_row(s) + position + 4 * i);
     }
@@ -112,8 +113,8 @@ IWSGD_HD void noise_rule_fwd(const NoiseWork& work, const T* x, T* y, const Affi
   constexpr int kSlots = kGroup / V;
   const Place place(work, block * kBlock + thread, std::bool_constant<kGroups>{});
   if (place.count == 0) return;
-  const int begin = which * part, end = std::min(begin + part, static_cast<int>(work.draw.samples));
-  const int64_t row = place.y + begin * work.step;  // in [O, S*B, I], of the first sample
+  const int begin = which * part, end = std::min(begin + part, static_cast<int>(work.call.samples));
+  const int64_t row = place.y + begin * work.step;  // in [O, K*B, I], of the first sample
   const T* from = x + (kExpand ? place.x : row);
   T* to = y + row;
   Elements<T, V> read[kSlots], values[kSlots];
@@ -159,7 +160,7 @@ IWSGD_HD void noise_rule_bwd(const NoiseWork& work, const T* dy, T* dx, const Af
   PackRule<T, kGroups> rule(work, map, place, 0);
   const T* from = dy + place.y;
   acc_t<T> sum[kGroup] = {};
-  for_batches<kSamples>(0, static_cast<int>(work.draw.samples), [&](auto batch, int s) {
+  for_batches<kSamples>(0, static_cast<int>(work.call.samples), [&](auto batch, int s) {
     Elements<T, V> values[batch][kSlots];
     IWSGD_UNROLL
     for (int u = 0; u < batch; ++u) {

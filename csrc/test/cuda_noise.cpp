@@ -33,8 +33,8 @@ void dividers() {
 }
 
 NoiseWork work_of(int64_t outer, int64_t examples, int64_t inner, int64_t samples) {
-  return NoiseWork(
-      Draw{{outer, examples, inner, outer * inner, 1}, {nullptr, nullptr, false, 0, 0}, samples, Rule{1, 1.0, 0.0, 0.0, nullptr, 0}, true});
+  const Call call{{outer, examples, inner, outer * inner, 1}, {nullptr, nullptr, false, 0, 0}, samples, true};
+  return NoiseWork(Noise{call, Rule{1, 1.0, 0.0, 0.0, nullptr, 0}});
 }
 
 void grids() {
@@ -202,30 +202,30 @@ class Trial {
   }
 
  private:
-  Draw draw(bool expand) const {
-    const CallAddress address{origin_, c_.ids == Ids::none ? nullptr : ids_.data(), c_.ids == Ids::per_example, 5, 1000};
-    return {c_.layout, address, c_.samples, rule_, expand};
+  Noise draw(bool expand) const {
+    const Address address{origin_, c_.ids == Ids::none ? nullptr : ids_.data(), c_.ids == Ids::per_example, 5, 1000};
+    return {{c_.layout, address, c_.samples, expand}, rule_};
   }
 
   // Calls body(o, s, b, i, kept) for every element, with what keep_group says about it.
   template <class Body>
-  void expected(const Draw& draw, const Body& body) const {
-    const Layout& l = draw.layout;
+  void expected(const Noise& call, const Body& body) const {
+    const Layout& l = call.layout;
     for (int64_t o = 0; o < l.outer; ++o)
-      for (int64_t s = 0; s < draw.samples; ++s)
+      for (int64_t s = 0; s < call.samples; ++s)
         for (int64_t b = 0; b < l.examples; ++b)
           for (int64_t i = 0; i < l.inner; ++i) {
             const int64_t position = (o * l.inner + i) / l.share % l.positions;
-            const RowAddress row = draw.address.row(s, b, l.examples);
-            const uint32_t threshold = threshold_of(draw, s, b, position);
+            const RowAddress row = call.address.of_row(s, b, l.examples);
+            const uint32_t threshold = threshold_of(call, s, b, position);
             const uint32_t bits = keep_group(row, static_cast<uint32_t>(position / kGroup), threshold);
             body(o, s, b, i, (bits >> position % kGroup & 1u) != 0);
           }
   }
 
-  static uint32_t threshold_of(const Draw& draw, int64_t s, int64_t b, int64_t position) {
-    const Rule& rule = draw.rule;
-    const Layout& l = draw.layout;
+  static uint32_t threshold_of(const Noise& call, int64_t s, int64_t b, int64_t position) {
+    const Rule& rule = call.rule;
+    const Layout& l = call.layout;
     return rule.thresholds == nullptr ? rule.threshold : static_cast<uint32_t>(rule.of_row(s, b, l.examples, l.positions)[position]);
   }
 
@@ -238,8 +238,8 @@ class Trial {
 
   template <bool kExpand>
   void forward() {
-    const Draw draw = this->draw(kExpand);
-    const NoiseWork work(draw);
+    const Noise call = this->draw(kExpand);
+    const NoiseWork work(call);
     const int64_t inputs = c_.layout.outer * work.step, outputs = inputs * c_.samples;
     Buffer<T> x(kExpand ? inputs : outputs, offset_), y(outputs, offset_);
     fill(x.data(), kExpand ? inputs : outputs);
@@ -249,18 +249,18 @@ class Trial {
       for (int part = 0; part < grid.parts; ++part)
         for (int thread = 0; thread < kBlock; ++thread)
           noise_fwd<T, V, kGroups, kExpand>(work, x.data(), y.data(), map, static_cast<int>(grid.part), block, part, thread);
-    expected(draw, [&](int64_t o, int64_t s, int64_t b, int64_t i, bool kept) {
-      const acc_t<T> value = to_acc(x.data()[draw.input_row(o, s, b) + i]) * map.scale;
+    expected(call, [&](int64_t o, int64_t s, int64_t b, int64_t i, bool kept) {
+      const acc_t<T> value = to_acc(x.data()[call.input_at(o, s, b) + i]) * map.scale;
       const T want = kept ? from_acc<T>(rule_.plain() ? value : value + map.shift) : from_acc<T>(static_cast<acc_t<T>>(rule_.fill));
-      CHECK((rule_.plain() ? same<T> : close)(y.data()[draw.row(o, s, b) + i], want), where(kExpand ? "expand" : "rows"), " at ", o, " ", s,
-            " ", b, " ", i);
+      CHECK((rule_.plain() ? same<T> : close)(y.data()[call.output_at(o, s, b) + i], want), where(kExpand ? "expand" : "rows"), " at ", o,
+            " ", s, " ", b, " ", i);
     });
     CHECK(x.guarded() && y.guarded(), where("forward"), " writes outside");
   }
 
   void backward() {
-    const Draw draw = this->draw(true);
-    const NoiseWork work(draw);
+    const Noise call = this->draw(true);
+    const NoiseWork work(call);
     const int64_t inputs = c_.layout.outer * work.step, outputs = inputs * c_.samples;
     Buffer<T> dy(outputs, offset_), dx(inputs, offset_);
     fill(dy.data(), outputs);
@@ -269,8 +269,8 @@ class Trial {
     for (int64_t block = 0; block < grid.blocks; ++block)
       for (int thread = 0; thread < kBlock; ++thread) noise_bwd<T, V, kGroups>(work, dy.data(), dx.data(), scale, block, thread);
     std::vector<acc_t<T>> sum(static_cast<std::size_t>(inputs));
-    expected(draw, [&](int64_t o, int64_t s, int64_t b, int64_t i, bool kept) {
-      if (kept) sum[draw.example(o, b) + i] += to_acc(dy.data()[draw.row(o, s, b) + i]);
+    expected(call, [&](int64_t o, int64_t s, int64_t b, int64_t i, bool kept) {
+      if (kept) sum[call.example_at(o, b) + i] += to_acc(dy.data()[call.output_at(o, s, b) + i]);
     });
     for (int64_t i = 0; i < inputs; ++i) {
       const T want = from_acc<T>(sum[i] * scale);
@@ -296,10 +296,10 @@ class Trial {
   }
 
   // What a kept element is multiplied by.
-  acc_t<T> factor(const Draw& draw, int64_t o, int64_t s, int64_t b, int64_t i) const {
-    const Layout& l = draw.layout;
-    const uint32_t own = draw.rule.thresholds == nullptr ? 0 : threshold_of(draw, s, b, (o * l.inner + i) / l.share % l.positions);
-    return static_cast<acc_t<T>>(draw.rule.scale) * (acc_t<T>(kFieldRange) / acc_t<T>(std::max<int64_t>(1, int64_t(kFieldRange) - own)));
+  acc_t<T> factor(const Noise& call, int64_t o, int64_t s, int64_t b, int64_t i) const {
+    const Layout& l = call.layout;
+    const uint32_t own = call.rule.thresholds == nullptr ? 0 : threshold_of(call, s, b, (o * l.inner + i) / l.share % l.positions);
+    return static_cast<acc_t<T>>(call.rule.scale) * (acc_t<T>(kFieldRange) / acc_t<T>(std::max<int64_t>(1, int64_t(kFieldRange) - own)));
   }
 
   // One unit in the last place: the compiler may join a product and a sum, here or there.
@@ -311,8 +311,8 @@ class Trial {
 
   template <bool kExpand>
   void rule_forward() {
-    const Draw draw = this->draw(kExpand);
-    const NoiseWork work(draw);
+    const Noise call = this->draw(kExpand);
+    const NoiseWork work(call);
     const int64_t inputs = c_.layout.outer * work.step, outputs = inputs * c_.samples;
     Buffer<T> x(kExpand ? inputs : outputs, offset_), y(outputs, offset_);
     fill(x.data(), kExpand ? inputs : outputs);
@@ -322,17 +322,17 @@ class Trial {
         for (int thread = 0; thread < kBlock; ++thread)
           noise_rule_fwd<T, V, kGroups, kExpand>(work, x.data(), y.data(), Affine<T>(rule_), static_cast<int>(grid.part), block, part,
                                                  thread);
-    expected(draw, [&](int64_t o, int64_t s, int64_t b, int64_t i, bool kept) {
-      const acc_t<T> value = to_acc(x.data()[draw.input_row(o, s, b) + i]) * factor(draw, o, s, b, i) + static_cast<acc_t<T>>(rule_.shift);
+    expected(call, [&](int64_t o, int64_t s, int64_t b, int64_t i, bool kept) {
+      const acc_t<T> value = to_acc(x.data()[call.input_at(o, s, b) + i]) * factor(call, o, s, b, i) + static_cast<acc_t<T>>(rule_.shift);
       const T want = from_acc<T>(kept ? value : static_cast<acc_t<T>>(rule_.fill));
-      CHECK(close(y.data()[draw.row(o, s, b) + i], want), where("rule forward"), " at ", o, " ", s, " ", b, " ", i);
+      CHECK(close(y.data()[call.output_at(o, s, b) + i], want), where("rule forward"), " at ", o, " ", s, " ", b, " ", i);
     });
     CHECK(x.guarded() && y.guarded(), where("rule forward"), " writes outside");
   }
 
   void rule_backward() {
-    const Draw draw = this->draw(true);
-    const NoiseWork work(draw);
+    const Noise call = this->draw(true);
+    const NoiseWork work(call);
     const int64_t inputs = c_.layout.outer * work.step, outputs = inputs * c_.samples;
     Buffer<T> dy(outputs, offset_), dx(inputs, offset_);
     fill(dy.data(), outputs);
@@ -341,8 +341,8 @@ class Trial {
       for (int thread = 0; thread < kBlock; ++thread)
         noise_rule_bwd<T, V, kGroups>(work, dy.data(), dx.data(), Affine<T>(rule_), block, thread);
     std::vector<acc_t<T>> sum(static_cast<std::size_t>(inputs));
-    expected(draw, [&](int64_t o, int64_t s, int64_t b, int64_t i, bool kept) {
-      if (kept) sum[draw.example(o, b) + i] += to_acc(dy.data()[draw.row(o, s, b) + i]) * factor(draw, o, s, b, i);
+    expected(call, [&](int64_t o, int64_t s, int64_t b, int64_t i, bool kept) {
+      if (kept) sum[call.example_at(o, b) + i] += to_acc(dy.data()[call.output_at(o, s, b) + i]) * factor(call, o, s, b, i);
     });
     // Kept elements can be 65536 times as large as those that cancel them.
     for (int64_t i = 0; i < inputs; ++i) CHECK(near(dx.data()[i], sum[i]), where("rule backward"), " at ", i);
@@ -362,7 +362,7 @@ class Trial {
   const Case& c_;
   int64_t offset_;
   test::Random& random_;
-  Rule rule_{c_.threshold, keep_scale(c_.threshold), 0.0, 0.0, nullptr, 0};
+  Rule rule_{c_.threshold, keep_scale<double>(c_.threshold), 0.0, 0.0, nullptr, 0};
   int64_t origin_[3];
   std::vector<int64_t> ids_;
 };

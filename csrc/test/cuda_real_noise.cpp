@@ -1,6 +1,7 @@
-// The CUDA Gaussian kernels without CUDA: their bodies run thread by thread over the whole grid, every element compared with the rule of
-// gaussian.h. What it cannot see: the device's own conversions and functions (gaussian.cpp has their errors), and the launch itself.
-#include "../cuda/gaussian_kernels.cuh"
+// The CUDA kernels of real-valued noise without CUDA: their bodies run thread by thread over the whole grid, every element compared with
+// the law of real_noise.h. What it cannot see: the device's own conversions and functions (real_noise.cpp has their errors), and the
+// launch.
+#include "../cuda/real_noise_kernels.cuh"
 
 #include <cmath>
 #include <string>
@@ -45,7 +46,7 @@ const Case kCases[] = {
     {"whole rows", {1, 300, 72, 1, 72}, 3},
 };
 
-template <class T, int P>
+template <class L, class T, int P>
 class Trial {
   using A = acc_t<T>;
 
@@ -66,27 +67,23 @@ class Trial {
   }
 
  private:
-  Gaussian call(bool expand, bool multiply) const {
-    Draw draw{};
-    draw.layout = c_.layout;
-    draw.address = {origin_, c_.ids == Ids::none ? nullptr : ids_.data(), c_.ids == Ids::per_example, 5, 1000};
-    draw.samples = c_.samples;
-    draw.expand = expand;
-    return {draw, 0.7, multiply};
+  RealNoise call(bool expand, bool multiply) const {
+    const Address address{origin_, c_.ids == Ids::none ? nullptr : ids_.data(), c_.ids == Ids::per_example, 5, 1000};
+    return {{c_.layout, address, c_.samples, expand}, Law::normal, 0.7, multiply};
   }
 
-  // Calls body(o, s, b, i, z) for every element, with z as gaussian.h has it.
+  // Calls body(o, s, b, i, z) for every element, with z as real_noise.h has it.
   template <class Body>
-  void expected(const Draw& draw, const Body& body) const {
-    const Layout& l = draw.layout;
+  void expected(const Call& call, const Body& body) const {
+    const Layout& l = call.layout;
     for (int64_t o = 0; o < l.outer; ++o)
-      for (int64_t s = 0; s < draw.samples; ++s)
+      for (int64_t s = 0; s < call.samples; ++s)
         for (int64_t b = 0; b < l.examples; ++b) {
-          const RowAddress row = draw.address.row(s, b, l.examples);
+          const RowAddress row = call.address.of_row(s, b, l.examples);
           for (int64_t i = 0; i < l.inner; ++i) {
             const int64_t position = (o * l.inner + i) / l.share % l.positions;
-            const Words words = philox({static_cast<uint32_t>(position / kNormals), row.example, row.sample, row.stream}, row.seed);
-            body(o, s, b, i, normal<A>(words, static_cast<int>(position % kNormals)));
+            const Words words = philox({static_cast<uint32_t>(position / kNumbers), row.example, row.sample, row.stream}, row.seed);
+            body(o, s, b, i, number<L, A>(words, static_cast<int>(position % kNumbers)));
           }
         }
   }
@@ -114,33 +111,33 @@ class Trial {
 
   template <bool kExpand>
   void forward(bool multiply) {
-    const Gaussian call = this->call(kExpand, multiply);
-    const GaussianWork work(call, P);
+    const RealNoise call = this->call(kExpand, multiply);
+    const RealNoiseWork work(call, P);
     const int64_t inputs = c_.layout.outer * work.step, outputs = inputs * c_.samples;
     const Aligned x(filled(kExpand ? inputs : outputs)), y(filled(outputs));
     const NoiseGrid grid = noise_grid(work, true);
     for (int64_t block = 0; block < grid.blocks; ++block)
       for (int part = 0; part < grid.parts; ++part)
         for (int thread = 0; thread < kBlock; ++thread)
-          gaussian_fwd<T, P, kExpand>(work, x.memory, y.memory, static_cast<int>(grid.part), block, part, thread);
-    expected(call.draw, [&](int64_t o, int64_t s, int64_t b, int64_t i, A z) {
-      const A value = to_acc(x.memory[call.draw.input_row(o, s, b) + i]), std = static_cast<A>(0.7);
+          real_noise_fwd<L, T, P, kExpand>(work, x.memory, y.memory, static_cast<int>(grid.part), block, part, thread);
+    expected(call, [&](int64_t o, int64_t s, int64_t b, int64_t i, A z) {
+      const A value = to_acc(x.memory[call.input_at(o, s, b) + i]), std = static_cast<A>(0.7);
       const A want = multiply ? value * (std * z + A(1)) : value + std * z;
-      CHECK(same(y.memory[call.draw.row(o, s, b) + i], want), where(kExpand ? "expand" : "rows"), " at ", o, " ", s, " ", b, " ", i);
+      CHECK(same(y.memory[call.output_at(o, s, b) + i], want), where(kExpand ? "expand" : "rows"), " at ", o, " ", s, " ", b, " ", i);
     });
   }
 
   void backward() {
-    const Gaussian call = this->call(true, true);
-    const GaussianWork work(call, P);
+    const RealNoise call = this->call(true, true);
+    const RealNoiseWork work(call, P);
     const int64_t inputs = c_.layout.outer * work.step;
     const Aligned dy(filled(inputs * c_.samples)), dx(filled(inputs));
     const NoiseGrid grid = noise_grid(work, false);
     for (int64_t block = 0; block < grid.blocks; ++block)
-      for (int thread = 0; thread < kBlock; ++thread) gaussian_bwd<T, P>(work, dy.memory, dx.memory, block, thread);
+      for (int thread = 0; thread < kBlock; ++thread) real_noise_bwd<L, T, P>(work, dy.memory, dx.memory, block, thread);
     std::vector<A> sum(static_cast<std::size_t>(inputs));
-    expected(call.draw, [&](int64_t o, int64_t s, int64_t b, int64_t i, A z) {
-      sum[call.draw.example(o, b) + i] += to_acc(dy.memory[call.draw.row(o, s, b) + i]) * (static_cast<A>(0.7) * z + A(1));
+    expected(call, [&](int64_t o, int64_t s, int64_t b, int64_t i, A z) {
+      sum[call.example_at(o, b) + i] += to_acc(dy.memory[call.output_at(o, s, b) + i]) * (static_cast<A>(0.7) * z + A(1));
     });
     for (int64_t i = 0; i < inputs; ++i) CHECK(same(dx.memory[i], sum[i]), where("backward"), " at ", i);
   }
@@ -157,8 +154,12 @@ class Trial {
 
 template <class T>
 void trials(const Case& c, test::Random& random) {
-  if (packs_are_whole(c.layout, kPack<T>, sizeof(T), {})) Trial<T, kPack<T>>(c, random).run();
-  Trial<T, 1>(c, random).run();
+  for (const Law law : {Law::normal, Law::laplace, Law::uniform})
+    with_law(law, [&](auto of) {
+      using L = decltype(of);
+      if (packs_are_whole(c.layout, kPack<T>, sizeof(T), {})) Trial<L, T, kPack<T>>(c, random).run();
+      Trial<L, T, 1>(c, random).run();
+    });
 }
 
 void choices() {

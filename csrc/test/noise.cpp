@@ -16,10 +16,10 @@ void fields() {
 void thresholds() {
   CHECK(keep(0, 0) && !keep(0, 1), "field 0");
   CHECK(keep(65535, 65535) && !keep(65535, kFieldRange), "field 65535");
-  CHECK(keep_scale(0) == 1.0, keep_scale(0));
-  CHECK(keep_scale(kFieldRange) == 0.0, keep_scale(kFieldRange));
+  CHECK(keep_scale<double>(0) == 1.0, keep_scale<double>(0));
+  CHECK(std::isfinite(keep_scale<double>(kFieldRange)), "of nothing that is kept");
   for (uint32_t t = 0; t < kFieldRange; ++t) {  // E[keep * scale] = 1
-    const double mean = keep_scale(t) * (1.0 - t / 65536.0);
+    const double mean = keep_scale<double>(t) * (1.0 - t / 65536.0);
     CHECK(std::abs(mean - 1.0) < 1e-15, "threshold ", t, ": mean ", mean);
   }
 }
@@ -74,18 +74,18 @@ void addresses() {
   }
 }
 
-// CallAddress: offsets from the origin, sample ids absent, per sample, and per sample and example.
+// Address: offsets from the origin, sample ids absent, per sample, and per sample and example.
 void calls() {
   const int64_t origin[3] = {-1, 7, int64_t(1) << 32};
   const int64_t ids[6] = {10, 11, 12, 13, 14, -1};
-  const RowAddress plain = CallAddress{origin, nullptr, false, 2, 100}.row(3, 4, 5);
+  const RowAddress plain = Address{origin, nullptr, false, 2, 100}.of_row(3, 4, 5);
   CHECK(plain.seed == ~uint64_t(0), plain.seed);
   CHECK(plain.stream == 9, plain.stream);
   CHECK(plain.example == 104, plain.example);  // modulo 2^32
   CHECK(plain.sample == 3, plain.sample);
-  CHECK((CallAddress{origin, ids, false, 0, 0}.row(2, 1, 3).sample == 12), "ids [K]");
-  CHECK((CallAddress{origin, ids, true, 0, 0}.row(1, 0, 3).sample == 13), "ids [K, B]");
-  CHECK((CallAddress{origin, ids, true, 0, 0}.row(1, 2, 3).sample == 0xFFFFFFFFu), "ids [K, B]");
+  CHECK((Address{origin, ids, false, 0, 0}.of_row(2, 1, 3).sample == 12), "ids [K]");
+  CHECK((Address{origin, ids, true, 0, 0}.of_row(1, 0, 3).sample == 13), "ids [K, B]");
+  CHECK((Address{origin, ids, true, 0, 0}.of_row(1, 2, 3).sample == 0xFFFFFFFFu), "ids [K, B]");
 }
 
 int main() {

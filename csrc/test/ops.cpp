@@ -75,9 +75,9 @@ const Case kCases[] = {
     {"no examples", 1, 0, 70, 3, 70, 1, 19661, Ids::none},
 };
 
-class Noise {
+class OneNoise {
  public:
-  explicit Noise(const Case& c, test::Random& random)
+  explicit OneNoise(const Case& c, test::Random& random)
       : c_(c), origin_(empty({3}, ScalarType::Long)), seed_(random.next()), stream_(random.word()), example_(random.word()) {
     const int64_t origin[3] = {static_cast<int64_t>(seed_), stream_, example_};
     std::memcpy(origin_.data_ptr(), origin, sizeof origin);
@@ -109,7 +109,7 @@ class Noise {
     return torch::stable::detail::to<Tensor>(call("iwsgd_ext::noise_sum", dy, origin_, sample_ids_, c_.samples, kStream, kFirstExample,
                                                   c_.positions, c_.share, int64_t(c_.threshold), std::optional<Tensor>(), scale()));
   }
-  double scale() const { return keep_scale(c_.threshold); }
+  double scale() const { return keep_scale<double>(c_.threshold); }
 
   static constexpr int64_t kStream = 3, kFirstExample = 1000;
 
@@ -124,7 +124,7 @@ class Noise {
 
 template <class T>
 void forward(const Case& c, const char* type, ScalarType dtype, bool expand, test::Random& random) {
-  const Noise noise(c, random);
+  const OneNoise noise(c, random);
   const int64_t rows = c.samples * c.examples;
   const Tensor x = empty({c.outer, expand ? c.examples : rows, c.inner}, dtype), out = empty({c.outer, rows, c.inner}, dtype);
   // Any bits at all: infinities and NaN too must vanish where they are dropped. 16-bit patterns come in turn.
@@ -135,7 +135,7 @@ void forward(const Case& c, const char* type, ScalarType dtype, bool expand, tes
   const Tensor y = noise.forward(x, expand);
   noise.forward_out(x, expand, out);
   CHECK(y.dim() == 3 && y.size(0) == c.outer && y.size(1) == rows && y.size(2) == c.inner, c.name, ", ", type, ": shape");
-  const auto scale = static_cast<acc_t<T>>(keep_scale(c.threshold));
+  const auto scale = static_cast<acc_t<T>>(keep_scale<double>(c.threshold));
   for (int64_t o = 0; o < c.outer; ++o)
     for (int64_t s = 0; s < c.samples; ++s)
       for (int64_t b = 0; b < c.examples; ++b)
@@ -154,7 +154,7 @@ void forward(const Case& c, const char* type, ScalarType dtype, bool expand, tes
 template <class T>
 void backward(Case c, const char* type, ScalarType dtype, test::Random& random) {
   c.threshold = kFieldRange / 2;
-  const Noise noise(c, random);
+  const OneNoise noise(c, random);
   const Tensor dy = empty({c.outer, c.samples * c.examples, c.inner}, dtype);
   for (int64_t i = 0; i < static_cast<int64_t>(dy.numel()); ++i)
     elements<T>(dy)[i] = from_acc<T>(static_cast<acc_t<T>>(random.below(513)) - 256);
@@ -184,7 +184,7 @@ void all(const char* type, ScalarType dtype, test::Random& random) {
 void errors() {
   const Case& c = kCases[1];
   test::Random random;
-  const Noise noise(c, random);
+  const OneNoise noise(c, random);
   bool thrown = false;
   try {
     noise.forward(empty({c.outer, c.examples, c.inner}, ScalarType::Int), true);

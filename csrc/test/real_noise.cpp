@@ -1,5 +1,5 @@
 // The Box-Muller rule in float32 against float64, and each instruction set's numbers against the rule.
-#include "../gaussian.h"
+#include "../real_noise.h"
 
 #include <algorithm>
 #include <cmath>
@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "../dtypes.h"
-#define ISA_KERNELS "gaussian_kernels.h"
+#define ISA_KERNELS "real_noise_kernels.h"
 #include "../cpu/for_each_isa.h"
 
 #include "check.h"
@@ -35,10 +35,10 @@ void near(float got, double want, const char* isa, uint32_t a, uint32_t b) {
   CHECK(std::abs(got - want) <= kTolerance, isa, ": words ", a, " ", b, ": ", got, ", not ", want);
 }
 
-void rule() {
+void normal() {
   const auto pair = [](uint32_t a, uint32_t b) {
-    const Pair<double> want = normal_pair<double>(a, b);
-    const Pair<float> got = normal_pair<float>(a, b);
+    const Pair<double> want = Normal::pair<double>(a, b);
+    const Pair<float> got = Normal::pair<float>(a, b);
     CHECK(std::isfinite(want.first) && std::isfinite(want.second), a, " ", b);
     near(got.first, want.first, "float32", a, b);
     near(got.second, want.second, "float32", a, b);
@@ -52,12 +52,13 @@ void rule() {
 
   // By hand: u = 1/2 + 2^-33 at no turn, and at a quarter turn
   const double r = std::sqrt(-2 * std::log(0.5 + std::ldexp(1, -33)));
-  near(normal_pair<float>(0x80000000u, 0).first, r, "hand", 0x80000000u, 0);
-  near(normal_pair<float>(0x80000000u, 0x40000000u).second, r, "hand", 0x80000000u, 0x40000000u);
-  near(normal_pair<float>(0x80000000u, 0x80000000u).first, -r, "hand", 0x80000000u, 0x80000000u);
-  near(normal_pair<float>(0x80000000u, 0xC0000000u).second, -r, "hand", 0x80000000u, 0xC0000000u);
-  CHECK(normal_pair<float>(0, 0).first > 6.76f && normal_pair<float>(0, 0).first < 6.77f, "the largest: ", normal_pair<float>(0, 0).first);
-  CHECK(normal_pair<float>(0xFFFFFFFFu, 0).first > 0, "the smallest is not 0");
+  near(Normal::pair<float>(0x80000000u, 0).first, r, "hand", 0x80000000u, 0);
+  near(Normal::pair<float>(0x80000000u, 0x40000000u).second, r, "hand", 0x80000000u, 0x40000000u);
+  near(Normal::pair<float>(0x80000000u, 0x80000000u).first, -r, "hand", 0x80000000u, 0x80000000u);
+  near(Normal::pair<float>(0x80000000u, 0xC0000000u).second, -r, "hand", 0x80000000u, 0xC0000000u);
+  CHECK(Normal::pair<float>(0, 0).first > 6.76f && Normal::pair<float>(0, 0).first < 6.77f,
+        "the largest: ", Normal::pair<float>(0, 0).first);
+  CHECK(Normal::pair<float>(0xFFFFFFFFu, 0).first > 0, "the smallest is not 0");
 }
 
 // A GPU's functions at the edge of their documented errors, each to the side that `sides` says.
@@ -77,10 +78,10 @@ struct Inexact {
 };
 
 // What GPUs compute.
-void short_rule() {
+void short_normal() {
   const auto pair = [](uint32_t a, uint32_t b) {
-    const Pair<double> want = normal_pair<double>(a, b);
-    const Pair<float> got = short_pair<Inexact>(a, b);
+    const Pair<double> want = Normal::pair<double>(a, b);
+    const Pair<float> got = Normal::short_pair<Inexact>(a, b);
     CHECK(std::abs(got.first - want.first) <= kShortTolerance && std::abs(got.second - want.second) <= kShortTolerance, "short: words ", a,
           ' ', b, ": ", got.first, ' ', got.second, ", not ", want.first, ' ', want.second);
     CHECK(std::abs(got.first) < 6.77f && std::abs(got.second) < 6.77f && got.first * got.first + got.second * got.second > 0, a, ' ', b);
@@ -95,6 +96,32 @@ void short_rule() {
   }
 }
 
+// Laplace and uniform numbers, each of one word, against formulas written anew; GPUs' short form of the first.
+void of_one_word() {
+  const double kRootThree = std::sqrt(3.0), kRootHalf = std::sqrt(0.5);
+  const auto word = [&](uint32_t a) {
+    const double size = -kRootHalf * std::log((std::fmod(a, 2147483648.0) + 0.5) / 2147483648.0);
+    const double laplace = a < 0x80000000u ? size : -size;
+    const double uniform = kRootThree * ((a < 0x80000000u ? double(a) : double(a) - 4294967296.0) + 0.5) / 2147483648.0;
+    CHECK(std::abs(Laplace::pair<double>(a, ~a).first - laplace) <= 1e-14 * 16, a, ": ", laplace);
+    CHECK(std::abs(Uniform::pair<double>(~a, a).second - uniform) <= 1e-15 * 2, a, ": ", uniform);
+    near(Laplace::pair<float>(a, ~a).first, laplace, "laplace", a, ~a);
+    near(Uniform::pair<float>(~a, a).second, uniform, "uniform", ~a, a);
+    for (Inexact::sides = 0; Inexact::sides < 2; ++Inexact::sides) {
+      const float got = Laplace::short_one<Inexact>(a);
+      CHECK(std::abs(got - laplace) <= kShortTolerance, "short laplace: word ", a, ": ", got, ", not ", laplace);
+    }
+    CHECK(std::abs(Laplace::pair<float>(a, a).first) < 15.7f && std::abs(Uniform::pair<float>(a, a).first) < 1.7320509f, "bounds ", a);
+  };
+  for (const uint32_t a : edges()) word(a);
+  test::Random random;
+  for (int trial = 0; trial < 1000000; ++trial) {
+    const uint32_t a = random.word() >> random.below(32);
+    word(a), word(~a);
+  }
+  CHECK(Laplace::pair<double>(0, 0x80000000u).first == -Laplace::pair<double>(0, 0x80000000u).second, "signs");
+}
+
 // One instruction set's forms, under one type.
 struct Forms {
   const char* isa;
@@ -103,25 +130,26 @@ struct Forms {
   void (*doubles)(const RowAddress&, int64_t position, int64_t n, double* z);
 };
 
-#define FORMS(ISA)                                                          \
+#define FORMS(ISA, LAW)                                                     \
   Forms {                                                                   \
-    #ISA,                                                                   \
+    #ISA " " #LAW,                                                          \
         [](const uint64_t* w01, const uint64_t* w23, float* z) {            \
           ISA::Drawn drawn;                                                 \
           std::memcpy(drawn.w01, w01, sizeof drawn.w01);                    \
           std::memcpy(drawn.w23, w23, sizeof drawn.w23);                    \
-          ISA::store_normals(drawn, z);                                     \
+          ISA::store_numbers(LAW(), drawn, z);                              \
         },                                                                  \
         [](const RowAddress& row, int64_t position, int64_t n, float* z) {  \
           ISA::Buffer<float> buffer;                                        \
-          std::copy_n(ISA::normals(row, position, n, buffer), n, z);        \
+          std::copy_n(ISA::numbers(LAW(), row, position, n, buffer), n, z); \
         },                                                                  \
         [](const RowAddress& row, int64_t position, int64_t n, double* z) { \
           ISA::Buffer<double> buffer;                                       \
-          std::copy_n(ISA::normals(row, position, n, buffer), n, z);        \
+          std::copy_n(ISA::numbers(LAW(), row, position, n, buffer), n, z); \
         }                                                                   \
   }
 
+template <class L>
 void forms(const Forms& forms) {
   const std::vector<uint32_t> words = edges();
   float z[32];
@@ -131,7 +159,7 @@ void forms(const Forms& forms) {
       std::fill(w01, w01 + 8, a | static_cast<uint64_t>(b) << 32);
       std::fill(w23, w23 + 8, b | static_cast<uint64_t>(a) << 32);
       forms.words(w01, w23, z);
-      const Pair<double> first = normal_pair<double>(a, b), second = normal_pair<double>(b, a);
+      const Pair<double> first = L::template pair<double>(a, b), second = L::template pair<double>(b, a);
       for (int i = 0; i < 32; i += 4) {
         near(z[i], first.first, forms.isa, a, b);
         near(z[i + 1], first.second, forms.isa, a, b);
@@ -148,7 +176,7 @@ void forms(const Forms& forms) {
                          random.word() >> random.below(32)};
     const int64_t n = 1 + random.below(200);
     const int64_t position =
-        (static_cast<int64_t>(random.word() >> random.below(32)) * kNormals + random.below(kNormals)) - (trial % 2) * n;
+        (static_cast<int64_t>(random.word() >> random.below(32)) * kNumbers + random.below(kNumbers)) - (trial % 2) * n;
     if (position < 0) continue;
     floats.resize(n);
     doubles.resize(n);
@@ -156,21 +184,24 @@ void forms(const Forms& forms) {
     forms.doubles(row, position, n, doubles.data());
     for (int64_t i = 0; i < n; ++i) {
       const int64_t at = position + i;
-      const Words drawn = philox({static_cast<uint32_t>(at / kNormals), row.example, row.sample, row.stream}, row.seed);
-      const double want = normal<double>(drawn, static_cast<int>(at % kNormals));
+      const Words drawn = philox({static_cast<uint32_t>(at / kNumbers), row.example, row.sample, row.stream}, row.seed);
+      const double want = number<L, double>(drawn, static_cast<int>(at % kNumbers));
       CHECK(std::abs(doubles[i] - want) <= 1e-14 * 8, forms.isa, ": float64, position ", at, ": ", doubles[i], ", not ", want);
       CHECK(std::abs(floats[i] - want) <= kTolerance, forms.isa, ": float32, position ", at, ": ", floats[i], ", not ", want);
     }
   }
 }
 
+#define ALL_FORMS(ISA) forms<Normal>(FORMS(ISA, Normal)), forms<Laplace>(FORMS(ISA, Laplace)), forms<Uniform>(FORMS(ISA, Uniform))
+
 int main() {
-  rule();
-  short_rule();
-  forms(FORMS(baseline));
+  normal();
+  of_one_word();
+  short_normal();
+  ALL_FORMS(baseline);
 #if defined(IWSGD_X86)
-  if (machine_isa() >= Isa::avx2) forms(FORMS(avx2));
-  if (machine_isa() >= Isa::avx512) forms(FORMS(avx512));
+  if (machine_isa() >= Isa::avx2) ALL_FORMS(avx2);
+  if (machine_isa() >= Isa::avx512) ALL_FORMS(avx512);
 #endif
   std::cout << "up to " << kIsaNames[static_cast<int>(machine_isa())] << "\n";
   return test::report();

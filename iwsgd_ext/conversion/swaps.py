@@ -16,8 +16,8 @@ from ..layers.dropout import (
     IWFeatureAlphaDropout,
     _Dropout,
 )
-from ..layers.gaussian import IWGaussianDropout, IWGaussianNoise
 from ..layers.multinomial import IWMultinomialDropout
+from ..layers.real_noise import IWGaussianDropout, _RealNoise
 from ..layers.recurrent import IWGRU, IWLSTM, IWRNN
 from .batch_norm import swapped_class
 from .batch_norm import to_swap as batch_norms_to_swap
@@ -116,7 +116,7 @@ def draws(module: nn.Module) -> bool:
     have to do where rows of B and of S*B meet.)"""
     if isinstance(module, IWMultiheadAttention | IWLSTM | IWGRU | IWRNN):
         return module.dropout > 0 and getattr(module, "num_layers", 2) > 1
-    return isinstance(module, _Dropout | IWDropConnect | IWGaussianDropout | IWGaussianNoise | IWMultinomialDropout)
+    return isinstance(module, _Dropout | IWDropConnect | IWGaussianDropout | _RealNoise | IWMultinomialDropout)
 
 
 def rate_of(module: nn.Module) -> float | None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import check, check_dtype, check_probability
-from ..ops.noise import dropout_law
+from ..ops.noise import dropout_rule
 from .context import ambient, current, draw
 
 
@@ -71,7 +71,7 @@ def scaled_dot_product_attention(
     batch = context.examples(max(x.shape[0] for x in (query, key, value)))
 
     def noise(probabilities: Tensor) -> Tensor:
-        return draw(probabilities, dropout_law(dropout_p), "element", 0, scaled_dot_product_attention) if dropout_p > 0 else probabilities
+        return draw(probabilities, dropout_rule(dropout_p), "element", 0, scaled_dot_product_attention) if dropout_p > 0 else probabilities
 
     masks = [] if attn_mask is None else [attn_mask]
     return attend(query, key, value, masks, is_causal, scale, context.samples, batch, noise)[0]
@@ -246,7 +246,7 @@ class IWMultiheadAttention(nn.MultiheadAttention):
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).movedim(dim, 0).transpose(1, 2) for x in (q, k, v))  # [R, H, T, D]
 
         def noise(probabilities: Tensor) -> Tensor:
-            return draw(probabilities, dropout_law(self.dropout), "element", 0, self) if self.dropout > 0 else probabilities
+            return draw(probabilities, dropout_rule(self.dropout), "element", 0, self) if self.dropout > 0 else probabilities
 
         out, noisy = attend(q, k, v, self._masks(more, **masks), False, None, context.samples, batch, noise)
         out = F.linear(out.transpose(1, 2).movedim(0, dim).flatten(-2), self.out_proj.weight, self.out_proj.bias)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..backend import constant_in_graphs
 from ..checks import as_int, as_part, as_sample_ids, as_samples
 from ..ops import transforms
-from ..ops.noise import Law, Unit, draw_origin, make_origin, noise
+from ..ops.address import Address, Place, Unit, draw_origin, make_origin
+from ..ops.noise import Rule, noise
 
 # The compiler takes integers that it reaches from globals for constants: it would compile a block anew for each stream. This names
 # the contexts' counters as dynamic, so that one graph serves all streams.
@@ -198,8 +199,8 @@ class sampling:
         """The context of a lane, below the axis."""
         return self.changed(axis=None, sample_ids=self.sample_ids)
 
-    def place(self, x: Tensor, batch_dim: int | None) -> dict:
-        """One layer's call, whatever the law of its noise: the address, and whether ``x`` is expanded. Takes the next stream."""
+    def place(self, x: Tensor, batch_dim: int | None) -> Place:
+        """The place of one layer's call, whatever the rule of its noise. Takes the next stream."""
         batch_dim = self.batch_dim if batch_dim is None else batch_dim
         if not -x.dim() <= batch_dim < x.dim():
             raise ValueError(f"batch_dim: expected a dimension of the input in [{-x.dim()}, {x.dim()}), got {batch_dim}")
@@ -221,18 +222,10 @@ class sampling:
         if transforms.active() and not (self.axis is not None and self.axis.holds(x)):  # whose lanes have ids of their own
             transforms.check_noise_of_lanes(x, origin, ids)
         first = self.first_example
-        return {
-            "samples": self.samples,
-            "origin": origin,
-            "sample_ids": ids,
-            "stream": stream,
-            "first_example": _rank() * examples if first is None else 0 if isinstance(first, Tensor) else first,
-            "expand": expand,
-            "batch_dim": batch_dim,
-            "logical": self.logical,
-        }
+        first = _rank() * examples if first is None else 0 if isinstance(first, Tensor) else first
+        return Place(Address(origin, ids, self.samples, stream, first), expand, batch_dim, self.logical)
 
-    def place_weight(self, weight: Tensor) -> dict:
+    def place_weight(self, weight: Tensor) -> Place:
         """The same for one noise of a weight for each sample, with ``weight`` [1, ...] as the only example: its id is 0 on all ranks."""
         ids = self.sample_ids if self.sample_ids is None else self.sample_ids.to(weight.device)
         if ids is not None and ids.dim() == 2:
@@ -245,15 +238,7 @@ class sampling:
         if transforms.active():
             transforms.check_noise_of_lanes(None, origin, ids)
         stream, self.stream = self.stream, self.stream + 1
-        return {
-            "samples": self.samples,
-            "origin": origin,
-            "sample_ids": ids,
-            "stream": stream,
-            "first_example": 0,
-            "expand": True,
-            "batch_dim": 0,
-        }
+        return Place(Address(origin, ids, self.samples, stream, 0), True, 0)
 
     def examples(self, rows: int) -> int:
         """B, where a noise layer's input holds ``rows`` rows; for layers of several inputs, of which some may be expanded."""
@@ -401,7 +386,7 @@ def ambient(layer: nn.Module | Callable | None = None) -> sampling:
 
 def draw(
     x: Tensor,
-    law: Law | Tensor,
+    rule: Rule | Tensor,
     unit: Unit,
     batch_dim: int | None,
     layer: nn.Module | Callable,
@@ -410,14 +395,14 @@ def draw(
     """A layer's dropout noise: as the context says, or, outside of any, one fresh noise sample. ``check`` raises where x does not suit."""
     if not torch.compiler.is_compiling() and torch._C._len_torch_function_stack():
         with torch._C.DisableTorchFunction():  # a converted model's rules are for its functions, not for ours
-            return _draw(x, law, unit, batch_dim, layer, check)
-    return _draw(x, law, unit, batch_dim, layer, check)
+            return _draw(x, rule, unit, batch_dim, layer, check)
+    return _draw(x, rule, unit, batch_dim, layer, check)
 
 
-def _draw(x, law, unit, batch_dim, layer, check) -> Tensor:
+def _draw(x, rule, unit, batch_dim, layer, check) -> Tensor:
     if check is not None:
         check(x)
-    return noise(x, law, unit, **ambient(layer).place(x, batch_dim))
+    return noise(x, rule, unit, ambient(layer).place(x, batch_dim))
 
 
 def _rank() -> int:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import check, check_dtype, check_probability
-from ..ops.noise import dropout_law, noise
+from ..ops.noise import dropout_rule, noise
 from .context import ambient, current
 
 
@@ -94,7 +94,7 @@ class IWDropConnect(nn.Linear):
         return product(x, weights, bias, expand, batch_dim)
 
     def _noisy(self, weight: Tensor) -> Tensor:
-        return noise(weight[None], dropout_law(self.p), "element", **ambient(self).place_weight(weight))
+        return noise(weight[None], dropout_rule(self.p), "element", ambient(self).place_weight(weight))
 
     def extra_repr(self) -> str:
         return super().extra_repr() + f", p={self.p}" + ", drop_bias=True" * self.drop_bias

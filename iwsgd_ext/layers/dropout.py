@@ -3,7 +3,8 @@
 from torch import Tensor, nn
 
 from ..checks import check_layer_input, check_probability
-from ..ops.noise import Law, Unit, alpha_law, dropout_law
+from ..ops.address import Unit
+from ..ops.noise import Rule, alpha_rule, dropout_rule
 from .context import draw
 
 
@@ -23,12 +24,12 @@ class _Dropout(nn.modules.dropout._DropoutNd):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        return draw(x, self.law(), self.unit, self.batch_dim, self, self._check)
+        return draw(x, self.rule(), self.unit, self.batch_dim, self, self._check)
 
-    def law(self) -> Law:
-        """What the noise makes of an element."""
+    def rule(self) -> Rule:
+        """The rule of the noise."""
         check_probability(self.p)  # which may have changed since
-        return dropout_law(self.p)
+        return dropout_rule(self.p)
 
     def _check(self, x: Tensor) -> None:
         check_layer_input(self, x)
@@ -145,9 +146,9 @@ class IWAlphaDropout(_Dropout):
         (torch.Size([4000, 50]), True, True)
     """
 
-    def law(self) -> Law:
+    def rule(self) -> Rule:
         check_probability(self.p)
-        return alpha_law(self.p)
+        return alpha_rule(self.p)
 
 
 class IWFeatureAlphaDropout(IWAlphaDropout):

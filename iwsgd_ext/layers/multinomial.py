@@ -57,16 +57,16 @@ class IWMultinomialDropout(nn.modules.dropout._DropoutNd):
             return x
         check_rate(self.p)
         check_layer_input(self, x)
-        address = ambient(self).place(x, self.batch_dim)
+        place = ambient(self).place(x, self.batch_dim)
         probabilities = "evolutional" if self.evolutional else self.probabilities
         if isinstance(probabilities, Tensor):
-            check_probabilities(probabilities, one_example(x, address["batch_dim"]))
-        ids = address["sample_ids"]
-        shared = address["expand"] or (transforms.active() and not is_batchedtensor(x))  # by all samples
+            check_probabilities(probabilities, one_example(x, place.batch_dim))
+        ids = place.address.sample_ids
+        shared = place.expand or (transforms.active() and not is_batchedtensor(x))  # by all samples
         if self.evolutional and not shared and ids is not None and ids.dim() == 2:
-            expected = f"[{address['samples']}] where evolutional probabilities are those of one sample's expanded rows"
+            expected = f"[{place.address.samples}] where evolutional probabilities are those of one sample's expanded rows"
             raise ValueError(f"sample_ids: expected {expected}, got {tuple(ids.shape)} (strategy='resampled' draws for each example)")
-        return multinomial_noise(x, probabilities, 1.0 - self.p, **address)
+        return multinomial_noise(x, probabilities, 1.0 - self.p, place)
 
     def extra_repr(self) -> str:
         evolutional = ", probabilities='evolutional'" if self.evolutional else ""

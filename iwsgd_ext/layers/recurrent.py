@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from ..checks import check, check_probability
-from ..ops.noise import dropout_law
+from ..ops.noise import dropout_rule
 from .context import ambient, current, draw
 
 _KERNELS = {"LSTM": torch.lstm, "GRU": torch.gru, "RNN_TANH": torch.rnn_tanh, "RNN_RELU": torch.rnn_relu}
@@ -74,7 +74,7 @@ class _Recurrent(nn.RNNBase):
         finals = []
         for layer in range(self.num_layers):
             if layer > 0 and self.dropout > 0:
-                x = draw(x, dropout_law(self.dropout), "feature" if self.locked else "element", 1, self)
+                x = draw(x, dropout_rule(self.dropout), "feature" if self.locked else "element", 1, self)
             of_layer = slice(layer * directions, (layer + 1) * directions)
             before = [state[of_layer] if x.shape[1] == batch else _expanded(state[of_layer], samples, batch) for state in states]
             if lengths is not None and len(lengths) != x.shape[1]:

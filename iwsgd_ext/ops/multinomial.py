@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import backend
 from . import transforms
+from .address import Place
 
 WORD = 2**32
 
@@ -148,24 +149,13 @@ def _times(x: Tensor, factors: Tensor) -> Tensor:
     return torch.where(factors == 0, factors.new_zeros(()), x.to(factors.dtype) * factors)
 
 
-def multinomial_noise(
-    x: Tensor,
-    probabilities: Tensor | str | None,
-    draws: int | float,
-    *,
-    samples: int,
-    origin: Tensor,
-    sample_ids: Tensor | None,
-    stream: int,
-    first_example: int,
-    expand: bool,
-    batch_dim: int,
-    logical: bool = True,
-) -> Tensor:
-    """Multinomial dropout at a given address; arguments are taken as valid (see ``functional.multinomial_dropout``).
+def multinomial_noise(x: Tensor, probabilities: Tensor | str | None, draws: int | float, place: Place) -> Tensor:
+    """Multinomial dropout at a given place. Arguments are taken as valid (see ``functional.multinomial_dropout``).
 
     ``probabilities`` may be "evolutional" (see :func:`root_mean_squares`), ``draws`` a float that is multiplied by the number of features.
     """
+    address, expand, batch_dim, *_ = place
+    samples = address.samples
     if x.numel() == 0:
         return torch.cat([x] * samples, batch_dim) if expand else x
     moved = x.movedim(batch_dim, 0)
@@ -180,5 +170,5 @@ def multinomial_noise(
     else:
         moments = root_mean_squares(rows)
         bounds = bounds_of(moments[0] if expand else moments)
-    y = backend.apply(MultinomialNoise, rows, bounds, draws, origin, sample_ids, samples, stream, first_example)
+    y = backend.apply(MultinomialNoise, rows, bounds, draws, *address)
     return y.view(-1, *moved.shape[1:]).movedim(0, batch_dim)

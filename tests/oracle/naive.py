@@ -6,6 +6,7 @@ Noise is a function of (seed, stream, sample, example, position) through Philox4
 import bisect
 import functools
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -57,12 +58,37 @@ def random_fields(seed: int, stream: int, sample: int, example: int, positions: 
     return fields[:positions].astype(np.int64)
 
 
-def normals(seed: int, stream: int, sample: int, example: int, positions: int) -> np.ndarray:
-    """The standard normal numbers of one row's positions, float64: four to a call, of words (0, 1) and (2, 3) by Box and Muller's rule."""
-    words = random_words(seed, stream, sample, example, (positions + 3) // 4 * 4).astype(np.float64)
+def normal(words) -> np.ndarray:
+    """Standard normal numbers of pairs of words, float64, by Box and Muller's rule."""
+    words = np.asarray(words, dtype=np.float64)
     u, v = (words[0::2] + 0.5) / WORD, (words[1::2] + 0.5) / WORD
     radius = np.sqrt(-2 * np.log(u))
-    return np.stack([radius * np.cos(2 * math.pi * v), radius * np.sin(2 * math.pi * v)], 1).reshape(-1)[:positions]
+    return np.stack([radius * np.cos(2 * math.pi * v), radius * np.sin(2 * math.pi * v)], 1).reshape(-1)
+
+
+def laplace(words) -> np.ndarray:
+    """Laplace numbers of variance 1, a word each: half of the words are positive, of density exp(-sqrt(2) z) sqrt(2)."""
+    half = WORD // 2
+    return np.array([math.copysign(math.log((word % half + 0.5) / half) / math.sqrt(2), word < half or -1) for word in map(int, words)])
+
+
+def uniform(words) -> np.ndarray:
+    """Numbers of variance 1 that are uniform between -sqrt(3) and sqrt(3), a word each: 0 for the first word, then up, and round."""
+    half = WORD // 2
+    return np.array([math.sqrt(3) * ((word + half) % WORD - half + 0.5) / half for word in map(int, words)])
+
+
+LAWS = {"normal": normal, "laplace": laplace, "uniform": uniform}
+
+
+def numbers(law: str, seed: int, stream: int, sample: int, example: int, positions: int) -> np.ndarray:
+    """The numbers of one row's positions, float64: four to a call of the generator."""
+    return LAWS[law](random_words(seed, stream, sample, example, (positions + 3) // 4 * 4))[:positions]
+
+
+def normals(*row: int) -> np.ndarray:
+    """The standard normal numbers of one row's positions."""
+    return numbers("normal", *row)
 
 
 def counts(seed: int, stream: int, sample: int, example: int, bounds: list[int], draws: int) -> np.ndarray:
@@ -123,9 +149,9 @@ def naive_keep(x: Tensor, p, **address) -> Tensor:
     return naive_rows(lambda *row: naive_mask(*row, p), x, **address)
 
 
-def naive_normals(x: Tensor, **address) -> Tensor:
-    """The standard normal numbers of a noise call on ``x``, float64, with K*B rows in ``batch_dim``."""
-    return naive_rows(normals, x, **address)
+def naive_numbers(x: Tensor, law: str, **address) -> Tensor:
+    """The numbers of a noise call on ``x``, float64, with K*B rows in ``batch_dim``."""
+    return naive_rows(partial(numbers, law), x, **address)
 
 
 def naive_noise(x: Tensor, p: float, *, samples: int, expand: bool = True, batch_dim: int = 0, **address) -> Tensor:

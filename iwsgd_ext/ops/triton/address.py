@@ -1,4 +1,4 @@
-"""Where a tile of a noise kernel lies, and the words of its counters: shared by dropout and Gaussian noise (noise_plan.py)."""
+"""Where a tile of a noise kernel lies, and the words of its counters: shared by dropout and real-valued noise (noise_plan.py)."""
 
 import torch
 import triton

@@ -1,4 +1,4 @@
-"""How the noise kernels cut a call into programs: plain functions of sizes, which need no GPU. Dropout and Gaussian noise share them.
+"""How the noise kernels cut a call into programs: plain functions of sizes, which need no GPU. Dropout and real-valued noise share them.
 
 x [O, B, I] is taken as lines: rows (o, b), or parts of rows whose elements share one draw. A program has a tile of BLOCK_R lines by BLOCK_I
 elements; it goes through the noise samples, reading x once, so that memory sees x read once and every output written once.

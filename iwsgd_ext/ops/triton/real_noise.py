@@ -1,4 +1,5 @@
-"""Gaussian noise in Triton: csrc/gaussian.h's normal numbers, made where they are used. Tiles are those of dropout (noise_plan.py)."""
+"""Real-valued noise in Triton: the laws of csrc/real_noise.h, their numbers made where they are used. Tiles are those of dropout
+(noise_plan.py)."""
 
 import triton
 import triton.language as tl
@@ -11,6 +12,7 @@ from .philox import philox
 SIZE = tl.constexpr(4)  # elements of one call: an element takes a word of 32 bits, two elements two of them
 EXACT = ["stream", "first_example", "std"]
 SQRT_HALF = tl.constexpr(0x3F3504F3)  # the bits of sqrt(1/2)
+NORMAL, LAPLACE, UNIFORM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # the laws, by the op's numbers
 
 
 @triton.jit
@@ -19,16 +21,21 @@ def polynomial(x, c0, c1, c2, c3, c4, c5, c6, c7):
 
 
 @triton.jit
+def minus_log(u, near_one, less):
+    """-ln u of u in (0, 1], float32. ``less`` replaces u - 1 where ``near_one``, for u near 1 whose u - 1 is known better than from u."""
+    bits = u.to(tl.int32, bitcast=True)
+    e = (bits - SQRT_HALF) >> 23
+    f = tl.where(near_one, less, (bits - (e << 23)).to(tl.float32, bitcast=True) - 1.0)
+    log = polynomial(f, 0.99999994, -0.50000364, 0.3333506, -0.24969909, 0.19900165, -0.1725083, 0.16222583, -0.10106897)
+    return -(e.to(tl.float32) * 0.693147181 + log * f)
+
+
+@triton.jit
 def radius_and_turn(a, b):
     """sqrt(-2 ln u), and cosine and sine of what the angle has over a quarter turn, float32. NOTE [Normals in float32] in the header."""
     d = (a.to(tl.int32, bitcast=True).to(tl.float32) + 0.5) * 2.3283064365386963e-10
     upper = d < 0
-    bits = tl.where(upper, d + 1.0, d).to(tl.int32, bitcast=True)
-    e = (bits - SQRT_HALF) >> 23
-    f = (bits - (e << 23)).to(tl.float32, bitcast=True) - 1.0
-    f = tl.where(upper & (d > -0.25), d, f)
-    log = polynomial(f, 0.99999994, -0.50000364, 0.3333506, -0.24969909, 0.19900165, -0.1725083, 0.16222583, -0.10106897)
-    r = tl.sqrt(-2.0 * (e.to(tl.float32) * 0.693147181 + log * f))
+    r = tl.sqrt(2.0 * minus_log(tl.where(upper, d + 1.0, d), upper & (d > -0.25), d))
     turned = b + 0x20000000
     h = (((turned >> 7) & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True) - 1.5
     h2 = h * h
@@ -64,27 +71,54 @@ def normal_pair(a, b, ACC: tl.constexpr):
 
 
 @triton.jit
-def normals_of(call, part, example, sample, stream, seed, FORM: tl.constexpr, ACC: tl.constexpr):
-    """The normal number of each element of a tile: [R, I], or [R, 1] where a line shares one."""
+def one_number(word, LAW: tl.constexpr, ACC: tl.constexpr):
+    """The number of a word, of a law that takes one word for each."""
+    if LAW == UNIFORM:
+        z = (word.to(tl.int32, bitcast=True).to(ACC) + 0.5) * 8.065490087349327e-10  # sqrt(3) / 2^31
+    else:
+        lower = (word & 0x7FFFFFFF).to(tl.int32, bitcast=True)
+        if tl.float64 == ACC:
+            size = -tl.log((lower.to(tl.float64) + 0.5) * 4.656612873077393e-10)
+        else:
+            u = (lower.to(tl.float32) + 0.5) * 4.656612873077393e-10
+            size = minus_log(u, u > 1.0, u)
+        size *= 0.7071067811865476
+        z = tl.where((word >> 31) != 0, -size, size)
+    return z
+
+
+@triton.jit
+def number_pair(a, b, LAW: tl.constexpr, ACC: tl.constexpr):
+    """The numbers of words a and b."""
+    if LAW == NORMAL:
+        first, second = normal_pair(a, b, ACC)
+    else:
+        first, second = one_number(a, LAW, ACC), one_number(b, LAW, ACC)
+    return first, second
+
+
+@triton.jit
+def numbers_of(call, part, example, sample, stream, seed, FORM: tl.constexpr, LAW: tl.constexpr, ACC: tl.constexpr):
+    """The number of each element of a tile: [R, I], or [R, 1] where a line shares one."""
     w0, w1, w2, w3 = philox(call, example, sample, stream, seed)
     if FORM == IN_GROUPS:
-        z0, z1 = normal_pair(w0, w1, ACC)
-        z2, z3 = normal_pair(w2, w3, ACC)
+        z0, z1 = number_pair(w0, w1, LAW, ACC)
+        z2, z3 = number_pair(w2, w3, LAW, ACC)
         z = tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
     else:
-        z0, z1 = normal_pair(tl.where(part < 2, w0, w2), tl.where(part < 2, w1, w3), ACC)
+        z0, z1 = number_pair(tl.where(part < 2, w0, w2), tl.where(part < 2, w1, w3), LAW, ACC)
         z = tl.where(part % 2 == 0, z0, z1)
     return z
 
 
 @triton.jit(do_not_specialize=EXACT)
-def gaussian_fwd_kernel(
+def real_noise_fwd_kernel(
     x,  # [O, B, I] where EXPAND, else [O, K*B, I]
     y,  # [O, K*B, I]
     origin,  # [3]
     sample_ids,  # [K] or [K, B], or None
     K, B, I_units, lines, per_row, width_units, positions, share, column_blocks, blocks, part, stream, first_example, std,
-    ACC: tl.constexpr, EXPAND: tl.constexpr, MULTIPLY: tl.constexpr, PER_EXAMPLE: tl.constexpr, FORM: tl.constexpr,
+    LAW: tl.constexpr, ACC: tl.constexpr, EXPAND: tl.constexpr, MULTIPLY: tl.constexpr, PER_EXAMPLE: tl.constexpr, FORM: tl.constexpr,
     WRAPS: tl.constexpr, ALIGN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     I, width, pid = wide(I_units, ALIGN), wide(width_units, ALIGN), tl.program_id(0)
@@ -108,19 +142,19 @@ def gaussian_fwd_kernel(
                 if not EXPAND:
                     value = values[j].to(ACC)
                 sample = sample_of(sample_ids, s + j, b, B, inside, PER_EXAMPLE)
-                noise = std * normals_of(call, word, example, sample, the_stream, seed, FORM, ACC)
+                noise = std * numbers_of(call, word, example, sample, the_stream, seed, FORM, LAW, ACC)
                 result = value * (1.0 + noise) if MULTIPLY else value + noise
                 tl.store(at, result.to(y.dtype.element_ty), there)
             at += B * I
 
 
 @triton.jit(do_not_specialize=EXACT)
-def gaussian_bwd_kernel(
+def real_noise_bwd_kernel(
     dy,  # [O, K*B, I]
     dx,  # [O, B, I]
     origin, sample_ids,
     K, B, I_units, lines, per_row, width_units, positions, share, column_blocks, stream, first_example, std,
-    ACC: tl.constexpr, PER_EXAMPLE: tl.constexpr, FORM: tl.constexpr, WRAPS: tl.constexpr, ALIGN: tl.constexpr,
+    LAW: tl.constexpr, ACC: tl.constexpr, PER_EXAMPLE: tl.constexpr, FORM: tl.constexpr, WRAPS: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     I, width = wide(I_units, ALIGN), wide(width_units, ALIGN)
@@ -137,41 +171,41 @@ def gaussian_bwd_kernel(
         for j in tl.static_range(AHEAD):
             if s + j < K:
                 sample = sample_of(sample_ids, s + j, b, B, inside, PER_EXAMPLE)
-                total += values[j].to(ACC) * (1.0 + std * normals_of(call, word, example, sample, the_stream, seed, FORM, ACC))
+                total += values[j].to(ACC) * (1.0 + std * numbers_of(call, word, example, sample, the_stream, seed, FORM, LAW, ACC))
     tl.store(dx + row * I + i + column, total.to(dx.dtype.element_ty), there)
 
 
-def gaussian_fwd_triton(x: Tensor, y: Tensor, address: tuple, std: float, multiply: bool, expand: bool) -> None:
+def real_noise_fwd_triton(x: Tensor, y: Tensor, address: tuple, law: int, std: float, multiply: bool, expand: bool) -> None:
     """y = x * (1 + std * z), or x + std * z; address: the op's arguments from origin to share."""
     x = x.contiguous()
     examples = x.shape[1] if expand else x.shape[1] // address[2]
     values, tiles = address_values(x, examples, address, SIZE.value, True)
     with guard(x):
-        more = {"x": x, "y": y, "std": float_bits(std), "EXPAND": expand, "MULTIPLY": multiply}
+        more = {"x": x, "y": y, "std": float_bits(std), "LAW": law, "EXPAND": expand, "MULTIPLY": multiply}
         more |= {"AHEAD": 1} if expand else {}  # nothing is read from sample to sample
-        launch(gaussian_fwd_kernel, tiles.programs, tiles.warps, values | more)
+        launch(real_noise_fwd_kernel, tiles.programs, tiles.warps, values | more)
 
 
-def gaussian_bwd_triton(dy: Tensor, dx: Tensor, address: tuple, std: float) -> None:
+def real_noise_bwd_triton(dy: Tensor, dx: Tensor, address: tuple, law: int, std: float) -> None:
     """dx = sum over the samples of (1 + std * z) * dy."""
     dy = dy.contiguous()
     values, tiles = address_values(dy, dx.shape[1], address, SIZE.value, False)
     with guard(dy):
-        launch(gaussian_bwd_kernel, tiles.programs, tiles.warps, values | {"dy": dy, "dx": dx, "std": float_bits(std)})
+        launch(real_noise_bwd_kernel, tiles.programs, tiles.warps, values | {"dy": dy, "dx": dx, "std": float_bits(std), "LAW": law})
 
 
-def _gaussian(x: Tensor, *arguments) -> Tensor:
-    *address, std, multiply, expand = arguments
+def _real_noise(x: Tensor, *arguments) -> Tensor:
+    *address, law, std, multiply, expand = arguments
     y = x.new_empty(x.shape[0], x.shape[1] * address[2] if expand else x.shape[1], x.shape[2])
-    gaussian_fwd_triton(x, y, tuple(address), std, multiply, expand)
+    real_noise_fwd_triton(x, y, tuple(address), law, std, multiply, expand)
     return y
 
 
-def _gaussian_sum(dy: Tensor, *arguments) -> Tensor:
-    *address, std = arguments
+def _real_noise_sum(dy: Tensor, *arguments) -> Tensor:
+    *address, law, std = arguments
     dx = dy.new_empty(dy.shape[0], dy.shape[1] // address[2], dy.shape[2])
-    gaussian_bwd_triton(dy, dx, tuple(address), std)
+    real_noise_bwd_triton(dy, dx, tuple(address), law, std)
     return dx
 
 
-OPS = {"gaussian": _gaussian, "gaussian_sum": _gaussian_sum}
+OPS = {"real_noise": _real_noise, "real_noise_sum": _real_noise_sum}
