@@ -86,14 +86,14 @@ IWSGD_HD uint32_t keep_bits(const Words& words, uint32_t threshold) {
 }
 
 // Where a pack lies. kWhole: rows are whole packs; places past the last pack are then not asked for.
-struct Place {
+struct PackPlace {
   int64_t x, y;   // its first element, in [O, B, I] and in sample 0 of [O, K*B, I]
   int64_t o, b;   // outer index and example
   int64_t index;  // the element's number within the example
   int count;      // elements, kGroup but at the end of a row; none past the last pack
 
   template <bool kWhole>
-  IWSGD_HD Place(const CallWork& work, int64_t pack, std::bool_constant<kWhole>) {
+  IWSGD_HD PackPlace(const CallWork& work, int64_t pack, std::bool_constant<kWhole>) {
     const Layout& layout = work.call.layout;
     const int64_t known = kWhole || pack < work.total ? pack : work.total - 1;
     b = work.by_packs(known);
@@ -122,7 +122,7 @@ struct PackNoise {
   int64_t position, left;  // of the pack's first element; elements that share its draw, from it on
   Group group;             // of that position
 
-  IWSGD_HD PackNoise(const NoiseWork& work, const Place& place)
+  IWSGD_HD PackNoise(const NoiseWork& work, const PackPlace& place)
       : b(place.b), row(work.call.address.of_row(0, place.b, work.call.layout.examples)), keys(row.seed), position(place.index), left(1) {
     if constexpr (!kGroups) {
       const int64_t index = position;
@@ -178,7 +178,7 @@ struct Slots {
   const NoiseWork& work;
   int64_t warp_pack;  // the warp's first pack
   int lane;
-  Place own;
+  PackPlace own;
   int64_t x[kSlots], y[kSlots];  // first elements of the accesses, in [O, B, I] and in sample 0 of [O, K*B, I]
   bool inside[kSlots];
 
@@ -187,7 +187,7 @@ struct Slots {
         own(work, block * kBlock + thread, kWhole) {
     IWSGD_UNROLL
     for (int k = 0; k < kSlots; ++k) {
-      const Place place = place_of(source(k));
+      const PackPlace place = place_of(source(k));
       inside[k] = first(k) < place.count;
       x[k] = place.x + (inside[k] ? first(k) : 0);  // an element that can be read in any case
       y[k] = place.y + (x[k] - place.x);
@@ -206,17 +206,17 @@ struct Slots {
   // These two are for all lanes of a warp together.
 
   // x, y and count of another lane's pack; packs of one warp are less than 2^31 elements apart.
-  IWSGD_HD Place place_of(int source) const {
+  IWSGD_HD PackPlace place_of(int source) const {
     if constexpr (kSlots == 1) return own;
 #if defined(__CUDA_ARCH__)
-    Place place = own;
+    PackPlace place = own;
     place.x += static_cast<int>(__shfl_sync(0xFFFFFFFFu, low(own.x), source) - low(own.x));
     place.o += static_cast<int>(__shfl_sync(0xFFFFFFFFu, low(own.o), source) - low(own.o));
     place.count = __shfl_sync(0xFFFFFFFFu, own.count, source);
     place.y = place.of_sample_0(work);
     return place;
 #else
-    return Place(work, warp_pack + source, kWhole);
+    return PackPlace(work, warp_pack + source, kWhole);
 #endif
   }
 

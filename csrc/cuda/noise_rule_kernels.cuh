@@ -29,7 +29,7 @@ template <class T, bool kGroups>
 struct PackRule {
   using A = acc_t<T>;
   const NoiseWork& work;
-  const Place place;
+  const PackPlace place;
   Elements<int32_t, 4> thresholds[2];  // where kGroups
   const PackNoise<kGroups> noise;
   const Affine<T>& map;
@@ -37,7 +37,7 @@ struct PackRule {
   A factor[kGroup];      // of element j where it is kept
 
   // first: the first noise sample. Its thresholds are loaded before the keys are waited for.
-  IWSGD_HD PackRule(const NoiseWork& work, const Affine<T>& map, const Place& place, int first)
+  IWSGD_HD PackRule(const NoiseWork& work, const Affine<T>& map, const PackPlace& place, int first)
       : work(work), place(place), noise((load_thresholds(first), work), place), map(map),
         by_sample(!kGroups || (work.rule.threshold_rows != 1 && work.rule.threshold_rows != work.call.layout.examples)) {
     set_factors();
@@ -111,7 +111,7 @@ template <class T, int V, bool kGroups, bool kExpand>
 IWSGD_HD void noise_rule_fwd(const NoiseWork& work, const T* x, T* y, const Affine<T>& map, int part, int64_t block, int which,
                              int thread) {
   constexpr int kSlots = kGroup / V;
-  const Place place(work, block * kBlock + thread, std::bool_constant<kGroups>{});
+  const PackPlace place(work, block * kBlock + thread, std::bool_constant<kGroups>{});
   if (place.count == 0) return;
   const int begin = which * part, end = std::min(begin + part, static_cast<int>(work.call.samples));
   const int64_t row = place.y + begin * work.step;  // in [O, K*B, I], of the first sample
@@ -155,7 +155,7 @@ IWSGD_HD void noise_rule_fwd(const NoiseWork& work, const T* x, T* y, const Affi
 template <class T, int V, bool kGroups>
 IWSGD_HD void noise_rule_bwd(const NoiseWork& work, const T* dy, T* dx, const Affine<T>& map, int64_t block, int thread) {
   constexpr int kSlots = kGroup / V, kSamples = kGroups ? kAhead<T, V> : 1;
-  const Place place(work, block * kBlock + thread, std::bool_constant<kGroups>{});
+  const PackPlace place(work, block * kBlock + thread, std::bool_constant<kGroups>{});
   if (place.count == 0) return;
   PackRule<T, kGroups> rule(work, map, place, 0);
   const T* from = dy + place.y;
