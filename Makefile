@@ -21,9 +21,10 @@ PYTEST = $(PY) -m pytest $$($(PY) -c 'import xdist' 2> /dev/null && printf %s '-
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 NATIVE_SOURCES := $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/* csrc/python/*)
+FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE_SOURCES) $(wildcard csrc/test/* tools/*.cu))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo demo-short test test-fast test-models ctest bench gpu gpu-first gpu-second lint clean distclean FORCE
+.PHONY: help setup build demo demo-short test test-fast test-models ctest bench gpu gpu-first gpu-second lint format clean distclean FORCE
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -97,9 +98,27 @@ gpu-first:  ## what to know of new kernels on a GPU, in 210 seconds: build, exer
 gpu-second:  ## then, in 240 seconds: build, exercise, timing, the tests of the CUDA kernels
 	$(call GPU,second)
 
-lint: $(VENV)/.ready  ## check the Python code with ruff
-	@$(PY) -m ruff --version > /dev/null 2>&1 || $(SETUP) ruff
-	$(PY) -m ruff check $(or $(ARGS),.)
+# The versions that pyproject.toml names in its extra "lint". When that file changes they are looked at again.
+$(VENV)/.lint: $(VENV)/.ready
+	@$(SETUP) lint
+	@touch $@
+
+# Through Python, which also finds a package that .venv sees in the outer interpreter; the program would not be on the PATH.
+CLANG_FORMAT = $(PY) -c 'from clang_format import clang_format; clang_format()'
+
+lint: $(VENV)/.lint  ## check form and types of the sources (make format mends the form)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	@echo 'clang-format --dry-run -Werror, of $(words $(FORMATTED)) files'
+	@$(CLANG_FORMAT) --dry-run -Werror $(FORMATTED)
+	$(PY) -m mypy
+	$(PY) -m mypy --strict tests/public_names.py
+
+format: $(VENV)/.lint  ## put the sources into form: ruff, clang-format
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	@echo 'clang-format -i, of $(words $(FORMATTED)) files'
+	@$(CLANG_FORMAT) -i $(FORMATTED)
 
 clean:  ## remove what was built
 	rm -rf build dist *.egg-info iwsgd_ext/*.so .pytest_cache .hypothesis .ruff_cache $(VENV)/.built

@@ -47,7 +47,7 @@ _triton_version = ""
 _interpreting = False  # whether Triton interprets its kernels, on the CPU, in this process
 
 
-def constant_in_graphs(function: Callable) -> Callable:
+def constant_in_graphs(function: Any) -> Any:
     """:func:`torch.compiler.assume_constant_result` without its import of the compiler, which takes longer than all of this package."""
     function._dynamo_marked_constant = True
     return function
@@ -178,7 +178,7 @@ def _has_triton() -> bool:
     """Whether Triton's kernels are there. They are imported for it, on first use: import triton takes longer than all of this package."""
     if _built["triton"] is None:
         _built["triton"] = _load_triton()
-    return _built["triton"]
+    return bool(_built["triton"])
 
 
 def _load_triton() -> bool:
@@ -259,7 +259,7 @@ def backend_of(device: torch.device) -> str:
     return _forced
 
 
-def backend_info() -> dict:
+def backend_info() -> dict[str, Any]:
     """What is in use and why, as a dict to print or to file with a bug report.
 
     Keys: ``forced`` (a name or None), ``cpu`` and ``cuda`` (the backend for tensors there, with the reason), ``built``
@@ -272,7 +272,7 @@ def backend_info() -> dict:
         True
     """
     built = {**_built, "triton": _has_triton()}
-    info = {"torch": torch.__version__, "triton": _triton_info(), "forced": _forced, "built": built}
+    info: dict[str, Any] = {"torch": torch.__version__, "triton": _triton_info(), "forced": _forced, "built": built}
     for kind in ("cpu", "cuda"):
         if _forced is not None:
             info[kind] = f"{_forced}: asked for by IWSGD_BACKEND or set_backend"
@@ -286,9 +286,9 @@ def backend_info() -> dict:
     return info
 
 
-def _build_info() -> dict | str:
+def _build_info() -> dict[str, Any] | str:
     try:
-        from . import _info
+        from . import _info  # type: ignore[attr-defined]  # compiled
     except ImportError as error:
         if _built["cpu"]:
             return f"not known: the operators are built, but the module that tells of their build is missing ({error})"

@@ -1,6 +1,7 @@
 """Noise at an address that is given: no context, no state. The same address gives the same noise on every backend."""
 
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -59,6 +60,25 @@ _RATES = """
             Or a tensor of probabilities that broadcasts to what is drawn of x (its rows: 1, B, or as x), float, without gradient."""
 
 
+class _Form(Protocol):
+    """The signature of every form below."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        p: float | Tensor = 0.5,
+        *,
+        samples: int = 1,
+        seed: int | Tensor,
+        stream: int | Tensor = 0,
+        sample_ids: Tensor | Sequence[int] | None = None,
+        first_example: int | Tensor = 0,
+        expand: bool = True,
+        batch_dim: int = 0,
+        out: Tensor | None = None,
+    ) -> Tensor: ...
+
+
 def _form(
     name: str,
     unit: Unit,
@@ -67,7 +87,7 @@ def _form(
     dims: tuple[int, ...] | None,
     example: str,
     rule_of: Callable[[float], Rule] = dropout_rule,
-):
+) -> _Form:
     rates = rule_of is dropout_rule  # whether p may be a tensor
 
     def form(
@@ -83,10 +103,11 @@ def _form(
         batch_dim: int = 0,
         out: Tensor | None = None,
     ) -> Tensor:
+        rule: Any = p
         if not (rates and isinstance(p, Tensor)):
-            check_probability(p)
-            p = rule_of(p)
-        return _noise(x, p, unit, shape, dims, samples, seed, stream, sample_ids, first_example, expand, batch_dim, out)
+            check_probability(rule)
+            rule = rule_of(rule)
+        return _noise(x, rule, unit, shape, dims, samples, seed, stream, sample_ids, first_example, expand, batch_dim, out)
 
     form.__name__ = form.__qualname__ = name
     result = "x * keep / (1 - p)" if rates else "keep ? a * x + b : a * alpha + b"
@@ -222,7 +243,26 @@ _REAL_ARGS = """
     """
 
 
-def _real_form(name: str, law: Law, summary: str):
+class _RealForm(Protocol):
+    """The signature of every form below."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        std: float = 1.0,
+        *,
+        multiply: bool = False,
+        samples: int = 1,
+        seed: int | Tensor,
+        stream: int | Tensor = 0,
+        sample_ids: Tensor | Sequence[int] | None = None,
+        first_example: int | Tensor = 0,
+        expand: bool = True,
+        batch_dim: int = 0,
+    ) -> Tensor: ...
+
+
+def _real_form(name: str, law: Law, summary: str) -> _RealForm:
     def form(
         x: Tensor,
         std: float = 1.0,
@@ -354,7 +394,13 @@ def scaled_dot_product_attention(
     batch = rows if expand else rows // samples
 
     def noise(probabilities: Tensor) -> Tensor:
-        address = {"samples": samples, "seed": seed, "stream": stream, "sample_ids": sample_ids, "first_example": first_example}
+        address: dict[str, Any] = {
+            "samples": samples,
+            "seed": seed,
+            "stream": stream,
+            "sample_ids": sample_ids,
+            "first_example": first_example,
+        }
         return dropout(probabilities, dropout_p, expand=probabilities.shape[0] == batch, **address)
 
     masks = [] if attn_mask is None else [attn_mask]
@@ -408,7 +454,7 @@ def drop_connect(
         raise ValueError(f"x: expected a number of rows divisible by samples={samples} where expand=False, got {x.shape[batch_dim]} rows")
     if isinstance(sample_ids, Tensor) and sample_ids.dim() != 1:
         raise ValueError(f"sample_ids: expected [{samples}], as all examples of a sample share weights, got {tuple(sample_ids.shape)}")
-    address = {"samples": samples, "seed": seed, "sample_ids": sample_ids}
+    address: dict[str, Any] = {"samples": samples, "seed": seed, "sample_ids": sample_ids}
     weights = dropout(weight.reshape(1, -1), p, stream=stream, **address).view(samples, *weight.shape)
     if bias is not None and drop_bias:
         bias = dropout(bias[None], p, stream=stream + 1, **address)

@@ -16,6 +16,8 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
+import iwsgd_ext
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -29,6 +31,7 @@ def sources(folder: Path) -> Path:
     for name in ("csrc/cpu/ops.cpp", "csrc/python/info.cpp", "iwsgd_ext/__init__.py", "iwsgd_ext/ops/triton/__init__.py"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
+    (folder / "iwsgd_ext" / "__init__.py").write_text('__version__ = "1.2.3"\n')
     return folder
 
 
@@ -51,7 +54,7 @@ def test_operators_are_built_without_pythons_headers(tmp_path):
 
 
 def binaries_of_wheel(folder: Path) -> set[str]:
-    (wheel,) = (folder / "dist").glob("*.whl")
+    (wheel,) = (folder / "dist").glob("iwsgd_ext-1.2.3-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         assert "iwsgd_ext/py.typed" in archive.namelist()
         return {name for name in archive.namelist() if name.endswith((".so", ".dll"))}
@@ -61,7 +64,7 @@ def binaries_of_wheel(folder: Path) -> set[str]:
 @needs_compiler
 @pytest.mark.parametrize("native", ["0", "1"])
 def test_wheel_holds_what_was_built(tmp_path, native):
-    """Nothing that lay about: built in place, for another Python, by an earlier version, or named by its list of sources."""
+    """Of files that lay about none: built in place, for another Python, by an earlier version, or named by its list of sources."""
     sources(tmp_path)
     (tmp_path / "iwsgd_ext" / "py.typed").touch()
     platform = f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
@@ -114,12 +117,43 @@ def test_setuptools_that_is_too_old(tmp_path):
     assert done.stderr == "iwsgd_ext is built with setuptools, and this Python has none: python -m pip install setuptools\n"
 
 
-def test_set_up_and_build_want_the_same_packages():
-    """tools/setup_env.py and pyproject.toml."""
-    environment = runpy.run_path(str(ROOT / "tools" / "setup_env.py"))
-    asked = {*environment["REQUIRED"], *environment["OPTIONAL"]}
-    listed = re.findall(r'"((?:setuptools>|ninja|pybind11|triton>)[^"]*)"', (ROOT / "pyproject.toml").read_text())
-    assert len(listed) == 5 and set(listed) <= asked
+def test_the_version_stands_once(tmp_path):
+    """In the package, where the build and the benchmarks read it."""
+    assert setup(sources(tmp_path), "--version").stdout.split()[-1] == "1.2.3"
+    assert re.fullmatch(r"\d+\.\d+\.\d+", iwsgd_ext.__version__)
+    assert f"[{iwsgd_ext.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.fixture
+def environment():
+    """The functions of tools/setup_env.py."""
+    return runpy.run_path(str(ROOT / "tools" / "setup_env.py"))
+
+
+def test_set_up_reads_the_lists_of_pyproject(environment):
+    """What the build, the tests and the lint take, and none of the lists beside them."""
+    assert environment["listed"]("requires")[0].startswith("setuptools>=")
+    assert {"pytest", "triton>=3.6; sys_platform == 'linux'"} <= set(environment["listed"]("test"))
+    assert [environment["name_of"](r) for r in environment["listed"]("lint")] == ["ruff", "mypy", "clang-format"]
+    assert all("==" in r for r in environment["listed"]("lint")), "a linter's next release must not fail a check that passed"
+
+
+@pytest.mark.parametrize(
+    ("requirement", "has", "fetched"),
+    [
+        ("ruff==0.17.6", "0.17.6", False),
+        ("ruff==0.17.6", "0.17.10", True),
+        ("setuptools>=77", "77.0.3", False),
+        ("setuptools>=77", "9.5", True),
+        ("triton>=3.6; sys_platform == 'linux'", "3.10.0", False),
+        ("rich", "1", False),
+        ("rich", None, True),
+    ],
+)
+def test_what_set_up_fetches(environment, requirement, has, fetched):
+    missing = environment["missing"]
+    missing.__globals__["versions"] = lambda python, names: {} if has is None else dict.fromkeys(names, has)
+    assert missing([requirement]) == [requirement] * fetched
 
 
 @pytest.fixture
@@ -297,7 +331,12 @@ def test_make_in_a_path_with_spaces(tmp_path):
     assert make("demo") == ["python examples/digits.py"]
     assert make("bench") == ["python -m bench"]
     assert make("test-models") == ["python tools/test_models.py"]
-    assert make("lint")[-1] == "python -m ruff check ."
+    lint = make("lint")
+    assert [line.split(" -")[0] for line in lint[:1]] == ["python tools/setup_env.py"] and lint[0].endswith(" lint")
+    assert lint[1:3] == ["python -m ruff check .", "python -m ruff format --check ."]
+    assert lint[3].endswith("--dry-run -Werror csrc/cpu/noise.cpp")
+    assert lint[4:] == ["python -m mypy", "python -m mypy --strict tests/public_names.py"]
+    assert make("format")[-1].endswith(" -i csrc/cpu/noise.cpp")
     for target, plan in {"gpu": "full", "gpu-first": "first", "gpu-second": "second"}.items():
         assert make(target) == [f"python tools/gpu.py {plan} --out {tmp_path / 'out of it'}"]
     assert make("test-fast")[-1].startswith("python -m pytest ")

@@ -1,9 +1,11 @@
 """Makes .venv with what iwsgd_ext is built, tested and shown with; fetches only what is not on the machine already.
 
-    python3 tools/setup_env.py [--torch REQUIREMENT] [PACKAGE ...]
+    python3 tools/setup_env.py [--torch REQUIREMENT] [EXTRA ...]
 
 Standard library only. A .venv that is there already is completed, not made anew. torch is looked for in .venv, then in the
-Python that runs this script, and only then fetched; further PACKAGEs (such as ruff) are required ones.
+Python that runs this script, and only then fetched. The packages are those that pyproject.toml lists: what the build requires and the
+extra "test". Of these setuptools, numpy and pytest must be had; without the others there is less to run. A further EXTRA (such as lint)
+must be had whole.
 """
 
 import sys
@@ -28,17 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 TORCH, OLDEST_TORCH = "torch==2.13.0", (2, 11)
-REQUIRED = {"numpy": "the package itself", "setuptools>=77": "the build", "pytest": "the tests"}
-OPTIONAL = {
-    "ninja": "quicker builds",
-    "pybind11>=2.12": "the build information module (torch's copy serves without it)",
-    "hypothesis": "property tests",
-    "pytest-xdist": "tests on all cores",
-    "scikit-learn": "the demo and the tests of the examples",
-    "matplotlib": "the demo's figures",
-    "rich": "the demo's and the benchmarks' tables",
-    "triton>=3.6; sys_platform == 'linux'": "the tests of the Triton kernels",
-}
+NEEDED = ("numpy", "setuptools", "pytest")
 VERSIONS = """
 import importlib.metadata, json, sys
 versions = {}
@@ -68,6 +60,12 @@ def numbers(version: str) -> tuple[int, ...]:
     return tuple(int(n) for n in re.match(r"\d+(\.\d+)*", version)[0].split("."))
 
 
+def listed(key: str) -> list[str]:
+    """The requirements of a list in pyproject.toml. (Python 3.10 has no tomllib.)"""
+    found = re.search(rf"^{key} = \[(.*?)\]$", (ROOT / "pyproject.toml").read_text().split("[tool.", 1)[0], re.MULTILINE | re.DOTALL)
+    return re.findall(r'"([^"]+)"', found[1])
+
+
 def versions(python: Path | str, names: list[str]) -> dict[str, str]:
     found = run(python, "-c", VERSIONS, *names)
     return json.loads(found.stdout.splitlines()[-1]) if found.returncode == 0 else {}
@@ -80,8 +78,11 @@ def missing(requirements: list[str]) -> list[str]:
         name = name_of(requirement)
         if name == "ninja" and shutil.which("ninja"):
             return True
-        at_least = re.search(r">=([\d.]+)", requirement)
-        return name in have and (at_least is None or numbers(have[name]) >= numbers(at_least[1]))
+        bound = re.match(r"[A-Za-z0-9._-]+(>=|==)([\d.]+)", requirement)
+        if name not in have or bound is None:
+            return name in have
+        has, wanted = numbers(have[name]), numbers(bound[2])
+        return has == wanted if bound[1] == "==" else has >= wanted
 
     return [r for r in requirements if not found(r)]
 
@@ -138,24 +139,24 @@ def install(requirements: list[str]) -> bool:
     return done.returncode == 0
 
 
-def install_missing(purposes: dict[str, str], required: bool) -> None:
-    wanted = missing(list(purposes))
+def install_missing(requirements: list[str], needed: bool) -> None:
+    wanted = missing(requirements)
     if not wanted:
         return
     say(f"fetching {', '.join(wanted)}")
     if install(wanted):
         return
-    if required:
-        sys.exit("setup: could not be fetched, and is needed: " + "; ".join(f"{r} (for {purposes[r]})" for r in wanted))
+    if needed:
+        sys.exit(f"setup: could not be fetched, and must be had: {', '.join(wanted)}")
     for requirement in wanted:
         if len(wanted) == 1 or not install([requirement]):
-            say(f"going on without {requirement}, which is for {purposes[requirement]}")
+            say(f"going on without {requirement}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--torch", default=TORCH, metavar="REQUIREMENT", help=f"what pip fetches where no torch is found (default {TORCH})")
-    parser.add_argument("packages", nargs="*", metavar="PACKAGE", help="further packages to have")
+    parser.add_argument("extras", nargs="*", metavar="EXTRA", help="further extras of pyproject.toml to have")
     args = parser.parse_args()
 
     make_venv()
@@ -163,8 +164,9 @@ def main() -> None:
         say(f"no torch on this Python: fetching {args.torch} (some minutes)")
         if not install([args.torch]):
             sys.exit(f"setup: {args.torch} could not be fetched; choose a Python that has torch (make PYTHON=...)")
-    install_missing({**REQUIRED, **dict.fromkeys(args.packages, "what was asked for")}, required=True)
-    install_missing(OPTIONAL, required=False)
+    packages = ["numpy", *listed("requires"), *listed("test")]
+    install_missing([p for p in packages if name_of(p) in NEEDED] + [p for extra in args.extras for p in listed(extra)], needed=True)
+    install_missing([p for p in packages if name_of(p) not in NEEDED], needed=False)
 
     check = run(PYTHON, "-c", "import numpy, torch; print('torch', torch.__version__, 'in', torch.__path__[0])")
     if check.returncode != 0:

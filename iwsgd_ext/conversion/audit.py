@@ -116,6 +116,7 @@ def audit(model: nn.Module, *example_inputs: Any, verify: bool = True, gradients
 
 def _verified(model: nn.Module, args: tuple, kwargs: dict, verify: bool, gradients: bool) -> Verification | None:
     conversion = conversion_of(model)
+    assert conversion is not None
     if not args and not kwargs:
         return conversion.verification
     with warnings.catch_warnings():
@@ -126,6 +127,7 @@ def _verified(model: nn.Module, args: tuple, kwargs: dict, verify: bool, gradien
 
 def _report(model: nn.Module, converted: bool, verification: Verification | None) -> Audit:
     conversion = conversion_of(model)
+    assert conversion is not None
     layers = []
     for name, module in model.named_modules():
         was = original_class(module)

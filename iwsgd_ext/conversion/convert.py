@@ -4,7 +4,7 @@ import functools
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,12 @@ from .swaps import SWAPS, draws, idle_modules, original_class, rate_of, swap, un
 from .verify import Verification, verify_conversion
 
 _CONVERSION = "_iw_conversion"  # on a converted model
+Model = TypeVar("Model", bound=nn.Module)
 _FORWARD = "_iw_forward"  # on one that had a forward of its own, beside its class'
 
 
 def convert(
-    model: nn.Module,
+    model: Model,
     samples: int,
     *,
     expand: str = "axis",
@@ -39,7 +40,7 @@ def convert(
     one_by_one: Sequence[str] = (),
     strict: bool = False,
     verify: bool = True,
-) -> nn.Module:
+) -> Model:
     """Swaps every noise layer of a model for its IW form, in place, catches its functional dropout, and lets the model open its own
     sampling context: in training ``model(x)`` of B rows returns S*B rows, sample-major; in eval mode nothing changes.
 
@@ -125,7 +126,7 @@ SCALAR_OUTPUT = (
 )
 
 
-def revert(model: nn.Module) -> nn.Module:
+def revert(model: Model) -> Model:
     """Undoes :func:`convert`, in place: torch's own layers are back.
 
     Example:
@@ -140,9 +141,10 @@ def revert(model: nn.Module) -> nn.Module:
         raise ValueError("model: expected a converted one (iw.convert), got one that is not")
     if not class_swap.has(model, Converted):
         raise ValueError(f"model: expected one whose class iw.convert has set, but something has made it a {type(model).__name__} since")
-    conversion_of(model).remove_hooks(model)
-    for name in list(conversion_of(model).lane_by_lane):
-        conversion_of(model).run_on_axis(model, name)
+    conversion: Conversion = getattr(model, _CONVERSION)
+    conversion.remove_hooks(model)
+    for name in list(conversion.lane_by_lane):
+        conversion.run_on_axis(model, name)
     unswap(model)
     class_swap.take(model)
     delattr(model, _CONVERSION)
@@ -170,7 +172,8 @@ def check_convertible(model: nn.Module, expand: str, batch_norm: str, one_by_one
                 f"model: expected one that is not converted, but {repr(name) if name else 'it'} was swapped by the conversion of a model "
                 "around this one, which expands the rows for all its parts; iw.revert(that model) undoes it"
             )
-        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        lazy: Any = module
+        if isinstance(module, LazyModuleMixin) and lazy.has_uninitialized_params():
             raise ValueError(f"model: expected initialised parameters, but {name or 'the model'} is lazy; run the model once before")
     if expand not in ("axis", "first", "input") and expand not in names:
         raise ValueError(f"expand: expected 'axis', 'first', 'input' or a submodule's name, got {expand!r}")
@@ -397,7 +400,8 @@ class Conversion:
                     "the model eagerly, or convert it with rows (expand='input') and compile that."
                 )
             return sample_axis.run(model, own, args, kwargs, context, LaneRules(), dim, batch)
-        before, stream, tried = None if self.looked else Snapshot(model, inputs), context.stream, []
+        before, stream = None if self.looked else Snapshot(model, inputs), context.stream
+        tried: list[Any] = []
         while True:
             try:
                 if "" in self.lane_by_lane:

@@ -41,7 +41,7 @@ class BoundCurve(NamedTuple):
         rows = zip(*(column.tolist() for column in self), strict=True)
         return "\n".join([f"{'samples':>8}{'bound':>13}{'std. error':>13}", *(f"{s:8d}{b:13.4f}{e:13.4f}" for s, b, e in rows)])
 
-    def plot(self, ax=None):
+    def plot(self, ax: Any = None) -> Any:
         """Draws it, see :func:`iwsgd_ext.plots.bound`."""
         return plots.bound(self, ax)
 
@@ -102,7 +102,9 @@ def bound_curve(
         raise TypeError(f"loss_fn: expected IWCrossEntropyLoss, IWLoss or an object with log_likelihood, got {type(loss_fn).__name__}")
     alpha = getattr(loss_fn, "alpha", 1.0)
     check_alpha(alpha)
-    curves, weights, first = [], [], 0
+    curves: list[Tensor] = []
+    weights: list[Tensor] = []
+    first = 0
     with noisy_evaluation(model):
         for batch in _with_bar(batches) if progress else batches:
             if not isinstance(batch, tuple | list) or len(batch) != 2:

@@ -1,6 +1,7 @@
 """Forward passes of an evaluation: noise on, all else in eval mode, some noise samples at a time, all with one seed."""
 
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,12 +19,12 @@ from ..layers.context import sampling
 
 
 @contextmanager
-def noisy_evaluation(model: nn.Module):
+def noisy_evaluation(model: nn.Module) -> Iterator[None]:
     """Noise layers in training, everything else in eval mode; no gradient."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     noisy = [module for module in model.modules() if _is_noise_layer(module)]
-    conversions = [conversion_of(module) for module in model.modules() if conversion_of(module) is not None]
+    conversions = [conversion for module in model.modules() if (conversion := conversion_of(module)) is not None]
     functional = any(conversion.has_noise or not conversion.looked for conversion in conversions)  # unknown until a training forward
     if not noisy and not functional:
         raise ValueError("model: expected one with noise layers of this package (iw.convert puts them in), got none")

@@ -19,12 +19,14 @@ from torch import Tensor
 from ..stats import IWStats
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from .bound_curve import BoundCurve  # which draws itself by this file
 
 LINE, BARS, BAND = "#1f4e79", "#7fa3c7", "#c9d8e8"  # dark, medium and light grey when printed without colour
 
 
-def bound(curve: "BoundCurve", ax=None):
+def bound(curve: "BoundCurve", ax: "Axes | None" = None) -> "Axes":
     """The bound against the number of noise samples, with a band of one standard error either way.
 
     Args:
@@ -51,7 +53,7 @@ def bound(curve: "BoundCurve", ax=None):
     return ax
 
 
-def weights(stats: IWStats | Tensor, ax=None):
+def weights(stats: IWStats | Tensor, ax: "Axes | None" = None) -> "Axes":
     """Histogram of importance weights, as shares of the equal weight 1/S: 1 is what an unweighted mean gives, S all there is.
 
     Args:
@@ -84,7 +86,7 @@ def weights(stats: IWStats | Tensor, ax=None):
     return ax
 
 
-def effective_sample_size(path: str | os.PathLike, ax=None):
+def effective_sample_size(path: "str | os.PathLike[str]", ax: "Axes | None" = None) -> "Axes":
     """Effective sample size over training, from the CSV file of a :class:`iwsgd_ext.StatsLogger`: mean, and the range of 90% of examples.
 
     Args:

@@ -68,7 +68,8 @@ def predict(
     if reduce not in ("arithmetic", "geometric"):
         raise ValueError(f"reduce: expected 'arithmetic' or 'geometric', got {reduce!r}")
     check(log_prob is None or reduce == "arithmetic", "reduce", "'arithmetic' with log_prob", repr(reduce))
-    total, summed = None, torch.logaddexp if reduce == "arithmetic" else torch.add
+    total: Any = None
+    summed = torch.logaddexp if reduce == "arithmetic" else torch.add
     with noisy_evaluation(model):
         for k, output in passes_of(model, x, samples, chunk, seed, first_example, True):
             log_p = _log_softmax(output, class_dim) if log_prob is None else log_prob(output)

@@ -5,6 +5,7 @@ rows is projected, and where queries and keys both have, soft-maxed, once for al
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -216,8 +217,8 @@ class IWMultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
-        weights = {"need_weights": need_weights, "average_attn_weights": average_attn_weights}
+        masks: dict[str, Any] = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
+        weights: dict[str, Any] = {"need_weights": need_weights, "average_attn_weights": average_attn_weights}
         if not self.training or (self.dropout == 0 and self._rows_are_alike(query, key, value, **masks)):
             return super().forward(query, key, value, is_causal=is_causal, **masks, **weights)
         check_probability(self.dropout, "dropout")
@@ -227,9 +228,9 @@ class IWMultiheadAttention(nn.MultiheadAttention):
         if query.dim() == 2:
             check(current() is None, "query", "rows to expand, [rows, T, E] or [T, rows, E], in iw.sampling", "an unbatched one")
             padding = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-            batched = (x.unsqueeze(dim) for x in (query, key, value))
-            out, mean = self.forward(*batched, padding, attn_mask=attn_mask, **weights)
-            return out.squeeze(dim), mean.squeeze(0) if need_weights else None
+            q, k, v = (x.unsqueeze(dim) for x in (query, key, value))
+            out, mean = self.forward(q, k, v, padding, attn_mask=attn_mask, **weights)
+            return out.squeeze(dim), None if mean is None else mean.squeeze(0)
         for name, x in (("query", query), ("key", key), ("value", value)):
             check(x.dim() == 3, name, "[rows, T, E] where batch_first, else [T, rows, E]", tuple(x.shape))
         length, positions = query.shape[1 - dim], key.shape[1 - dim]

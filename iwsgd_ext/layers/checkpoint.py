@@ -66,7 +66,7 @@ def mend_running_checkpoint(mode: Any, around: tuple | None) -> None:
         return
     if getattr(pack, "__module__", None) != "torch.utils.checkpoint":
         return
-    frame = dict(zip(pack.__code__.co_freevars, pack.__closure__ or (), strict=True)).get("frame")
+    frame: Any = dict(zip(pack.__code__.co_freevars, pack.__closure__ or (), strict=True)).get("frame")
     frame = frame.cell_contents if frame is not None else None
     if hasattr(frame, "recompute_fn") and not isinstance(frame.recompute_fn, _Recompute):
         frame.recompute_fn = _Recompute(frame.recompute_fn, mode)
@@ -83,7 +83,7 @@ class _Recompute:
             return self.function(*args, **kwargs)
 
 
-def checkpoint(function: Callable, *args, use_reentrant: bool = False, **kwargs) -> Any:
+def checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool = False, **kwargs: Any) -> Any:
     """:func:`torch.utils.checkpoint.checkpoint` for functions with noise layers: the recompute draws the same noise.
 
     The sampling context (seed, stream, B, place of expansion) is saved at the call and put back while the function is computed
@@ -112,7 +112,7 @@ def checkpoint(function: Callable, *args, use_reentrant: bool = False, **kwargs)
     return torch_checkpoint(_Replayed(function), *args, use_reentrant=use_reentrant, **kwargs)
 
 
-def checkpoint_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+def checkpoint_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """For code that calls torch.utils.checkpoint itself: ``context_fn=iw.checkpoint_contexts``, with ``use_reentrant=False``.
 
     Hugging Face: ``model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": iw.checkpoint_contexts})``.

@@ -32,7 +32,7 @@ NO_TASK = -1  # where no backward pass is running
 
 
 class _Stack(threading.local):
-    def __init__(self):
+    def __init__(self) -> None:
         self.contexts: list[sampling] = []
         self.task = NO_TASK  # the backward pass in which a recompute has put these contexts here
         self.suspended: list[tuple] = []  # what stood here before
@@ -93,7 +93,7 @@ class sampling:
         self,
         samples: int,
         *,
-        seed: int | None = None,
+        seed: int | Tensor | None = None,
         sample_ids: Tensor | Sequence[int] | None = None,
         first_example: int | Tensor | None = None,
         expand: str = "first",
@@ -109,7 +109,7 @@ class sampling:
         self.expand = expand
         self.batch_dim = as_int("batch_dim", batch_dim)
         self.stream = 0
-        self.watch = None  # in a verification or an evaluation: what notes the calls that draw noise
+        self.watch: Any = None  # in a verification or an evaluation: what notes the calls that draw noise
         self.batch: int | None = None  # B, once the first noise call has fixed it
         self.entered = False
         self.task = NO_TASK  # the backward pass inside which it was entered
@@ -138,7 +138,7 @@ class sampling:
         _stack.contexts.append(self)
         return self
 
-    def __exit__(self, _, error: BaseException | None, *__) -> None:
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
         _stack.contexts.remove(self)
         if error is not None:
             self.explain(error)
@@ -170,7 +170,7 @@ class sampling:
             self._origin is not None,
         )
 
-    def again(self, *moment) -> "sampling":
+    def again(self, *moment: Any) -> "sampling":
         """A copy that draws this context's noise as from an earlier moment."""
         context, drawn = copy.copy(self), moment[-1]
         context.entered, context.owner = False, running_task()
@@ -184,18 +184,18 @@ class sampling:
         if self._origin is None:
             tensors = (v for v in chain(inputs, model.parameters(), model.buffers()) if isinstance(v, Tensor))
             on = next(tensors, None)
-            self._origin_on(on.device if on is not None else torch.device("cpu"))
+            return self._origin_on(on.device if on is not None else torch.device("cpu"))
         return self._origin
 
-    def changed(self, **attributes) -> "_Changed":
+    def changed(self, **attributes: Any) -> "_Changed":
         """Other values of attributes, inside of a with-block."""
         return _Changed(self, attributes)
 
-    def lane(self, sample_ids: Tensor, axis) -> AbstractContextManager:
+    def lane(self, sample_ids: Tensor, axis: Any) -> AbstractContextManager[None]:
         """The context as one lane of a sample axis has it: of one noise sample, which in each lane is another."""
         return self.changed(samples=1, sample_ids=sample_ids, expand="none", axis=axis)
 
-    def below(self) -> AbstractContextManager:
+    def below(self) -> AbstractContextManager[None]:
         """The context of a lane, below the axis."""
         return self.changed(axis=None, sample_ids=self.sample_ids)
 

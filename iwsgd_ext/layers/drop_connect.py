@@ -1,5 +1,7 @@
 """Noise on the weights of a linear layer: one weight mask for each noise sample, all samples' products in one batched call."""
 
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -54,8 +56,8 @@ class IWDropConnect(nn.Linear):
         *,
         drop_bias: bool = False,
         batch_dim: int | None = None,
-        device=None,
-        dtype=None,
+        device: Any = None,
+        dtype: Any = None,
     ):
         check_probability(p)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
@@ -88,7 +90,7 @@ class IWDropConnect(nn.Linear):
             batch_dim = check_linear(x, self.weight, self.bias, context.batch_dim if self.batch_dim is None else self.batch_dim)
             rows = x.shape[batch_dim]
             expand = context.examples(rows) == rows
-        weights, bias = self._noisy(self.weight), self.bias
+        weights, bias = self._noisy(self.weight), cast("Tensor | None", self.bias)
         if self.drop_bias and bias is not None:
             bias = self._noisy(bias)
         return product(x, weights, bias, expand, batch_dim)

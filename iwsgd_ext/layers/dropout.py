@@ -191,7 +191,7 @@ class IWAdaptiveDropout(_Dropout):
     def __init__(self, *, batch_dim: int | None = None):
         super().__init__(0.0, batch_dim=batch_dim)
 
-    def forward(self, x: Tensor, p: Tensor) -> Tensor:
+    def forward(self, x: Tensor, p: Tensor) -> Tensor:  # type: ignore[override]  # the rates come with the call
         if not self.training:
             return x
         if not isinstance(p, Tensor):

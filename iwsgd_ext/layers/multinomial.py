@@ -1,5 +1,7 @@
 """The layer of multinomial dropout."""
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch._C._functorch import is_batchedtensor
 
@@ -45,11 +47,12 @@ class IWMultinomialDropout(nn.modules.dropout._DropoutNd):
         check_rate(p)
         super().__init__(p)
         self.evolutional = isinstance(probabilities, str)
-        if self.evolutional and probabilities != "evolutional":
+        if isinstance(probabilities, str) and probabilities != "evolutional":
             raise ValueError(f"probabilities: expected a tensor, None or 'evolutional', got {probabilities!r}")
-        if not self.evolutional and probabilities is not None:
-            check_probabilities(probabilities)
-        self.register_buffer("probabilities", None if self.evolutional else probabilities, persistent=False)
+        given = None if isinstance(probabilities, str) else probabilities
+        if given is not None:
+            check_probabilities(given)
+        self.register_buffer("probabilities", given, persistent=False)
         self.batch_dim = batch_dim
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,7 +61,7 @@ class IWMultinomialDropout(nn.modules.dropout._DropoutNd):
         check_rate(self.p)
         check_layer_input(self, x)
         place = ambient(self).place(x, self.batch_dim)
-        probabilities = "evolutional" if self.evolutional else self.probabilities
+        probabilities: Any = "evolutional" if self.evolutional else self.probabilities
         if isinstance(probabilities, Tensor):
             check_probabilities(probabilities, one_example(x, place.batch_dim))
         ids = place.address.sample_ids

@@ -3,6 +3,8 @@
 What comes before the first dropout runs on B rows where the input has B; from there on every layer has S*B.
 """
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
@@ -19,23 +21,24 @@ class _Recurrent(nn.RNNBase):
 
     locked = False  # also where an instance of torch's class became one of these
 
-    def __init__(self, *args, locked: bool = False, **kwargs):
+    def __init__(self, *args: Any, locked: bool = False, **kwargs: Any):
         if not isinstance(locked, bool):
             raise TypeError(f"locked: expected a bool, got {type(locked).__name__}")
         super().__init__(*args, **kwargs)
         self.locked = locked
 
-    def forward(self, input: Tensor | PackedSequence, hx=None):
+    def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
         noisy = self.dropout > 0 and self.num_layers > 1
         if not self.training or not (noisy or self._rows_meet(input, hx)):
             return super().forward(input, hx)
         check_probability(self.dropout, "dropout")
-        states = hx if isinstance(hx, tuple | list) else () if hx is None else (hx,)
+        out: Any
+        states: Any = hx if isinstance(hx, tuple | list) else () if hx is None else (hx,)
         check(len(states) in (0, 1 + (self.mode == "LSTM")), "hx", "(h, c) for an LSTM, else h", f"{len(states)} tensors")
         if isinstance(input, PackedSequence):
             x, lengths = pad_packed_sequence(input)
-            out, states, lengths = self._layers(x, states, lengths)
-            out = pack_padded_sequence(out, lengths, enforce_sorted=False)
+            out, states, several = self._layers(x, states, lengths)
+            out = pack_padded_sequence(out, cast(Tensor, several), enforce_sorted=False)
         elif input.dim() == 2:
             check(current() is None, "input", "rows to expand, [rows, T, F] or [T, rows, F], in iw.sampling", "an unbatched one")
             out, states, _ = self._layers(input.unsqueeze(1), [state.unsqueeze(1) for state in states], None)
@@ -86,10 +89,11 @@ class _Recurrent(nn.RNNBase):
         return x, [torch.cat(of_layers) for of_layers in zip(*finals, strict=True)], lengths
 
     def _layer(self, x: Tensor, states: list[Tensor], weights: list[Tensor], lengths: Tensor | None) -> tuple[Tensor, ...]:
-        kernel, options = _KERNELS[self.mode], (weights, self.bias, 1, 0.0, self.training, self.bidirectional)
+        kernel: Any = _KERNELS[self.mode]
+        options = (weights, self.bias, 1, 0.0, self.training, self.bidirectional)
         if lengths is None:
             return kernel(x, tuple(states) if self.mode == "LSTM" else states[0], *options, False)
-        packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+        packed: Any = pack_padded_sequence(x, lengths, enforce_sorted=False)
         states = [state.index_select(1, packed.sorted_indices) for state in states]
         out, *states = kernel(packed.data, packed.batch_sizes, tuple(states) if self.mode == "LSTM" else states[0], *options)
         out, _ = pad_packed_sequence(packed._replace(data=out), total_length=x.shape[0])

@@ -121,7 +121,7 @@ class IWLoss(_IWLoss):
         torch.Size([])
     """
 
-    def __init__(self, criterion, samples: int, alpha: float = 1.0, *, return_stats: bool = False):
+    def __init__(self, criterion: Any, samples: int, alpha: float = 1.0, *, return_stats: bool = False):
         super().__init__(samples, alpha, return_stats)
         self.check_options()
         if isinstance(criterion, type):

@@ -3,7 +3,6 @@
 import csv
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from ..stats import IWStats, IWSummary
 from .likelihood import _IWLoss
 
 
-def not_compiled(function: Callable) -> Callable:
+def not_compiled(function: Any) -> Any:
     """:func:`torch.compiler.disable` without its import of the compiler, which takes longer than all of this package."""
     function._torchdynamo_disable = True
     return function
@@ -56,14 +55,14 @@ class StatsLogger:
         ['step', '2', '4']
     """
 
-    def __init__(self, criterion: _IWLoss, to: str | os.PathLike | Any, every: int = 50, *, prefix: str = "iw/"):
+    def __init__(self, criterion: _IWLoss, to: "str | os.PathLike[str] | Any", every: int = 50, *, prefix: str = "iw/"):
         if not isinstance(criterion, _IWLoss):
             raise TypeError(f"criterion: expected an IWCrossEntropyLoss or IWLoss, got {type(criterion).__name__}")
         every = as_int("every", every)
         check(every >= 1, "every", "a number of steps >= 1", every)
         if isinstance(to, str | os.PathLike):
-            self.write = CsvFile(to)
-            self.step = self.write.last_step  # of the last forward; to be set where steps are counted otherwise
+            self.write: CsvFile | _Scalars = (file := CsvFile(to))
+            self.step = file.last_step  # of the last forward; to be set where steps are counted otherwise
         elif callable(getattr(to, "add_scalar", None)):
             self.write, self.step = _Scalars(to, prefix), 0
         else:
@@ -91,8 +90,7 @@ class StatsLogger:
         if self.total is None:
             return
         *means, nonfinite, steps = self.total.tolist()  # waits for the device
-        means = (v / steps if steps else math.nan for v in means)
-        row = dict(zip(IWSummary._fields, (*means, int(nonfinite)), strict=True))
+        row = dict(zip(IWSummary._fields, (*(v / steps if steps else math.nan for v in means), int(nonfinite)), strict=True))
         self.total, self.count = None, 0
         self.write(self.step, row)
 
@@ -105,7 +103,7 @@ class StatsLogger:
     def __enter__(self) -> "StatsLogger":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -46,7 +46,7 @@ class IWCrossEntropyLoss(_IWLoss):
         alpha: float = 1.0,
         level: Level = "example",
         inplace: bool = False,
-        process_group=None,
+        process_group: Any = None,
         return_stats: bool = False,
     ):
         super().__init__(samples, alpha, return_stats)
