@@ -31,7 +31,7 @@ from .files import FORMAT, read_json, write_csv, write_json
 from .machine import machine
 from .measure import keep_freed_memory
 from .run import Run, Selection, cases
-from .summary import equal_compute, equal_time, goals
+from .summary import equal_compute, equal_time
 
 QUICK_MINUTES = 1.8
 FINISHING = 8.0  # seconds for the last case's timing, the figures and the report
@@ -160,8 +160,6 @@ def print_results(document: dict[str, Any], out, markdown: bool) -> None:
         out.print(table.markdown(document), markup=False, highlight=False, soft_wrap=True)
         return
     table.show(document["results"], out)
-    for goal in goals(document["results"]):
-        out.print(f"{goal.verdict}: {goal.what}: {goal.measured:.2f}, wanted {goal.wanted:.2f}", markup=False)
     times: dict[str, list[str]] = {}
     for what, provider, samples in equal_time(document["results"]):
         times.setdefault(what, []).append(f"{provider} {samples}")

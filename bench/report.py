@@ -1,4 +1,4 @@
-"""One HTML file with everything of a run: machine, goals, figures, tables. Nothing outside of it is needed to read it."""
+"""One HTML file with everything of a run: machine, comparisons, figures, tables. Nothing outside of it is needed to read it."""
 
 import base64
 from html import escape
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .case import BASELINE
-from .summary import equal_compute, equal_time, goals
+from .summary import equal_compute, equal_time
 from .table import COLUMNS, LEGEND, about, cells, groups
 
 STYLE = """body { font: 14px/1.45 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -25,8 +25,6 @@ def html(document: dict[str, Any], figures: list[Path]) -> str:
         parts.append(f'<p class="warn">Too noisy to be quoted: {escape(document["noise"])}.</p>')
     if document["interrupted"]:
         parts.append('<p class="warn">The run was interrupted: what it had measured is here.</p>')
-    found = [(g.what, f"{g.measured:.2f}", f"{g.wanted:.2f}", g.verdict) for g in goals(results)]
-    parts += _table("Goals", ("what", "measured", "wanted", ""), found)
     times = [tuple(t) for t in equal_time(results)]
     parts += _table(f"Equal time: noise samples in the time that {BASELINE} takes for 8", ("step", "provider", "S"), times)
     compute = [(what, name, f"{value:.2f}") for what, name, value in equal_compute(results)]

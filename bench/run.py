@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import host, iw_cross_entropy, layer, noise, step
+from . import host, iw_cross_entropy, layer, multinomial, noise, real_noise, step
 from .case import BASELINE, Case, Grid, Skip, Variant
 from .measure import (
     HOLD,
@@ -26,7 +26,7 @@ from .measure import (
     synchronize,
 )
 
-MODULES = (noise, iw_cross_entropy, layer, step, host)
+MODULES = (noise, real_noise, multinomial, iw_cross_entropy, layer, step, host)
 NO_TIME = "the time that was given is used up"
 COMPILATION = 45.0  # seconds that torch.compile may take
 FIELDS = (

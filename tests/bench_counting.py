@@ -4,8 +4,29 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-NO_WORK = {"empty", "empty_like", "new_empty", "detach", "alias", "new_full", "ones_like", "empty_strided", "new_empty_strided"}
-WRITES_ONLY = {"bernoulli_", "zero_", "fill_", "zeros_like", "new_zeros", "zeros", "copy_"}  # their first argument is not read
+NO_WORK = {
+    "empty",
+    "empty_like",
+    "new_empty",
+    "detach",
+    "alias",
+    "new_full",
+    "ones_like",
+    "empty_strided",
+    "new_empty_strided",
+    "_unsafe_view",
+}
+WRITES_ONLY = {
+    "bernoulli_",
+    "zero_",
+    "fill_",
+    "zeros_like",
+    "new_zeros",
+    "zeros",
+    "copy_",
+    "randint",
+    "randn_like",
+}  # their first argument is not read
 READS_ONCE = {"repeat", "expand"}
 
 
@@ -33,7 +54,7 @@ class CountBytes(TorchDispatchMode):
         arguments = [a for a in tree_leaves((args, kwargs or {})) if isinstance(a, Tensor)]
         results = [r for r in tree_leaves(out) if isinstance(r, Tensor)]
         is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
-        if name in NO_WORK or is_view or not arguments:
+        if name in NO_WORK or is_view or not (arguments or name in WRITES_ONLY):
             return out
         written = self._size(results)
         if name in WRITES_ONLY:
@@ -44,6 +65,8 @@ class CountBytes(TorchDispatchMode):
             return out  # touches single elements
         elif name in ("gather", "nll_loss_forward"):
             return out
+        elif name == "scatter_add_":
+            arguments, written = arguments[1:2], 0  # the index; elements that are added to lie in a cache, one by one
         elif name == "nll_loss_backward":
             arguments = []  # zeros are written, and one element of each row
         self.lines.append((name, self._size(arguments), written))

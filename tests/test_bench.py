@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from bench_counting import CountBytes
 from torch import nn
 
-from bench import host, iw_cross_entropy, layer, measure, noise, peers, step, training
+from bench import host, iw_cross_entropy, layer, measure, multinomial, noise, peers, real_noise, step, training
 from bench.case import BASELINE, Case, Grid, Skip
 
 CPU = torch.device("cpu")
@@ -46,7 +46,97 @@ def test_noise_providers_pass_their_checks(work, dtype):
             with measure.forced(variant.backend):
                 variant.run()
                 variant.check()
-            assert variant.bytes > 0
+            assert (variant.bytes is None) == (name == "iw reference")
+
+
+OTHER_NOISE = {
+    **{f"real noise, {name}": lambda kind=kind: real_noise.providers(CPU, kind) for name, kind in real_noise.KINDS.items()},
+    **{f"multinomial, {name}": lambda kind=kind: multinomial.providers(CPU, kind, 40) for name, kind in multinomial.KINDS.items()},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("work", ["forward", "backward"])
+@pytest.mark.parametrize("op", OTHER_NOISE)
+def test_providers_of_other_noise(op, work, samples, dtype):
+    """They pass their checks, and their byte formulas are what torch's operators are given and give back, in both precisions."""
+    i = small_noise(work, samples, dtype)
+    checked = []
+    for name, make in OTHER_NOISE[op]().items():
+        if "compile" in name:
+            continue
+        try:
+            variant = make(i)
+        except Skip:
+            continue
+        with measure.forced(variant.backend):
+            variant.run()
+            variant.check()
+            if variant.bytes is not None:
+                with CountBytes(least=64 * 40) as count:  # a byte of each element
+                    variant.run()
+                assert count.bytes == pytest.approx(variant.bytes, rel=0.01), f"{name}: {count.report()}"
+        checked.append(name)
+    assert {BASELINE, "expanded batch", "iw reference", "limit: no noise"} <= set(checked)
+
+
+@pytest.mark.parametrize(
+    ("kind", "form", "message"),
+    [
+        ("additive", lambda x: (x + torch.randn_like(x)).repeat(3, 1), "samples correlate"),
+        ("additive", lambda x: x.repeat(3, 1) + 1.2 * torch.randn(192, 40), r"mean of z\^2 is 1\.[345]"),
+        ("additive", lambda x: x.repeat(3, 1) + 0.2 + torch.randn(192, 40), r"mean of z\^1 is 0\.[12]"),
+        ("additive", lambda x: x.repeat(3, 1) + 12**0.5 * (torch.rand(192, 40) - 0.5), r"mean of z\^4 is 1\.[78]"),
+        ("multiplicative", lambda x: x.repeat(3, 1) * torch.randn(192, 40), r"mean of z\^1 is -(0\.9|1\.0)"),
+    ],
+    ids=["one z for all samples", "other deviation", "other mean", "uniform numbers", "other mean of the factor"],
+)
+def test_wrong_numbers_are_found_out(kind, form, message):
+    def check(y, i):
+        real_noise.check_numbers(real_noise.KINDS[kind], y, i)
+
+    with pytest.raises(AssertionError, match=message):
+        noise.variant_of(lambda _: form, noise.FUSED, check)(small_noise("forward")).check()
+
+
+def counted(n: torch.Tensor) -> torch.Tensor:
+    """A multinomial layer's factors of counts that add up to 20 a row, uniform probabilities."""
+    return n * 40 / 20
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        (
+            lambda: torch.zeros(192, 40).scatter_add_(1, torch.randint(40, (192, 19)), torch.ones(192, 19)),
+            "a row has 19 to 19 draws, expected 20",
+        ),
+        (lambda: torch.zeros(192, 40).scatter_add_(1, torch.randint(20, (192, 20)), torch.ones(192, 20)), "standard deviations from what"),
+        (lambda: torch.zeros(64, 40).scatter_add_(1, torch.randint(40, (64, 20)), torch.ones(64, 20)).repeat(3, 1), "samples correlate"),
+        (lambda: torch.rand(192, 40), "not close|Mismatched"),
+    ],
+    ids=["other number of draws", "other probabilities", "one draw for all samples", "no whole counts"],
+)
+def test_wrong_counts_are_found_out(counts, message):
+    kind = multinomial.KINDS["uniform"]
+    with pytest.raises(AssertionError, match=message):
+        noise.variant_of(
+            lambda i: lambda x: x.repeat(3, 1) * counted(counts()), noise.FUSED, lambda y, i: multinomial.check_counts(kind, y, i)
+        )(small_noise("forward")).check()
+
+
+def test_a_wrong_gradient_of_other_noise_is_found_out():
+    """The sum of dy without the noise's factors."""
+    i = small_noise("backward")
+    x, dx = i.x.detach().repeat(3, 1), i.dy.view(3, *i.x.shape).sum(0)
+    with pytest.raises(AssertionError, match=r"not close|Mismatched"):
+        real_noise.check_sum(real_noise.MULTIPLICATIVE, dx, x * torch.randn(192, 40), i)
+    with pytest.raises(AssertionError, match=r"not close|Mismatched"):
+        multinomial.check_sum(multinomial.KINDS["uniform"], dx, x * counted(torch.randint(3, (192, 40)).float()), i)
+    real_noise.check_sum(real_noise.ADDITIVE, dx, x, i)
+    with pytest.raises(AssertionError, match=r"not close|Mismatched"):
+        real_noise.check_sum(real_noise.ADDITIVE, 2 * dx, x, i)
 
 
 @pytest.mark.parametrize("gradient", [False, True], ids=["loss", "gradient"])

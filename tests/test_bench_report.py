@@ -158,39 +158,6 @@ def test_compare_of_different_machines_goes_by_ratios():
     assert "warning: cpu: a <fast> CPU before, slow now" in text(c) and "warning: new run: drift" in text(c)
 
 
-def test_goals():
-    rows = [row(BASELINE, 1.0), row("iw cpu, out=", 0.05), row("iw cpu", 0.06), row(summary.LIMIT, 0.03), row(BASELINE, 1.0, samples=4)]
-    rows.append(row("iw cpu", 0.5, samples=4))
-    found = {g.what.split("against ")[1]: g for g in summary.goals(rows)}
-    assert set(found) == {BASELINE, summary.LIMIT}
-    assert found[BASELINE].measured == pytest.approx(20) and found[BASELINE].verdict == "reached"
-    assert found[summary.LIMIT].measured == pytest.approx(0.6) and found[summary.LIMIT].verdict == "NOT reached"
-    rows[1]["noise"] = "2 runs"
-    assert {g.verdict for g in summary.goals(rows)} == {"reached (noisy)", "NOT reached (noisy)"}
-    of_gpu = {
-        "device": "cuda",
-        "op": "iw_cross_entropy",
-        "work": "forward+backward",
-        "dtype": "bfloat16",
-        "classes": 1000,
-        "of_limit": 0.83,
-    }
-    (goal,) = summary.goals([row("iw cuda", 1.0, **of_gpu)])
-    assert (goal.measured, goal.wanted) == (0.83, 0.80)
-    noise = {"device": "cuda", "dtype": "bfloat16", "of_limit": 0.52}
-    (goal,) = summary.goals([row("iw cuda", 1.0, **noise), row(summary.LIMIT, 0.93, **noise)])
-    assert (goal.measured, goal.wanted) == (0.52, 0.92), "by the bytes that must move, not by S copies, which move twice as many"
-
-
-def test_goal_of_memory():
-    step = {"level": "step", "op": "deep MLP", "size": "512x6", "work": "step", "bytes": None}
-    rows = [row("iw cpu", 1.0, samples=1, memory_bytes=1000, **step), row("iw cpu, streamed", 9.0, samples=64, memory_bytes=1100, **step)]
-    (goal,) = summary.goals(rows)
-    assert goal.measured == pytest.approx(1 / 1.1) and goal.verdict == "reached"
-    rows[1]["memory_bytes"] = 1200
-    assert next(summary.goals(rows)).verdict == "NOT reached"
-
-
 def test_equal_time_and_equal_compute():
     """The loop takes 0.8 s for 8 samples; 0.1 sqrt(S) is there at S = 64, beyond the sweep; slower ones are interpolated."""
     found = {(t.what.split()[0], t.provider): t.samples for t in summary.equal_time(sweep()["results"])}
