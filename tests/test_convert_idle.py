@@ -45,7 +45,7 @@ class DropPath(nn.Module):
 
 
 IDLE = {
-    "one layer": (First, lambda: nn.LSTM(6, 6, dropout=0.5), r"layer \(LSTM\): one layer, and its dropout=0.5 stands between layers"),
+    "one layer": (First, lambda: nn.LSTM(6, 6, dropout=0.5), r"layer \(LSTM\): it has one layer, and dropout=0.5 acts between layers only"),
     "no rate": (First, lambda: nn.GRU(6, 6, num_layers=2), r"layer \(GRU\): dropout=0"),
     "attention": (First, lambda: nn.MultiheadAttention(6, 2), r"layer \(MultiheadAttention\): dropout=0"),
 }

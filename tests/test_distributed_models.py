@@ -70,7 +70,7 @@ def work(rank: int, file: str, folder: str) -> None:
             # What ran while converting has left nothing unsharded: an optimizer gets what the model keeps.
             assert all(type(p).__name__ == "DTensor" for p in model.parameters()), form
             # and all of it runs on the axis
-            assert not model._iw_conversion.lane_by_lane
+            assert not model._iw_conversion.one_by_one
         worst[form] = max(float((a - b).abs().max()) for a, b in zip(gradients(model, x, target), want, strict=True))
     torch.save(worst, os.path.join(folder, f"{rank}.pt"))
     del model

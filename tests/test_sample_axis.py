@@ -551,7 +551,7 @@ def test_a_number_for_the_whole_call():
     assert list(iw.audit(model).one_by_one) == ["part"]
 
 
-def test_lanes_under_a_batch_norm():
+def test_samples_under_a_batch_norm():
     """What a part called one by one hands on is normalised sample by sample."""
     model = Model(lambda m, x: m.h(m.norm(m.part(noisy(m, x)))), part=Branches(), norm=nn.BatchNorm1d(W))
     with pytest.warns(UserWarning, match="called once for each noise sample"):

@@ -99,7 +99,7 @@ def test_attributes_that_are_no_data(what):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = iw.convert(keeping(what), S, example_inputs=torch.ones(B, 6))
-        assert model(torch.ones(B, 6)).shape == (S * B, 3) and not model._iw_conversion.lane_by_lane
+        assert model(torch.ones(B, 6)).shape == (S * B, 3) and not model._iw_conversion.one_by_one
     assert model.kept is what
 
 

@@ -156,7 +156,7 @@ def _report(model: nn.Module, converted: bool, verification: Verification | None
         layers=layers,
         replaced=[call for call in conversion.calls if call.kind == "replaced"],
         unreached=conversion.unreached(model),
-        one_by_one=dict(conversion.lane_by_lane),
+        one_by_one=dict(conversion.one_by_one),
         verification=verification,
         unchecked=unchecked,
     )

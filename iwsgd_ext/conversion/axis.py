@@ -1,12 +1,13 @@
 """The sample axis: a model's forward for all noise samples at once, in a dimension that the model cannot see.
 
-The forward runs once, under torch's batching (what torch.vmap is made of). Each lane is an ordinary forward of one noise sample: shapes,
-rows and positions are those of B examples, whatever the model makes of them. Tensors that no noise has touched hold no lanes and are
-computed once; a noise layer reads its input once and writes all samples, in one kernel call (:mod:`iwsgd_ext.ops.transforms`).
+The forward runs once, under torch's batching (on which torch.vmap is built). To the model it is an ordinary forward of one noise sample:
+shapes, rows and positions are those of B examples. Below the axis a tensor that noise has touched has one dimension more, of K samples;
+it is called noisy here. A tensor that no noise has touched is shared by all samples and computed once. A noise layer reads its input once
+and writes all samples in one kernel call (:mod:`iwsgd_ext.ops.transforms`).
 
-What torch's batching does not do, or does slowly, has a rule of its own (axis_rules.py). What has no rule, because it asks
-for values (``.item()``, ``if tensor:``) or draws a number for all, runs lane by lane: the module in which it stands is called once for
-each noise sample, below the axis, by :func:`one_by_one`.
+Functions that torch's batching cannot do, or does slowly, have rules (axis_rules.py). Code that has no rule, because it asks for values
+(``.item()``, ``if tensor:``) or draws one number for all samples, runs below the axis: the module that holds it is called once for each
+noise sample (one_by_one.py).
 """
 
 from collections.abc import Callable, Iterator
@@ -36,61 +37,62 @@ from .axis_outputs import Output, check_returned, modules_of
 
 
 class SampleAxis:
-    """One run's axis.
+    """The sample axis of one forward.
 
     Attributes:
-        ids: of its noise samples, int64 [K] or [K, B], without lanes.
-        samples: K, its length.
-        level: torch's number for it.
-        randomness: "different" or "same": torch's own random numbers, in the lanes.
+        ids: ids of the noise samples, int64 [K] or [K, B], as memory holds them.
+        samples: K, the number of noise samples in this forward.
+        level: the number by which torch's batching knows this axis; 0 under torch.compile.
+        randomness: "different" or "same": torch's own random numbers, in the samples.
     """
 
     def __init__(self, ids: Tensor, level: int, randomness: str):
         self.ids, self.samples, self.level, self.randomness = ids, ids.shape[0], level, randomness
         self.statistics: set[int] = set()  # memory of running statistics that BatchNorm layers of the model may update
-        self.apply: Callable[[list], None] | None = None  # what applies the updates of running statistics
+        self.apply: Callable[[list], None] | None = None  # the function that applies the updates of running statistics
         self.begin()
 
     def begin(self) -> None:
-        """Before a run, and before a recompute of a part of it."""
-        self.written: set[int] = set()  # memory of state that is written so far, which for the next sample of a loop would be other values
+        """Clears the notes of a run, before it and before a recompute of a part of it."""
+        self.written: set[int] = set()  # memory of state that was written so far: in a loop, the next sample would read other values there
         self.below_axis: set[int] = set()  # memory of the state of modules that were called once for each sample
-        self.counts: dict[int, tuple[Tensor, int]] = {}  # of batches, and how often a lane advances them by 1
-        self.updates: list = []  # of running statistics: applied when the run is over, sample by sample
+        self.counts: dict[int, tuple[Tensor, int]] = {}  # counts of batches, and by how many one sample advances each
+        self.updates: list = []  # updates of running statistics: applied at the end of the run, sample by sample
 
     def holds(self, v: Any) -> bool:
-        """Whether ``v`` is a tensor with lanes of this axis."""
+        """True where ``v`` is a noisy tensor: one that has a value for each sample of this axis."""
         return isinstance(v, Tensor) and is_batchedtensor(v) and maybe_get_level(v) == self.level
 
     def unwrap(self, v: Any) -> tuple[Any, int | None]:
-        """(a tensor as memory holds it, the dimension of its lanes), or (v, None)."""
+        """(a noisy tensor as memory holds it, its dimension of samples), or (v, None) for any other value."""
         return _unwrap_batched(v, self.level) if self.holds(v) else (v, None)
 
     def wrap(self, x: Tensor, dim: int = 0) -> Tensor:
+        """The noisy tensor whose memory is x, with the samples in dimension ``dim``."""
         return _add_batch_dim(x, dim, self.level)
 
     def is_covered(self) -> bool:
-        """Whether another transform runs inside of this one: torch.func.grad, or vmap, in the model."""
+        """True inside of another transform (torch.func.grad, vmap) that the model has started on the axis."""
         if self.level == 0:
             raise RuntimeError(
-                "torch.compile left its graph inside of a converted model's forward, and what is called there needs the whole of it: "
-                "see by fullgraph=True where, or run the model eagerly."
+                "torch.compile left its graph inside of a converted model's forward, and the function called there needs the whole graph: "
+                "fullgraph=True shows where, or run the model eagerly."
             )
         return peek_interpreter_stack().level() != self.level
 
     def below(self) -> Below:
-        """A block in which tensors that :meth:`unwrap` gives are computed with."""
+        """A block that computes with the tensors that :meth:`unwrap` gives, out of sight of torch's batching."""
         return Below()
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """The axis entered once more, for a recompute after its run; tensors with lanes that the run has left are valid there."""
-        self.begin()  # a run may have failed
+        """Enters the axis once more, for a recompute after its run; noisy tensors that the run has left are valid inside."""
+        self.begin()  # a run that failed has not cleared its notes
         level = _vmap_increment_nesting(self.samples, self.randomness)
         try:
             if level != self.level:
                 raise RuntimeError(
-                    "A part of a converted model is computed again inside of torch.func's transforms, out of its sample axis."
+                    "A part of a converted model is computed again inside of a torch.func transform, not on its sample axis."
                 )
             yield
         finally:
@@ -98,7 +100,7 @@ class SampleAxis:
             self.end()
 
     def reads(self, args: tuple, kwargs: dict | None) -> int | None:
-        """The memory of state of the model, as :attr:`statistics` and :attr:`written` have it, that a function is given, if any."""
+        """The memory of the first argument that is state of the model, listed in :attr:`statistics` or :attr:`written`; None without one."""
         for v in chain(args, kwargs.values()) if kwargs else args:
             for x in v if isinstance(v, list | tuple) else (v,):
                 if isinstance(x, Tensor) and not is_batchedtensor(x):
@@ -108,11 +110,11 @@ class SampleAxis:
         return None
 
     def count(self, batches: Tensor) -> None:
-        """Notes that a layer has counted one batch, as the end of the run does for the other lanes."""
+        """Notes that a layer has counted one batch; the end of the run counts it for the other samples."""
         self.counts[id(batches)] = batches, self.counts.get(id(batches), (batches, 0))[1] + 1
 
     def end(self) -> None:
-        """After a run."""
+        """Writes counts and running statistics, after a run."""
         updates, counts = self.updates, list(self.counts.values())
         self.begin()
         if counts:
@@ -123,32 +125,32 @@ class SampleAxis:
 
 
 def memory_of(x: Tensor) -> int | None:
-    """What tensors have in common that are views of one another, or aliases (``detach``, ``data``)."""
-    with torch._C.DisableTorchFunction():  # which a mode would take for a use of x
+    """The identity of a tensor's memory: the same for views of one another, and for aliases (``detach``, ``data``)."""
+    with torch._C.DisableTorchFunction():  # the axis' rules would take this for a read of x
         while is_functorch_wrapped_tensor(x):
             x = get_unwrapped(x)
         return x.untyped_storage()._cdata if x.layout == torch.strided else None
 
 
-def all_lanes(axis: SampleAxis, x: Tensor) -> Tensor:
-    """[K, ...], without lanes, of a tensor x that holds lanes or is the same in all."""
+def all_samples(axis: SampleAxis, x: Tensor) -> Tensor:
+    """[K, ...] as memory holds it, of a noisy tensor x or a shared one."""
     if torch.compiler.is_compiling():
-        return torch.ops.iwsgd_graph.all_lanes(x, axis.samples)
+        return torch.ops.iwsgd_graph.all_samples(x, axis.samples)
     x, d = axis.unwrap(x)
     return x.unsqueeze(0).expand(axis.samples, *x.shape) if d is None else x.movedim(d, 0)
 
 
-torch.library.define("iwsgd_graph::all_lanes", "(Tensor x, int samples) -> Tensor")
-torch.library.impl("iwsgd_graph::all_lanes", "CompositeExplicitAutograd", lambda x, samples: x.repeat(samples, *[1] * x.dim()))
-torch.library.register_fake("iwsgd_graph::all_lanes", lambda x, samples: x.new_empty(samples, *x.shape))
-torch.library.register_vmap("iwsgd_graph::all_lanes", lambda info, dims, x, samples: (x.movedim(dims[0], 0).clone(), None))
+torch.library.define("iwsgd_graph::all_samples", "(Tensor x, int samples) -> Tensor")
+torch.library.impl("iwsgd_graph::all_samples", "CompositeExplicitAutograd", lambda x, samples: x.repeat(samples, *[1] * x.dim()))
+torch.library.register_fake("iwsgd_graph::all_samples", lambda x, samples: x.new_empty(samples, *x.shape))
+torch.library.register_vmap("iwsgd_graph::all_samples", lambda info, dims, x, samples: (x.movedim(dims[0], 0).clone(), None))
 
 
 def run(model: nn.Module, forward: Callable, args: tuple, kwargs: dict, context: sampling, mode: Any, batch_dim: int, batch: int | None):
-    """``forward(*args, **kwargs)`` for the context's K samples: its output with K times the rows, sample-major.
+    """Calls ``forward(*args, **kwargs)`` once for the context's K samples. Returns its output with K times the rows, sample-major.
 
-    Rows are in dimension ``batch_dim`` of an output, or, where that does not have ``batch`` entries, in the first that has and is not the
-    last, or in dimension 0. A scalar becomes [K].
+    Rows are in dimension ``batch_dim`` of an output. Where that dimension does not have ``batch`` entries, they are in the first one that
+    has and is not the last, else in dimension 0. A scalar becomes [K].
     """
     ids = context.sample_ids
     if ids is None:
@@ -162,14 +164,14 @@ def run(model: nn.Module, forward: Callable, args: tuple, kwargs: dict, context:
 
 
 def _eager(model, forward, args, kwargs, context: sampling, mode, ids: Tensor) -> tuple[list[Tensor], Output]:
-    """What torch.vmap does, for any output, and with less of Python around it."""
+    """The steps of torch.vmap, for outputs of any structure, and with less Python around them."""
     level = _vmap_increment_nesting(ids.shape[0], context.torch_noise)
     try:
         axis = SampleAxis(ids, level, context.torch_noise)
         for module in modules_of(model):
             if isinstance(module, _NormBase) and module.training and module.running_mean is not None:
                 axis.statistics |= {memory_of(module.running_mean), memory_of(module.running_var)}
-        with context.lane(axis.wrap(ids).unsqueeze(0), axis), mode:
+        with context.on_axis(axis.wrap(ids).unsqueeze(0), axis), mode:
             returned = forward(*args, **kwargs)
             check_returned(returned)
             output = Output(returned, model)
@@ -182,22 +184,22 @@ def _eager(model, forward, args, kwargs, context: sampling, mode, ids: Tensor) -
 
 
 def _traced(model, forward, args, kwargs, context: sampling, mode, ids: Tensor) -> tuple[list[Tensor], Output]:
-    """The same, as torch.compile takes it."""
+    """The same by torch.vmap, which torch.compile can trace."""
     outputs = []
     axis = SampleAxis(ids, 0, context.torch_noise)
 
-    def lane(of_lane: Tensor) -> tuple[Tensor, ...]:
-        with context.lane(of_lane.unsqueeze(0), axis), mode:
+    def of_sample(sample_id: Tensor) -> tuple[Tensor, ...]:
+        with context.on_axis(sample_id.unsqueeze(0), axis), mode:
             outputs.append(Output(forward(*args, **kwargs), model, look_into=False))
         return tuple(outputs[0].tensors)
 
-    tensors = list(torch.vmap(lane, randomness=context.torch_noise)(ids))
+    tensors = list(torch.vmap(of_sample, randomness=context.torch_noise)(ids))
     axis.end()
     return tensors, outputs[0]
 
 
 def rows(x: Tensor, batch_dim: int, batch: int | None) -> Tensor:
-    """[K * B, ...] of lanes [K, B, ...]."""
+    """[K * B, ...] of x [K, B, ...]."""
     if x.dim() == 1:
         return x
     sizes = x.shape[1:]
@@ -208,9 +210,9 @@ def rows(x: Tensor, batch_dim: int, batch: int | None) -> Tensor:
             "examples? Return another shape (times by examples by 1, say), or take another batch size"
         )
     if dim >= len(sizes) or sizes[dim] != batch:
-        # Not the last of several: rows that are flattened over positions may have as many classes as there are examples.
+        # Not the last of several dimensions: an output flattened over positions may have as many classes as there are examples.
         first = sizes[: max(1, len(sizes) - 1)]
         dim = next((d for d, n in enumerate(first) if n == batch), dim if dim < len(sizes) and batch_dim == 0 else 0)
     sizes = [*sizes[:dim], x.shape[0] * sizes[dim], *sizes[dim + 1 :]]
-    # Not a view: FSDP wants none of a module, and users write into outputs.
+    # Not a view: FSDP takes no views from a module, and users write into outputs.
     return torch.ops.aten._unsafe_view.default(x.movedim(0, dim).contiguous(), sizes)

@@ -1,13 +1,13 @@
-"""torch's functions on the sample axis, where torch's own batching does not do, is slow, or loses autocast's dtype.
+"""Rules for torch's functions on the sample axis, where torch's own batching is wrong, is slow, or loses autocast's dtype.
 
-Each rule is called with tensors of which some hold lanes, and computes with the memory behind them, below the axis.
+A rule gets a call's arguments, of which some are noisy tensors (see axis.py), and computes with their memory, below the axis.
 
-    rows        linear, convolutions, pooling, attention: lanes become more rows of one ordinary call (bit-equal to a call for each
-                sample, autocast included)
+    rows        linear, convolutions, pooling, attention: the K*B rows of all samples go through one ordinary call (bit-equal to a call for
+                each sample, autocast included)
     recurrent   the fused kernels, packed sequences too: likewise
-    batch_norm  statistics of each lane, running statistics as successive updates
-    each        functions whose batching differs from a call for each sample: so called
-    in place    noisy values written into a tensor without lanes: it gets lanes first
+    batch_norm  statistics of each sample; running statistics as K successive updates
+    each        functions whose batching gives other values than a call for each sample: called once for each sample
+    in place    noisy values written into a shared tensor: it becomes a noisy one before
 """
 
 import sys
@@ -26,21 +26,22 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..backend import PACKAGE
 from ..layers.context import current
 from .axis import SampleAxis, memory_of
-from .batch_norm import READ, normalize_lanes
+from .batch_norm import READ, normalize_samples
 from .functional_dropout import FunctionalDropout, Watch, probability
 from .one_by_one import NotOnAxis, one_by_one
 
 
-class LaneRules(FunctionalDropout):
-    """Active while a converted model runs on its axis; functional dropout is noise of the context there, too."""
+class AxisRules(FunctionalDropout):
+    """The mode that is active while a converted model runs on its axis: the rules, and functional dropout as noise of the context."""
 
     def __init__(self, watch: Watch | None = None, model: nn.Module | None = None, inputs: Sequence[Any] = (), kept: Sequence[Tensor] = ()):
         super().__init__(watch)
         self.model, self.inputs, self.kept = model, inputs, kept
-        self.widened: dict[int, tuple[Tensor, Tensor, int]] = {}  # memory -> (its form with lanes, what it was, where that begins)
+        # memory of a tensor -> (its values [K, ...], the base of its former views, where that begins in memory)
+        self.widened: dict[int, tuple[Tensor, Tensor, int]] = {}
 
-    def unwatched(self) -> "LaneRules":
-        return LaneRules(None, self.model, self.inputs, self.kept)
+    def unwatched(self) -> "AxisRules":
+        return AxisRules(None, self.model, self.inputs, self.kept)
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if not is_compiling():
@@ -74,16 +75,16 @@ class LaneRules(FunctionalDropout):
         return x.copy_(y)
 
     def widen(self, axis: SampleAxis, x: Tensor) -> None:
-        """Gives a tensor lanes, all with its values; whoever holds it holds the same object. NOTE [Views of what got lanes]"""
+        """Makes a shared tensor noisy, with its values for every sample; it stays the same object. NOTE [Views of widened tensors]"""
         base, memory = x if x._base is None else x._base, memory_of(x)
         self._check_not_shared(memory)
         wide = _copies(axis, base)
         if memory is None or wide.stride()[1:] != base.stride():
-            raise RuntimeError("noisy values are written in place into a tensor whose lanes cannot be laid out in memory")
+            raise RuntimeError("noisy values are written in place into a tensor whose layout in memory cannot be repeated for each sample")
         offset, was = base.storage_offset(), axis.wrap(wide)
         if x is not base:
             _swap_for_view(axis, x, wide, offset)
-        torch.utils.swap_tensors(base, was)  # now ``was`` is what views still call their base, and keeps its memory from being taken again
+        torch.utils.swap_tensors(base, was)  # now ``was`` is the base of the older views; held here, its memory is not used again
         self.widened[memory] = wide, was, offset
 
     def _widen_views(self, axis: SampleAxis, tensors: Iterable[Any]) -> None:
@@ -95,10 +96,10 @@ class LaneRules(FunctionalDropout):
                 continue
             if x.dtype != wide.dtype:
                 raise RuntimeError("noisy values were written in place into a tensor that is read as another type")
-            _swap_for_view(axis, x, wide if x._base is base else wide.detach(), start)  # detached: an alias that autograd does not know
+            _swap_for_view(axis, x, wide if x._base is base else wide.detach(), start)  # detached where x is an alias without a gradient
 
     def _check_not_shared(self, memory: int) -> None:
-        """A pass of one sample must not change what the next one reads."""
+        """Raises for memory that the forwards of all samples read: a forward of one sample must not change it for the next."""
         named = () if self.model is None else (*self.model.named_buffers(), *self.model.named_parameters())
         shared = (("an input", self.inputs), ("an attribute of a module", self.kept))
         for words, v in (*((words, v) for words, tensors in shared for v in tensors), *((repr(name), v) for name, v in named)):
@@ -107,24 +108,25 @@ class LaneRules(FunctionalDropout):
 
 
 def _swap_for_view(axis: SampleAxis, x: Tensor, wide: Tensor, start: int) -> None:
-    """Makes x, a view of memory that began at ``start``, the same view of its form with lanes."""
+    """Makes x, a view of memory that began at ``start``, the same view of ``wide``, which holds that memory for each sample."""
     view = wide.as_strided((axis.samples, *x.shape), (wide.stride(0), *x.stride()), x.storage_offset() - start)
     torch.utils.swap_tensors(x, axis.wrap(view))
 
 
-# NOTE [Views of what got lanes]
-# A view shares memory with its base, so where one of them is written with noisy values, all of them hold lanes from then on. Views that
-# are around cannot be found, but the next function that is called with one sees it, and it becomes a view of the memory with lanes.
+# NOTE [Views of widened tensors]
+# A view shares memory with its base, so when noisy values are written into one of them, all of them become noisy. Existing views cannot be
+# listed. But the next function that is called with one sees it, and makes it a view of the memory that holds all samples.
 
 
 def _copies(axis: SampleAxis, x: Tensor) -> Tensor:
-    """[K, ...], each lane laid out in memory as x is."""
+    """[K, ...], with each sample laid out in memory as x is."""
     wide = x.unsqueeze(0).expand(axis.samples, *x.shape)
     return wide.clone(memory_format=torch.preserve_format) if x.is_contiguous() else torch.stack([x.clone() for _ in range(axis.samples)])
 
 
 def by_rows(axis: SampleAxis, function: Callable[[Tensor], Tensor], x: Tensor, d: int) -> Tensor:
-    """function(rows) with the lanes in dimension ``d`` of x joined with its first, in the order that memory has them in: rows are alike."""
+    """function(rows), where rows are the samples in dimension ``d`` of x joined with its first dimension, in the order of memory: the
+    function treats all rows alike."""
     d = d if d == 1 else 0
     x = x if d == 1 else x.movedim(d, 0)
     with axis.below():
@@ -145,7 +147,7 @@ def _linear(rules, axis: SampleAxis, func, args, kwargs):
 
 
 def _rowwise(dims: int) -> Callable:
-    """Functions of one tensor of rows, which has ``dims`` dimensions, or one less where there is one row; nothing else may hold lanes."""
+    """The rule for functions of one tensor of rows, of ``dims`` dimensions, or one less where it is one row; no other may be noisy."""
 
     def rule(_, axis: SampleAxis, func, args, kwargs):
         x = args[0] if args else kwargs.get("input")
@@ -191,12 +193,12 @@ def _addmm(_, axis: SampleAxis, func, args, kwargs):
 
 
 def _beside(axis: SampleAxis, x: Tensor, at: int) -> Tensor:
-    """x with its lanes, or the same for all, in dimension ``at``."""
+    """The memory of x with the samples in dimension ``at``; a shared x is expanded there."""
     x, d = axis.unwrap(x)
     return x.movedim(d, at) if d is not None else x.unsqueeze(at).expand(*x.shape[:at], axis.samples, *x.shape[at:])
 
 
-# Behind the rows' dimension: of a packed sequence, whose first rows of each step are those that go on, that keeps them first.
+# Samples go behind the dimension of examples: in a packed sequence the first entries of each step are those that go on, and stay first.
 def _recurrent(_, axis: SampleAxis, func, args, kwargs):
     packed = isinstance(args[3], list | tuple)  # (data, batch_sizes, states, weights, ...), else (x, states, weights, ...)
     x, sizes, states, weights, rest = (args[0], args[1], *args[2:4], args[4:]) if packed else (args[0], None, *args[1:3], args[3:])
@@ -205,7 +207,7 @@ def _recurrent(_, axis: SampleAxis, func, args, kwargs):
     if any(axis.holds(v) for v in tree_leaves(weights)) or kwargs:
         return NotImplemented
     if axis.randomness == "same" and probability(func, args, kwargs):
-        return one_by_one(None, func, args, kwargs, current())  # in a verification, torch's dropout too is that of each sample alone
+        return one_by_one(None, func, args, kwargs, current())  # in a verification torch's own dropout is to be as in a sample alone
     batch_first = not packed and rest[-1]
     rows = 0 if packed or batch_first else 1
     with axis.below():
@@ -232,7 +234,7 @@ def _narrow(_, axis: SampleAxis, func, args, kwargs):
     x, dim, start, *rest = args
     if not isinstance(start, Tensor) or axis.holds(start):
         return NotImplemented
-    return func(x, dim, int(start), *rest, **kwargs)  # torch's batching has no rule for a tensor
+    return func(x, dim, int(start), *rest, **kwargs)  # torch's batching has no rule for a start that is a tensor
 
 
 def _pack(_, axis: SampleAxis, func, args, kwargs):
@@ -254,11 +256,11 @@ def _pad(_, axis: SampleAxis, func, args, kwargs):
 
 
 def _batch_norm(_, axis: SampleAxis, func, args, kwargs):
-    return normalize_lanes(current(), _arguments(_BATCH_NORMS[func], args, kwargs), lambda: func(*args, **kwargs))
+    return normalize_samples(current(), _arguments(_BATCH_NORMS[func], args, kwargs), lambda: func(*args, **kwargs))
 
 
-def _write(rules: LaneRules, axis: SampleAxis, func, args, kwargs):
-    """Values written into a tensor, which has lanes first where they have."""
+def _write(rules: AxisRules, axis: SampleAxis, func, args, kwargs):
+    """The rule for writes: a tensor becomes noisy before noisy values are written into it."""
     x = kwargs["out"] if kwargs.get("out") is not None else args[0] if args else None
     if isinstance(x, Tensor) and not axis.holds(x):
         drawn = func in RANDOM_IN_PLACE and axis.randomness == "different"
@@ -268,8 +270,12 @@ def _write(rules: LaneRules, axis: SampleAxis, func, args, kwargs):
 
 
 def _gradient_attribute(_, axis: SampleAxis, func, args, kwargs):
-    """``requires_grad`` and the like: torch's batching hides them. (FSDP's hooks go by what it shows; they see whole passes.
-    Checkpoints detach what has a gradient, and a lane would lose it in a nested one's recompute.)"""
+    """``requires_grad`` and the like, which torch's batching hides from the model.
+
+    They stay hidden from torch.distributed and torch.utils.checkpoint: FSDP's hooks see whole passes and must not act on the tensors of
+    one sample, and a nested checkpoint detaches tensors that require grad, which would lose the gradient of a noisy one in its recompute.
+    Only the caller's frame tells who asks.
+    """
     frame = sys._getframe(2)
     while frame.f_globals.get("__name__", "").startswith(f"{PACKAGE}."):  # another of these modes
         frame = frame.f_back
@@ -284,16 +290,16 @@ def _register_hook(_, axis: SampleAxis, func, args, kwargs):
         return func(x, partial(_looks_on, hook))
     x, d = axis.unwrap(x)
 
-    def of_lanes(gradient: Tensor) -> Tensor | None:
+    def of_samples(gradient: Tensor) -> Tensor | None:
         with axis.again():
             changed = hook(axis.wrap(gradient, d))
         return None if changed is None else _beside(axis, changed, d)
 
-    return func(x, of_lanes)
+    return func(x, of_samples)
 
 
 def _looks_on(hook: Callable, gradient: Tensor) -> None:
-    """What all noise samples share has the sum of their gradients, which is no thing to change."""
+    """Calls a hook of a shared tensor, whose gradient is the sum over the noise samples. Raises where the hook changes it."""
     if hook(gradient) is not None:
         raise RuntimeError(
             "A hook changes the gradient of a tensor that no noise has touched, where it is the sum over the noise samples of a converted "
@@ -323,12 +329,12 @@ def _as_strided_in_place(_, axis: SampleAxis, func, args, kwargs):
 
 
 def _each(_, axis: SampleAxis, func, args, kwargs):
-    """A function that is called once for each lane."""
+    """The rule for functions that are called once for each sample."""
     return one_by_one(None, func, args, kwargs, current()) if any(axis.holds(v) for v in tree_leaves((args, kwargs))) else NotImplemented
 
 
 def _each_number(rules, axis: SampleAxis, func, args, kwargs):
-    """Of functions that take a number in a lane for a tensor with a dimension."""
+    """The rule for functions in which torch's batching takes a noisy number (of no dimension) for a tensor of one dimension."""
     tensors = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
     numbers = any(v.dim() == 0 and axis.holds(v) for v in tensors)
     alone = len(tensors) == 1 or func in _OF_NUMBERS or len({v.dtype for v in tensors}) > 1
@@ -336,12 +342,12 @@ def _each_number(rules, axis: SampleAxis, func, args, kwargs):
 
 
 def _each_under_autocast(rules, axis: SampleAxis, func, args, kwargs):
-    """Of functions that autocast computes in another type than those that torch's batching makes of them."""
+    """The rule for functions that torch's batching replaces by others, which autocast computes in another type."""
     return _each(rules, axis, func, args, kwargs) if torch.is_autocast_enabled(axis.ids.device.type) else NotImplemented
 
 
 def _saved_inputs(_, axis: SampleAxis, func, args, kwargs):
-    """Torch 2.11's checkpoint keeps its arguments by an autograd Function that has no rule for batching, and needs none."""
+    """torch 2.11's checkpoint saves its arguments through an autograd Function without a rule for batching: it is called below the axis."""
     function, *arguments = args
     if function.__module__ != "torch.utils.checkpoint":
         return NotImplemented
@@ -374,7 +380,7 @@ _READ_NO_VALUES = frozenset(
 
 
 def _in_place() -> frozenset[Callable]:
-    """torch's functions that write values into their first argument."""
+    """The functions of torch that write values into their first argument."""
     others = {"requires_grad_", "detach_", "share_memory_", "rename_", "align_as_", "retain_grad"}
     others |= {
         f"{n}_" for n in ("as_strided", "resize", "resize_as", "set", "squeeze", "swapaxes", "swapdims", "t", "transpose", "unsqueeze")

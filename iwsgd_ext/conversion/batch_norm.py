@@ -1,8 +1,8 @@
-"""Batch normalisation under S noise samples: what ``iw.convert(batch_norm=...)`` puts in the place of a model's own layers.
+"""Batch normalisation under noise samples: the layers that ``iw.convert(batch_norm=...)`` puts in the place of a model's own.
 
-"joint"       torch's layers, untouched: one set of statistics over all K*B rows.
+"joint"       torch's layers, unchanged: one set of statistics over all K*B rows.
 "per_sample"  statistics over the B rows of each sample, and running statistics as K successive updates: the loop over samples.
-"frozen"      the running statistics normalise in training too, and nothing is written.
+"frozen"      the running statistics normalise in training, too, and are not written.
 """
 
 from collections.abc import Callable
@@ -17,13 +17,13 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..layers.context import check_not_recomputed, current, sampling
 from ..ops import transforms
-from .axis import all_lanes, memory_of
+from .axis import all_samples, memory_of
 from .class_swap import Behaviour, behaving
 from .one_by_one import NotOnAxis, one_by_one
 
 
 class _BatchNormMode(Behaviour):
-    """A mode as a class before the model's own one (nn.BatchNorm2d, nn.SyncBatchNorm, a subclass with an activation, ...)."""
+    """A mode as a class that stands before the model's own (nn.BatchNorm2d, nn.SyncBatchNorm, a subclass with an activation, ...)."""
 
     mode: str
     prefix = "IW"
@@ -49,9 +49,9 @@ class _PerSample(_BatchNormMode):
             return torch.cat([forward(rows) for rows in by_sample.unbind()])
         if self.running_mean is None:
             return forward(x)
-        # Rows that all samples share: K updates with the same statistics are one step, drawn out. From r, one update goes to
-        # r + m (statistic - r), K go to r + (1 - (1-m)^K) (statistic - r); as an average over all n batches so far, to
-        # r + K / (n+K) (statistic - r).
+        # All samples share these rows, so K updates with one statistic are one longer step. From r, one update goes to
+        # r + m (statistic - r), and K updates to r + (1 - (1-m)^K) (statistic - r); where running statistics are the average over all n
+        # batches so far, to r + K / (n+K) (statistic - r).
         before = self.running_mean.clone(), self.running_var.clone()
         y = forward(x)
         m, k = self.momentum, context.samples
@@ -61,8 +61,7 @@ class _PerSample(_BatchNormMode):
             n = 0 if self.num_batches_tracked is None else self.num_batches_tracked.double() - 1.0
             further = k * (n + 1) / (n + k) - 1.0
         for running, old in zip((self.running_mean, self.running_var), before, strict=True):
-            # By .data, as torch's op writes them: autograd keeps them, but backward of batch statistics reads none of their values.
-            running.data.add_((running - old) * further)
+            running.data.add_((running - old) * further)  # NOTE [Running statistics by .data]
         if isinstance(self, _BatchNorm) and self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(k - 1)
         return y
@@ -80,7 +79,7 @@ class _PerSample(_BatchNormMode):
         with context.changed(cumulative=self.momentum is None):
             y = forward(x)
         if count is None or not self.track_running_stats or (before is not None and _version(count) == before):
-            return y  # no count, or a subclass that does not
+            return y  # it has no count, or is of a subclass that does not count
         if compiling or self.momentum is None:
             count.add_(context.axis.samples - 1)
         else:
@@ -88,13 +87,18 @@ class _PerSample(_BatchNormMode):
         return y
 
 
+# NOTE [Running statistics by .data]
+# torch's op writes running statistics without counting a version: autograd saves them, but the backward of a batch's statistics reads none
+# of their values. A write by .data counts no version either; any other write would make backward raise.
+
+
 def _version(count: Tensor | None) -> int | None:
     with torch._C.DisableTorchFunction():
         return None if count is None or count.is_inference() else count._version
 
 
-def normalize_lanes(context: sampling, arguments: dict, call: Callable[[], Tensor]) -> Tensor:
-    """F.batch_norm with the statistics of each lane; running statistics are those after K successive updates, in the samples' order."""
+def normalize_samples(context: sampling, arguments: dict, call: Callable[[], Tensor]) -> Tensor:
+    """F.batch_norm with the statistics of each sample; running statistics are those after K successive updates, in the samples' order."""
     axis, x, mean = context.axis, arguments["input"], arguments["running_mean"]
     if axis is None or mean is None:
         return call().to(x.dtype)
@@ -125,16 +129,16 @@ def normalize_lanes(context: sampling, arguments: dict, call: Callable[[], Tenso
     return y
 
 
-READ = "state that a forward writes (running statistics, a buffer) is read in the same forward, where each sample has its own"
+READ = "state that a forward writes (running statistics, a buffer) is read in the same forward, and each sample would have its own"
 
 
 class _Update(NamedTuple):
-    """What one call does to a running statistic."""
+    """The update of a running statistic by one call of a layer."""
 
     running: Tensor
-    statistic: Tensor  # [K, C] of the samples, or [C] where all have the same
-    factors: list[float]
-    average: bool  # over all batches so far, which does not depend on their order
+    statistic: Tensor  # [K, C], or [C] where all samples have the same
+    factors: list[float]  # for each sample, the share by which the running statistic moves towards the sample's
+    average: bool  # True where the running statistic is the average over all batches so far, in which their order does not count
 
 
 @torch.no_grad()
@@ -154,11 +158,10 @@ def _apply(updates: list[_Update]) -> None:
             weights[i][s] = calls[i].factors[s] * rest
             rest *= 1 - calls[i].factors[s]
         parts = [_weighted(u.statistic, w) for u, w in zip(calls, weights, strict=True)]
-        # By .data, as torch's op writes them: autograd keeps them, but backward of batch statistics reads none of their values.
-        running.append(calls[0].running.data)
+        running.append(calls[0].running.data)  # NOTE [Running statistics by .data]
         kept.append(rest)
         added.append(sum(parts[1:], start=parts[0]).to(running[-1].dtype))
-    if transforms.active():  # a user's vmap, which does not take these functions
+    if transforms.active():  # a user's vmap, which has no rule for torch._foreach functions
         for r, k, a in zip(running, kept, added, strict=True):
             r.mul_(k).add_(a)
     else:
@@ -167,7 +170,7 @@ def _apply(updates: list[_Update]) -> None:
 
 
 def _by_statistic(updates: list[_Update]) -> list[list[_Update]]:
-    """The calls that update the same running statistic, in their order."""
+    """The updates grouped by running statistic, in the order of the calls."""
     if torch.compiler.is_compiling():
         return [
             [v for v in updates if v.running is u.running]
@@ -182,26 +185,26 @@ def _by_statistic(updates: list[_Update]) -> list[list[_Update]]:
 
 
 def _weighted(statistic: Tensor, weights: list[float]) -> Tensor:
-    # (Not a matrix product: under autocast that is one in 16 bits.)
+    # (Not a matrix product, which autocast would compute in 16 bits.)
     return statistic * sum(weights) if statistic.dim() == 1 else (statistic * statistic.new_tensor(weights)[:, None]).sum(0)
 
 
 def _normalized(
     axis, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y with the lanes of x, mean, unbiased variance), the latter [K, C], or [C] where no noise has touched them."""
+    """(y, noisy where x is; mean; unbiased variance). Mean and variance are [K, C], or [C] where no noise has touched x."""
     compiling = torch.compiler.is_compiling()
     if not compiling and axis.is_covered():
         raise NotOnAxis("a BatchNorm runs inside of a transform of torch.func's")
     if compiling or axis.level > 1 or axis.holds(weight) or axis.holds(bias):
         return _normalized_by_torch(axis, x, weight, bias, eps)
     channels, d = x, None
-    if axis.holds(x):  # lanes become more channels of one call
+    if axis.holds(x):  # K samples of C channels become K*C channels of one call
         x, d = axis.unwrap(x)
         channels = x.movedim(d, 1).flatten(1, 2)
         weight, bias = (v if v is None else v.repeat(axis.samples) for v in (weight, bias))
     with axis.below():
-        # The kernel tells its statistics where it updates running ones: by a momentum of 1, to these, in the precision of a loop's.
+        # The kernel gives its statistics away only through running ones: a momentum of 1 sets these to them, in a loop's precision.
         found = [torch.zeros(channels.shape[1], dtype=dtype if weight is None else weight.dtype, device=x.device) for _ in range(2)]
         y, *_ = torch.native_batch_norm(channels, weight, bias, *found, True, 1.0, eps)
         if d is None:
@@ -216,9 +219,10 @@ def _normalized_by_torch(axis, x: Tensor, weight: Tensor | None, bias: Tensor | 
         if x.dtype in (torch.float32, torch.float64):
             n = x.numel() // x.shape[1]
             mean, variance = mean.detach(), (deviation.detach() ** -2 - eps) * (n / (n - 1))
-        else:  # whose statistics torch gives in 16 bits
+        else:  # torch gives the statistics of 16-bit inputs in 16 bits
             variance, mean = torch.var_mean(x.detach().float(), [0, *range(2, x.dim())])
-        return y.to(x.dtype), all_lanes(axis, mean), all_lanes(axis, variance)  # torch's batching multiplies by the weight in its own type
+        # (torch's batching multiplies by the weight in the weight's type: y goes back to that of x.)
+        return y.to(x.dtype), all_samples(axis, mean), all_samples(axis, variance)
 
 
 class _Frozen(_BatchNormMode):
@@ -226,7 +230,7 @@ class _Frozen(_BatchNormMode):
 
     @property
     def training(self) -> bool:
-        """Always False: normalising as in eval mode is what "frozen" means. What train() and eval() say is kept for iw.revert."""
+        """Always False: a frozen layer normalises as in eval mode. The mode that train() and eval() set is kept for iw.revert."""
         return False
 
     @training.setter
@@ -238,37 +242,27 @@ _MODES = {"per_sample": _PerSample, "frozen": _Frozen}
 MODES = ("joint", *_MODES)
 
 
-def to_swap(model: nn.Module, mode: str) -> list[nn.Module]:
-    """The layers that ``mode`` replaces; raises where it cannot."""
-    if mode not in MODES:
-        raise ValueError(f"batch_norm: expected one of {MODES}, got {mode!r}")
-    found = []
-    for name, module in model.named_modules() if mode != "joint" else ():
-        if not isinstance(module, _BatchNorm) and not (isinstance(module, _InstanceNorm) and module.track_running_stats):
-            continue
-        kind = f"{name or 'the model'} ({type(module).__name__})"
-        if isinstance(module, LazyModuleMixin):
-            raise ValueError(f"batch_norm={mode!r}: expected initialised layers, but {kind} is lazy; run the model once before")
-        if mode == "frozen" and module.running_mean is None:
-            raise ValueError(f"batch_norm='frozen': expected layers with running statistics, but {kind} tracks none")
-        inside = [type(m).__name__ for m in module.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
-        if mode == "per_sample" and inside:
-            raise ValueError(f"batch_norm='per_sample': expected no noise inside a batch normalisation, but {kind} holds {inside[0]}")
-        found.append(module)
-    return found
-
-
-def swapped_class(mode: str, original: type[nn.Module]) -> type[nn.Module]:
-    """The class of ``mode`` for layers of the class ``original``."""
-    return behaving(_MODES[mode], original)
+def norm_swapped_to(name: str, module: nn.Module, mode: str) -> type[nn.Module] | None:
+    """The class that takes the place of a batch normalisation's under ``mode``, or None; raises where none fits."""
+    if mode == "joint" or not (isinstance(module, _BatchNorm) or (isinstance(module, _InstanceNorm) and module.track_running_stats)):
+        return None
+    kind = f"{name or 'the model'} ({type(module).__name__})"
+    if isinstance(module, LazyModuleMixin):
+        raise ValueError(f"batch_norm={mode!r}: expected initialised layers, but {kind} is lazy; run the model once before")
+    if mode == "frozen" and module.running_mean is None:
+        raise ValueError(f"batch_norm='frozen': expected layers with running statistics, but {kind} tracks none")
+    inside = [type(m).__name__ for m in module.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
+    if mode == "per_sample" and inside:
+        raise ValueError(f"batch_norm='per_sample': expected no noise inside a batch normalisation, but {kind} holds {inside[0]}")
+    return behaving(_MODES[mode], type(module))
 
 
 def _is_expanded(context: sampling, rows: int, kind: str) -> bool:
-    """Whether ``rows`` are K*B rows, or B that all samples share."""
+    """True for K*B rows, False for B rows that all samples share; raises for other numbers of rows."""
     samples, batch = context.samples, context.batch
     if context.expand == "later" or (context.expand == "first" and batch is None):
         return False  # before the first noise
-    # Rows may hold positions too where they were expanded outside, but in sample-major order only if rows are outermost.
+    # Rows expanded outside may be flattened with positions; they are sample-major only where the rows' dimension is the first.
     if context.expand == "none" and rows % samples == 0 and (context.batch_dim == 0 or batch is None or rows == samples * batch):
         return True
     if context.expand == "first" and rows in (batch, samples * batch):

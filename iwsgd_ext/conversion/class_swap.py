@@ -1,4 +1,4 @@
-"""Classes made on the fly: a behaviour before a module's own class, so that the module stays the object that it is."""
+"""Classes made at run time: a behaviour is put before a module's own class, so that the module stays the same object."""
 
 import functools
 
@@ -6,13 +6,18 @@ from torch import nn
 
 
 class Behaviour:
-    """What is put before a class. Subclasses define ``forward``, or a ``forward_of(original)`` that makes one."""
+    """A class that is put before a module's own. Subclasses define ``forward``, or a ``forward_of(original)`` that makes one.
+
+    Attributes:
+        original: the module's own class, on the class that is made.
+        prefix: of the name of the class that is made.
+    """
 
     original: type[nn.Module]
-    prefix = ""  # of the made class' name
+    prefix = ""
 
     def __reduce_ex__(self, protocol):
-        # Pickle finds no class that is made on the fly: it gets what the class is made of.
+        # Pickle cannot find a class that is made at run time: it gets the classes that it is made of.
         made, behaviours = type(self), []
         while "original" in vars(made):
             behaviours.append(made.__bases__[0])
@@ -21,13 +26,13 @@ class Behaviour:
 
     @classmethod
     def forward_of(cls, original: type[nn.Module]) -> dict:
-        """What the made class defines, beside what it inherits."""
+        """The attributes that the made class defines itself."""
         return {}
 
 
 @functools.cache
 def behaving(behaviour: type[Behaviour], original: type[nn.Module]) -> type[nn.Module]:
-    """The class of modules of class ``original`` with a behaviour before it; under the original's name, as users' code reads it."""
+    """The class with a behaviour before ``original``; it has the original's name, which users' code may read."""
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__, "original": original}
     return type(f"{behaviour.prefix}{original.__name__}", (behaviour, original), names | behaviour.forward_of(original))
 
@@ -39,7 +44,7 @@ def _new(original: type[nn.Module], *behaviours: type[Behaviour]) -> nn.Module:
 
 
 def has(module: nn.Module, behaviour: type[Behaviour]) -> bool:
-    """Whether the outermost behaviour of a module is this one."""
+    """True where this is the outermost behaviour of a module."""
     return type(module).__bases__[:1] == (behaviour,)
 
 

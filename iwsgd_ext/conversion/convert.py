@@ -16,10 +16,10 @@ from ..layers.context import current, is_evaluating, outside_of_contexts, sampli
 from . import axis as sample_axis
 from . import class_swap
 from .axis_outputs import check_not_later
-from .axis_rules import LaneRules
+from .axis_rules import AxisRules
 from .class_swap import Behaviour
 from .functional_dropout import Call, FunctionalDropout, Watch, _model_forward_is
-from .one_by_one import LaneByLane, blamed, loop, reason_of
+from .one_by_one import OneByOne, blamed, loop, reason_of
 from .pass_state import RandomState, Snapshot
 from .swaps import SWAPS, draws, idle_modules, original_class, rate_of, swap, unreached_modules, unswap
 from .verify import Verification, verify_conversion
@@ -143,7 +143,7 @@ def revert(model: Model) -> Model:
         raise ValueError(f"model: expected one whose class iw.convert has set, but something has made it a {type(model).__name__} since")
     conversion: Conversion = getattr(model, _CONVERSION)
     conversion.remove_hooks(model)
-    for name in list(conversion.lane_by_lane):
+    for name in list(conversion.one_by_one):
         conversion.run_on_axis(model, name)
     unswap(model)
     class_swap.take(model)
@@ -212,7 +212,7 @@ def install(model, samples, expand, batch_norm, batch_dim, one_by_one, strict, v
         vars(model)[_FORWARD] = vars(model).pop("forward")
     class_swap.put(model, Converted)
     for name in (one_by_one,) if isinstance(one_by_one, str) else one_by_one:
-        conversion.run_lane_by_lane(model, name, "asked for")
+        conversion.run_one_by_one(model, name, "asked for")
     if expand not in ("axis", "first", "input"):
         model.get_submodule(expand).register_forward_pre_hook(conversion.expand_inputs, with_kwargs=True)
     return conversion
@@ -228,7 +228,7 @@ class Conversion:
         self.batch_dim = batch_dim
         self.strict = strict
         self.verify = verify
-        self.lane_by_lane: dict[str, str] = {}  # submodules that are called once for each sample, and why
+        self.one_by_one: dict[str, str] = {}  # submodules that are called once for each sample, and why
         self.calls: list[Call] = []  # functional noise, seen in a run
         self.looked = False  # a training forward has gone through and was looked at
         self.drew = False  # it drew noise of this package
@@ -393,27 +393,27 @@ class Conversion:
         batch = _batch(inputs, dim)
         context.origin_for(inputs, model)
         if torch.compiler.is_compiling():
-            if self.lane_by_lane:
-                names = ", ".join(name or "the model itself" for name in self.lane_by_lane)
+            if self.one_by_one:
+                names = ", ".join(name or "the model itself" for name in self.one_by_one)
                 raise RuntimeError(
                     f"torch.compile: parts of this model are called once for each noise sample ({names}), which it does not compile. Run "
                     "the model eagerly, or convert it with rows (expand='input') and compile that."
                 )
-            return sample_axis.run(model, own, args, kwargs, context, LaneRules(), dim, batch)
+            return sample_axis.run(model, own, args, kwargs, context, AxisRules(), dim, batch)
         before, stream = None if self.looked else Snapshot(model, inputs), context.stream
         tried: list[Any] = []
         while True:
             try:
-                if "" in self.lane_by_lane:
+                if "" in self.one_by_one:
                     output = loop(model, own, args, kwargs, context, FunctionalDropout(watch), dim, batch)
                 else:
-                    rules = LaneRules(watch, model, inputs, () if before is None else before.kept())
+                    rules = AxisRules(watch, model, inputs, () if before is None else before.kept())
                     output = sample_axis.run(model, own, args, kwargs, context, rules, dim, batch)
                 break
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
-                name = blamed(model, error, self.lane_by_lane)
+                name = blamed(model, error, self.one_by_one)
                 if name is None or before is None or any(isinstance(v, Iterator) for v in inputs):  # half used up
                     for tried_name in tried:
                         self.run_on_axis(model, tried_name)
@@ -422,23 +422,23 @@ class Conversion:
                     raise
                 before.restore()
                 context.stream = stream
-                self.run_lane_by_lane(model, name, reason_of(error))
+                self.run_one_by_one(model, name, reason_of(error))
                 tried.append(name)
         if tried:
-            found = "; ".join(f"{name or 'the model itself'} ({self.lane_by_lane[name]})" for name in tried if name in self.lane_by_lane)
+            found = "; ".join(f"{name or 'the model itself'} ({self.one_by_one[name]})" for name in tried if name in self.one_by_one)
             warnings.warn(f"iw.convert: called once for each noise sample, as they cannot run on the sample axis: {found}", stacklevel=7)
         return output
 
-    def run_lane_by_lane(self, model: nn.Module, name: str, reason: str) -> None:
+    def run_one_by_one(self, model: nn.Module, name: str, reason: str) -> None:
         if name:
             module = model.get_submodule(name)
-            for inner in [n for n in self.lane_by_lane if n.startswith(f"{name}.")]:
+            for inner in [n for n in self.one_by_one if n.startswith(f"{name}.")]:
                 self.run_on_axis(model, inner)
-            class_swap.put(module, LaneByLane)
-        self.lane_by_lane[name] = reason
+            class_swap.put(module, OneByOne)
+        self.one_by_one[name] = reason
 
     def run_on_axis(self, model: nn.Module, name: str) -> None:
-        if self.lane_by_lane.pop(name, None) is not None and name:
+        if self.one_by_one.pop(name, None) is not None and name:
             class_swap.take(model.get_submodule(name))
 
     # Rows

@@ -1,4 +1,4 @@
-"""Dropout that is a function call: caught during the training forward of a converted model, and drawn as a layer would draw it."""
+"""Dropout by function calls: caught during the training forward of a converted model, and drawn as a layer would draw it."""
 
 import sys
 from collections.abc import Callable
@@ -20,13 +20,21 @@ from ..layers.dropout import IWAlphaDropout, IWDropout, IWDropout1d, IWDropout2d
 
 @dataclass(frozen=True)
 class Call:
-    """Noise that a training forward drew by a function call."""
+    """A function call by which a training forward drew noise.
 
-    module: str  # name of the innermost module that made the call
+    Attributes:
+        module: name of the innermost module in whose forward the call was; "" is the model.
+        function: name of the function.
+        p: its probability, where it has one.
+        place: file:line.
+        kind: "replaced": drawn by the context. "dropout" and "random": drawn by torch, so that no replay repeats it.
+    """
+
+    module: str
     function: str
-    p: float | None  # where the function has one
-    place: str  # file:line
-    kind: str  # "replaced", "dropout" or "random": drawn by the context, or by torch, where replay repeats neither
+    p: float | None
+    place: str
+    kind: str
 
     def __str__(self) -> str:
         p = "" if self.p is None else f"(p={self.p})"
@@ -34,12 +42,12 @@ class Call:
 
 
 class FeatureDropout(IWDropout2d):
-    """``torch.feature_dropout``: whole channels, of whatever form."""
+    """``torch.feature_dropout``: whole channels, of any shape, are dropped."""
 
     dims, expected, namesake = (2, 3, 4, 5), "[B, C, ...]", "torch.feature_dropout"
 
 
-# What is replaced: the layer that draws it, and whether it draws where the caller does not say ``training``.
+# Functions that are replaced: the layer that draws instead, and the default of ``training``.
 LAYERS: dict[Callable, tuple[Callable, bool]] = {
     F.dropout: (IWDropout, True),
     F.dropout1d: (IWDropout1d, True),
@@ -60,15 +68,15 @@ IN_PLACE = {
 }
 ATTENTION = F.scaled_dot_product_attention
 
-# Dropout that is not replaced: where in its arguments the probability stands, and what switches it on.
-# (position and name of p, position and name and default of the switch)
+# Functions with dropout inside that are not replaced: (position and name of p, position, name and default of the argument that turns
+# dropout on).
 UNREACHED: dict[Callable, tuple[int, str, int, str, bool]] = {
     F.multi_head_attention_forward: (10, "dropout_p", 13, "training", True),
     torch.native_dropout: (1, "p", 2, "train", True),
 }
 RECURRENT = frozenset([torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu])
 
-# Other random numbers: they are no function of seed and sample, so a replay would not repeat them.
+# Functions that draw other random numbers: these are no function of seed and sample, so that no replay repeats them.
 RANDOM: frozenset[Callable] = frozenset(
     [
         *(torch.bernoulli, torch.multinomial, torch.normal, torch.poisson, torch.rand, torch.rand_like, torch.randint, torch.randint_like),
@@ -81,19 +89,25 @@ RANDOM: frozenset[Callable] = frozenset(
 
 _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
-# Modules of this package that are between a call and what notes it.
-_NOT_NOISE = (__name__, f"{__package__}.axis_rules")
+# Files of this package whose frames stand between a user's call and the Watch.
+_CATCHING = (__name__, f"{__package__}.axis_rules")
 
 
 @dataclass
 class Watch:
-    """What to look out for while a model runs, and what was seen."""
+    """Notes the noise that a model draws while it runs.
 
-    names: dict[int, str]  # of the modules, by id
-    calls: dict[Call, None] = field(default_factory=dict)  # in order, once each
-    seen: bool = False  # inside a function that is known: what it does below is its own business
-    asks: str | None = None  # where the forward asked for the values of a tensor
-    looks: bool = False  # whether anything was looked at: a compiled forward is not
+    Attributes:
+        names: names of the model's modules, by id.
+        calls: the calls that drew noise, in order, each once.
+        asks: the line at which the forward asked for the values of a tensor, or None.
+        looks: True once a forward was looked at; a compiled one is not.
+    """
+
+    names: dict[int, str]
+    calls: dict[Call, None] = field(default_factory=dict)
+    asks: str | None = None
+    looks: bool = False
 
     @classmethod
     def of(cls, model: nn.Module) -> "Watch":
@@ -105,12 +119,15 @@ class Watch:
             self.calls[Call(place[0], function, p, place[1], kind)] = None
 
     def place(self) -> tuple[str, str] | None:
-        """The innermost module of the model that is running, and the line that made the call; None inside of this package's noise."""
+        """(name of the innermost module that is running, line of the call); None where this package's own noise made the call.
+
+        Only the frames of the running forwards tell the line of the user's model.
+        """
         frame, line = sys._getframe(2), None
         while frame is not None:
             package, module = frame.f_globals.get("__name__", ""), frame.f_locals.get("self")
             mine = package.startswith(PACKAGE + ".")
-            if mine and line is None and package not in _NOT_NOISE:
+            if mine and line is None and package not in _CATCHING:
                 return None
             if line is None and not mine and not package.startswith("torch."):
                 line = f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
@@ -119,37 +136,26 @@ class Watch:
             frame = frame.f_back
         return "", line or "?"
 
-    def innermost(self) -> str:
-        """The name of the innermost module that is running, this package's layers included."""
-        frame = sys._getframe(1)
-        while frame is not None:
-            module = frame.f_locals.get("self")
-            if isinstance(module, nn.Module) and id(module) in self.names:
-                return self.names[id(module)]
-            frame = frame.f_back
-        return ""
-
 
 class FunctionalDropout(TorchFunctionMode):
-    """While it is active, functional dropout is noise of the sampling context.
-
-    Entered by the forward of a converted model. ``torch.compile`` traces it like any other code.
-    """
+    """The mode in which functional dropout is noise of the sampling context; a converted model's forward enters it."""
 
     def __init__(self, watch: Watch | None = None):
         super().__init__()
         self.watch = watch
-        self.around = None if is_compiling() else _top_hooks(False)  # those of a checkpoint that holds all of the model
+        self.around = None if is_compiling() else _top_hooks(False)  # hooks of a checkpoint around the whole model
 
     def unwatched(self) -> "FunctionalDropout":
-        """The same for a recompute, which nobody looks at."""
+        """The same mode without a watch, for a recompute."""
         return type(self)()
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if not is_compiling() and _top_hooks(False) is not None:
             mend_running_checkpoint(self, self.around)
         if is_compiling() and func is Tensor.unflatten:
-            func = torch.unflatten  # the method is Python's, and calls super(), which the compiler does not trace; nor this in a dict
+            func = (
+                torch.unflatten
+            )  # the method calls Python's super(), which torch.compile does not trace; nor does it trace this in a dict
         handler = _HANDLERS.get(func)
         if handler is None:
             return func(*args, **kwargs) if kwargs else func(*args)
@@ -172,7 +178,7 @@ class FunctionalDropout(TorchFunctionMode):
             self.watch.add(resolve_name(func), p, "replaced")
         y = layer(p)(x)
         if (in_place or _argument(args, kwargs, 3, "inplace", False)) and y.shape == x.shape:
-            return self._written(x, y)  # the caller may look at x; where rows expand there is nothing to look at
+            return self._written(x, y)  # the caller may read x; where rows expand, x cannot hold the result
         return y
 
     def _written(self, x: Tensor, y: Tensor) -> Tensor:
@@ -183,32 +189,26 @@ class FunctionalDropout(TorchFunctionMode):
         context = current()
         if context is None:
             return ATTENTION(*args, **kwargs)
-        if p == 0:  # rows of B and of S*B may meet all the same
-            return scaled_dot_product_attention(*args, **kwargs)
-        _check_not_recomputed(ATTENTION)
-        if self.watch is not None:
-            self.watch.add(resolve_name(ATTENTION), p, "replaced")
-        return scaled_dot_product_attention(*args, **kwargs)
+        if p != 0:
+            _check_not_recomputed(ATTENTION)
+            if self.watch is not None:
+                self.watch.add(resolve_name(ATTENTION), p, "replaced")
+        return scaled_dot_product_attention(*args, **kwargs)  # p = 0 too: B rows and S*B rows may meet
 
     def _ask(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         asked_by = sys._getframe(2).f_globals.get("__name__", "")
-        if self.watch is not None and not asked_by.startswith("torch."):  # (torch's own modules ask of masks)
+        if self.watch is not None and not asked_by.startswith("torch."):  # (torch's own layers ask for the values of masks)
             self.watch.asks = self.watch.asks or (self.watch.place() or ("", None))[1]
         return func(*args, **kwargs)
 
     def _look(self, func: Callable, args: tuple, kwargs: dict) -> Any:
-        if self.watch is None:
-            return func(*args, **kwargs)
-        p = probability(func, args, kwargs)
-        if p:
-            self.watch.add(resolve_name(func), p, "dropout")
-        elif func in RANDOM and (func not in (torch.rrelu, F.rrelu) or _argument(args, kwargs, 3, "training", False)):
-            self.watch.add(resolve_name(func), None, "random")
-        self.watch.seen = True
-        try:
-            return func(*args, **kwargs)
-        finally:
-            self.watch.seen = False
+        if self.watch is not None:
+            p = probability(func, args, kwargs)
+            if p:
+                self.watch.add(resolve_name(func), p, "dropout")
+            elif func in RANDOM and (func not in (torch.rrelu, F.rrelu) or _argument(args, kwargs, 3, "training", False)):
+                self.watch.add(resolve_name(func), None, "random")
+        return func(*args, **kwargs)
 
 
 _HANDLERS: dict[Callable, Callable] = {
@@ -221,15 +221,18 @@ _HANDLERS: dict[Callable, Callable] = {
 
 
 def _check_not_recomputed(func: Callable) -> None:
-    """Raises inside the forward of an autograd Function that computes its gradient: reentrant checkpoints and reversible networks call what
-    is in there again during backward, outside of the model, where a function would draw torch's noise and nobody would notice."""
-    if is_compiling() or torch.is_grad_enabled():  # which a Function's forward has not
+    """Raises inside the forward of an autograd Function that computes a gradient: a reentrant checkpoint or a reversible network.
+
+    Its backward calls the same functions again outside of the model's forward, where functional dropout is torch's and would draw other
+    noise in silence. Only the frames tell that a Function's forward is running.
+    """
+    if is_compiling() or torch.is_grad_enabled():  # a Function's forward runs without grad
         return
     frame = sys._getframe(2)
     while frame is not None and frame.f_code is not _MODEL_FORWARD:
         names = frame.f_code.co_varnames[:1]
         first = frame.f_locals.get(names[0]) if names and frame.f_code.co_name == "forward" else None
-        ours = isinstance(frame.f_locals.get("run_function"), _Replayed)  # iw.checkpoint's reentrant form: it draws the same again
+        ours = isinstance(frame.f_locals.get("run_function"), _Replayed)  # iw.checkpoint's reentrant form draws the same noise again
         if isinstance(first, torch.autograd.function.FunctionCtx) and any(first.needs_input_grad) and not ours:
             raise RuntimeError(
                 f"{resolve_name(func)} is noise of a converted model here, inside of an autograd Function (a reentrant checkpoint, a "
@@ -240,7 +243,7 @@ def _check_not_recomputed(func: Callable) -> None:
 
 
 def _model_forward_is(function: Callable) -> Callable:
-    """Marks the function that calls a converted model's own forward: what is around it is called again as a whole."""
+    """Marks the function that calls a converted model's own forward: a Function around the whole model calls the model again."""
     global _MODEL_FORWARD
     _MODEL_FORWARD = function.__code__
     return function
@@ -250,8 +253,8 @@ _MODEL_FORWARD = None
 
 
 def probability(func: Callable, args: tuple, kwargs: dict) -> float:
-    """With what probability a call of UNREACHED or RECURRENT drops; 0 where it does not."""
-    if func in RECURRENT:  # the numbers are has_biases, layers, dropout, train, ..., behind tensors that differ between two forms
+    """The probability with which a call of UNREACHED or RECURRENT drops; 0 where it drops nothing."""
+    if func in RECURRENT:  # its numbers are has_biases, layers, dropout, train, ..., behind tensors that differ between two forms
         _, layers, p, training, *_ = (v for v in args if isinstance(v, bool | int | float))
         return p if training and layers > 1 else 0.0
     if func not in UNREACHED:

@@ -1,11 +1,15 @@
 """Modules that are called once for each noise sample, below the sample axis, because they cannot run on it.
 
-Below the axis a module is called as in a forward of one noise sample, K times. Its streams start anew for each; tensors come in as slices,
-so that what it writes in place is written; tensors that it leaves as attributes get lanes as its results do. Where that would not be what a
-forward of each sample alone does, the module around it is called instead, at last the model itself: its argument is an object that it may
-change (a cache), it writes into what all samples share, or samples differ in what is no tensor or in how often they draw noise. Where it
-has state that another call or the axis uses in the same forward, calls would come in another order than in a loop over samples: that loop
-is what runs then.
+Below the axis such a module is called K times, each time as in a forward of one noise sample:
+
+    streams     each call starts with the same stream
+    arguments   noisy tensors come in as slices of their memory, so that a write in place is seen afterwards
+    results     tensors of the K results are stacked, and so are tensors that the module leaves in its attributes
+
+Some modules cannot be called so, because the result would not be what a forward of each sample alone gives: an argument is an object that
+the module may change (a cache), the module writes into a tensor that all samples share, or its results differ between samples in more than
+the values of tensors. Then the module around it is called once for each sample instead, and at last the model itself. Where the module has
+state that another call or the axis uses in the same forward, only a loop over whole forwards has the right order: :func:`loop` runs then.
 """
 
 from collections.abc import Callable
@@ -18,26 +22,24 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..layers.context import current, sampling
 from .axis import memory_of, rows
-from .axis_outputs import Attributes, LanesInBuffer, Output, changed, check_returned, modules_of
+from .axis_outputs import PLAIN, Attributes, NoisyBuffer, Output, changed, check_returned
 from .class_swap import Behaviour
 from .pass_state import RandomState
 
-_PLAIN = str | bytes | int | float | complex | type | Callable | torch.dtype | torch.device | None
 
-
-class NotByLane(RuntimeError):
-    """A module cannot be called once for each noise sample; the one around it may."""
+class NotOneByOne(RuntimeError):
+    """Raised where a module cannot be called once for each noise sample; the module around it may be."""
 
     def __init__(self, reason: str):
         super().__init__(f"a part of the model cannot be called once for each noise sample by itself: {reason}")
 
 
 class NotOnAxis(RuntimeError):
-    """A model as a whole is to be called once for each noise sample."""
+    """Raised where only the whole model can be called once for each noise sample."""
 
 
-class LaneByLane(Behaviour):
-    """A module's forward runs lane by lane."""
+class OneByOne(Behaviour):
+    """Makes the forward of a module on the axis one call for each noise sample."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         context = current()
@@ -47,24 +49,24 @@ class LaneByLane(Behaviour):
 
 
 def one_by_one(module: nn.Module | None, forward: Callable, args: tuple, kwargs: dict, context: sampling) -> Any:
-    """``forward`` called once for each lane of the context's axis, results stacked."""
+    """The results of ``forward``, called once for each noise sample of the context's axis, stacked."""
     axis = context.axis
     if axis.is_covered():
         raise NotOnAxis("a part that is called once for each noise sample stands inside of a transform of torch.func's")
     leaves, spec = tree_flatten((args, kwargs))
     for v in leaves:
-        if not isinstance(v, Tensor | _PLAIN):
-            raise NotByLane(f"an argument is a {type(v).__name__}")
+        if not isinstance(v, Tensor | PLAIN):
+            raise NotOneByOne(f"an argument is a {type(v).__name__}")
     unwrapped = [axis.unwrap(v) for v in leaves]
-    # A checkpoint around this computes again in the context of the first function that is seen in it: of this one, still on the axis.
+    # A recompute of a checkpoint around this takes the context of the first function called in it: call one now, while on the axis.
     axis.ids.dim()
-    with torch._C.DisableTorchFunction():  # who looks here reads no values
-        shared = [(v, v._version) for v, d in unwrapped if isinstance(v, Tensor) and d is None and not v.is_inference()]
-        state = _State(module)
-        if (state.memory | {memory_of(v) for v, _ in shared}) & (axis.written | (axis.statistics - state.memory)):
-            raise NotOnAxis("state that one part of the forward writes is used by another, where each sample's is another")
     attributes = Attributes(module)
     contents = attributes.contents()
+    with torch._C.DisableTorchFunction():  # versions and memory are no values: the axis' rules must not take this for a read
+        shared = [(v, v._version) for v, d in unwrapped if isinstance(v, Tensor) and d is None and not v.is_inference()]
+        state = _State(attributes.modules)
+        if (state.memory | {memory_of(v) for v, _ in shared}) & (axis.written | (axis.statistics - state.memory)):
+            raise NotOnAxis("one part of the forward writes state that another part uses, and each sample would have its own")
     each, kept, streams = [], [], []
     with axis.below(), context.below():
         start, random = context.stream, RandomState(axis.ids.device) if axis.randomness == "same" else None
@@ -80,36 +82,35 @@ def one_by_one(module: nn.Module | None, forward: Callable, args: tuple, kwargs:
             streams.append(context.stream)
         with torch._C.DisableTorchFunction():
             if any(v._version != version for v, version in shared):
-                raise NotByLane("it writes into an argument that all noise samples share")
+                raise NotOneByOne("it writes into an argument that all noise samples share")
             axis.below_axis |= state.memory
             axis.written |= state.written()
         if len(set(streams)) > 1:
-            raise NotByLane("samples draw noise a different number of times")
+            raise NotOneByOne("samples draw noise a different number of times")
         if changed(contents, attributes.contents()):
-            raise NotByLane("it changes what a list or dict that it keeps holds")
+            raise NotOneByOne("it changes what a list or dict that it keeps holds")
         results = _stacked(each)
     try:
-        attributes.put(kept, lambda of_lanes: axis.wrap(_stack(of_lanes)))
+        attributes.put(kept, lambda of_samples: axis.wrap(_stack(of_samples)))
     except ValueError as error:
-        raise NotByLane(str(error)) from None
+        raise NotOneByOne(str(error)) from None
     return tree_unflatten([v if same else axis.wrap(v) for v, same in results], each[0][1])
 
 
 class _State:
-    """The buffers of a module, and tensors that it holds as attributes: what one call may leave to the next.
+    """The tensors through which one call of modules may change the next: buffers, and tensors held as attributes.
 
     Attributes:
-        memory: theirs.
+        memory: the memory of these tensors.
     """
 
-    def __init__(self, module: nn.Module | None):
-        self.modules = [] if module is None else modules_of(module)
-        held = [(v, m) for m in self.modules for v in (*m._buffers.values(), *vars(m).values()) if isinstance(v, Tensor)]
+    def __init__(self, modules: list[nn.Module]):
+        held = [(v, m) for m in modules for v in (*m._buffers.values(), *vars(m).values()) if isinstance(v, Tensor)]
         self.held = [(memory_of(v), v, None if v.is_inference() else v._version, m) for v, m in held]
         self.memory = {memory for memory, *_ in self.held}
 
     def written(self) -> set[int]:
-        """The memory of those that calls have written. (Running statistics count no version.)"""
+        """The memory of the tensors that calls have written. (Running statistics, whose writes count no version, are taken for written.)"""
         return {
             memory
             for memory, v, version, m in self.held
@@ -118,19 +119,19 @@ class _State:
 
 
 def _stacked(each: list[tuple[list, Any]]) -> list[tuple[Any, bool]]:
-    """Each leaf of the lanes' results: (a tensor [K, ...], False), or (what all have, True)."""
+    """Each leaf of the samples' results: (a tensor [K, ...], False), or (the value that all samples have, True)."""
     first, spec = each[0]
     if any(s != spec for _, s in each):
-        raise NotByLane("its results differ in structure")
+        raise NotOneByOne("its results differ in structure")
     results = []
     for i, v in enumerate(first):
-        of_lanes = [leaves[i] for leaves, _ in each]
+        of_samples = [leaves[i] for leaves, _ in each]
         if isinstance(v, Tensor):
-            results.append((_stack(of_lanes), False))
-        elif all(_is_same(x, v) for x in of_lanes):
+            results.append((_stack(of_samples), False))
+        elif all(_is_same(x, v) for x in of_samples):
             results.append((v, True))
         else:
-            raise NotByLane(f"a result is a {type(v).__name__}")
+            raise NotOneByOne(f"a result is a {type(v).__name__}")
     return results
 
 
@@ -139,10 +140,10 @@ def _is_same(x: Any, v: Any) -> bool:
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:
-    """torch.stack, in each lane the order of memory of the first tensor."""
+    """torch.stack, with each sample laid out in memory as the first tensor is."""
     x = tensors[0]
     if any(v.shape != x.shape for v in tensors):
-        raise NotByLane("its results differ in shape")
+        raise NotOneByOne("its results differ in shape")
     if x.is_contiguous() or x.dim() < 2:
         return torch.stack(tensors)
     order = sorted(range(x.dim()), key=lambda d: -x.stride(d))
@@ -151,7 +152,7 @@ def _stack(tensors: list[Tensor]) -> Tensor:
 
 
 def loop(model: nn.Module, forward: Callable, args: tuple, kwargs: dict, context: sampling, mode: Any, batch_dim: int, batch: int | None):
-    """A whole model called once for each noise sample, and its outputs as :func:`iwsgd_ext.conversion.axis.run` gives them."""
+    """The outputs of a whole model, called once for each noise sample, as :func:`iwsgd_ext.conversion.axis.run` gives them."""
     context.scalar_output = False
     start, streams, outputs, kept, attributes = context.stream, [], [], [], Attributes(model)
     random = RandomState(context._origin.device) if context.torch_noise == "same" else None
@@ -180,32 +181,35 @@ def loop(model: nn.Module, forward: Callable, args: tuple, kwargs: dict, context
         )
 
     def together(outputs: list[Output]) -> list[Tensor]:
-        stacked = [_stack(list(of_lanes)) for of_lanes in zip(*(o.tensors for o in outputs), strict=True)]
+        stacked = [_stack(list(of_samples)) for of_samples in zip(*(o.tensors for o in outputs), strict=True)]
         context.scalar_output |= any(x.dim() == 1 and x.requires_grad for x in stacked)
         return [rows(x, batch_dim, batch) for x in stacked]
 
     try:
-        attributes.put(kept, lambda of_lanes: rows(_stack(of_lanes), batch_dim, batch))
+        attributes.put(kept, lambda of_samples: rows(_stack(of_samples), batch_dim, batch))
         tensors = together(outputs)
-    except (NotByLane, ValueError) as error:
+    except (NotOneByOne, ValueError) as error:
         raise RuntimeError(f"The noise samples of this model cannot be returned together: {error}.") from None
     for i, v in enumerate(first.leaves):
-        if not isinstance(v, Tensor | _PLAIN):  # an object: one for all samples, or, where they differ (caches of layers left out), all
+        if not isinstance(v, Tensor | PLAIN):  # an object: one for all samples, or a list where these differ (caches, layers left out)
             objects = [o.leaves[i] for o in outputs]
             of_objects = [Output([v], model) for v in objects]
             try:
                 first.leaves[i] = of_objects[0].replaced(together(of_objects))[0]
-            except (NotByLane, ValueError):
+            except (NotOneByOne, ValueError):
                 first.leaves[i] = objects
     return first.replaced(tensors)
 
 
-def blamed(model: nn.Module, error: Exception, lane_by_lane: dict[str, str]) -> str | None:
-    """The innermost submodule in which an error of the axis arose and that is not yet called lane by lane; "" is the model. None where the
-    error is the model's own: it arose below the axis."""
+def blamed(model: nn.Module, error: Exception, called: dict[str, str]) -> str | None:
+    """The name of the innermost submodule in which an error of the axis arose, of those that are not ``called`` once for each sample yet;
+    "" is the model. None where the error is the model's own: it arose below the axis.
+
+    Only the traceback knows which forwards were running: their frames have the module as ``self``.
+    """
     names = {id(module): name for name, module in model.named_modules()}
     path, below, traceback = [""], False, error.__traceback__
-    if isinstance(error, LanesInBuffer):
+    if isinstance(error, NoisyBuffer):
         parts = names[id(error.module)].split(".")
         path += [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
         traceback = None
@@ -219,11 +223,11 @@ def blamed(model: nn.Module, error: Exception, lane_by_lane: dict[str, str]) -> 
             path.append(names[id(module)])
         traceback = traceback.tb_next
     if isinstance(error, NotOnAxis):
-        return "" if "" not in lane_by_lane else None
-    if below and not isinstance(error, NotByLane) and "escaped from inside" not in str(error):  # a tensor of the axis that is no argument
+        return "" if "" not in called else None
+    if below and not isinstance(error, NotOneByOne) and "escaped from inside" not in str(error):  # (a noisy tensor that is no argument)
         return None
-    # One that is called lane by lane already did not help: the error arose in a method other than its forward.
-    return next((name for name in reversed(path) if name not in lane_by_lane and (name or len(path) > 0)), None)
+    # A module that is called so already did not help: the error arose in a method of it other than forward.
+    return next((name for name in reversed(path) if name not in called), None)
 
 
 _REASONS = {
@@ -236,7 +240,7 @@ _REASONS = {
 
 
 def reason_of(error: Exception) -> str:
-    """Why a module cannot run on the axis, in few words."""
+    """The reason why a module cannot run on the axis, in few words."""
     text = (str(error).splitlines() or [""])[0]
     known = next((words for part, words in _REASONS.items() if part in text), None)
     return known or f"{type(error).__name__}: {text[:160]}"

@@ -1,4 +1,4 @@
-"""What passes of one step share: buffers that a replay must not write, graphs that one backward goes through once, torch's generators."""
+"""State that several passes of one step share: buffers, which a replay must not write, graphs, which allow one backward, and generators."""
 
 import random
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 
 class Buffers:
-    """Copies of a model's buffers as they are now. A replay writes them in the buffers' place: each as the first pass wrote its own."""
+    """Copies of a model's buffers as they are now. A replay writes into the copies, as the first pass wrote into the buffers."""
 
     def __init__(self, model: nn.Module):
         copies: dict[int, Tensor] = {}
@@ -26,7 +26,7 @@ class Buffers:
 
     @contextmanager
     def used(self, modules: Sequence[nn.Module] | None = None):
-        """The copies stand in all modules, or in those given."""
+        """A block in which the modules given, or all of the model's, have the copies as their buffers."""
         owners = self.copies if modules is None else modules
         originals = [(m, name, m._buffers[name]) for m in owners for name in self.copies[m]]
         for module, name, _ in originals:
@@ -35,17 +35,19 @@ class Buffers:
             yield
         finally:
             for module, name, buffer in originals:
-                self.copies[module][name] = module._buffers[name]  # a model may have put another tensor there
+                self.copies[module][name] = module._buffers[name]  # a forward may have replaced the buffer
                 module._buffers[name] = buffer
 
 
 class Leaves:
-    """Stand-ins for tensors that a graph outside computed: that graph can be gone through once only, after the last pass."""
+    """Detached stand-ins for tensors that a graph outside of the passes computed: its backward can run once, after the last pass."""
 
     def __init__(self):
         self.pairs: dict[int, tuple[Tensor, Tensor]] = {}
 
     def of(self, tree: Any) -> Any:
+        """The tree with stand-ins for its tensors that require grad."""
+
         def leaf(v: Any) -> Any:
             if not isinstance(v, Tensor) or not v.requires_grad:
                 return v
@@ -54,13 +56,14 @@ class Leaves:
         return tree_map(leaf, tree)
 
     def pass_on(self) -> None:
+        """Runs the backward of the graph outside, from the gradients that the stand-ins have."""
         pairs = [(v, leaf.grad) for v, leaf in self.pairs.values() if leaf.grad is not None]
         if pairs:
             torch.autograd.backward(*zip(*pairs, strict=True))
 
 
 class RandomState:
-    """torch's, NumPy's and Python's generators where a pass begins, so that a replay draws the same noise that is not this package's."""
+    """The states of torch's, NumPy's and Python's generators at the start of a pass, so that a replay draws the same numbers of theirs."""
 
     def __init__(self, device: torch.device):
         self.device = device if device.type == "cuda" else None
@@ -68,18 +71,19 @@ class RandomState:
 
     @classmethod
     def of(cls, model: nn.Module) -> "RandomState":
-        """With the generator of the model's device."""
+        """The states now, with those of the model's device."""
         tensors = (*model.parameters(), *model.buffers())
         return cls(next((v.device for v in tensors if v.device.type == "cuda"), torch.device("cpu")))
 
     def _now(self) -> list[Tensor]:
-        return [torch.get_rng_state(), *([torch.cuda.get_rng_state(self.device)] if self.device is not None else []), *_others()]
+        states = [torch.get_rng_state(), random.getstate(), np.random.get_state()]
+        return states if self.device is None else [torch.cuda.get_rng_state(self.device), *states]
 
     def restore(self) -> None:
-        torch.set_rng_state(self.states[0])
-        if self.device is not None:
-            torch.cuda.set_rng_state(self.states[1], self.device)
-        python, numpy_ = self.states[-2:]
+        *cuda, cpu, python, numpy_ = self.states
+        if cuda:
+            torch.cuda.set_rng_state(*cuda, self.device)
+        torch.set_rng_state(cpu)
         random.setstate(python)
         np.random.set_state(numpy_)
 
@@ -87,9 +91,8 @@ class RandomState:
         return not self.moved()
 
     def moved(self) -> list[str]:
-        """Whose generators have given numbers since, of "torch", "Python" and "NumPy"."""
-        now = self._now()
-        (*torches, python, numpy_), (*torches_now, python_now, numpy_now) = self.states, now
+        """The generators that have given numbers since, of "torch", "Python" and "NumPy"."""
+        (*torches, python, numpy_), (*torches_now, python_now, numpy_now) = self.states, self._now()
         same = {
             "torch": all(torch.equal(a, b) for a, b in zip(torches, torches_now, strict=True)),
             "Python": python == python_now,
@@ -98,13 +101,9 @@ class RandomState:
         return [name for name, unmoved in same.items() if not unmoved]
 
 
-def _others() -> list:
-    return [random.getstate(), np.random.get_state()]
-
-
 class Snapshot:
-    """What a forward and a backward may change of a model and around it, for :meth:`restore`, any number of times: attributes of modules,
-    their lists and dicts, buffers, gradients, and random generators."""
+    """A copy of the state that a forward and a backward may change: attributes of modules, their lists and dicts, buffers, gradients, inputs,
+    and random generators. :meth:`restore` puts it back, any number of times."""
 
     def __init__(self, model: nn.Module, inputs: Sequence[Any] = ()):
         self.inputs = [(v, v.detach().clone()) for v in inputs if isinstance(v, Tensor) and not v.is_inference()]
@@ -115,7 +114,7 @@ class Snapshot:
         self.random = RandomState.of(model)
 
     def kept(self) -> list[Tensor]:
-        """The tensors that modules hold as attributes, and in lists and dicts of theirs."""
+        """The tensors that modules hold as attributes, and in lists, dicts and sets among these."""
         values = [v for _, attributes, _ in self.modules for v in attributes.values()]
         tables = ("_parameters", "_buffers", "_modules")
         contents = [c for *_, contents in self.modules for name, c in contents.items() if name not in tables]
@@ -123,7 +122,7 @@ class Snapshot:
         return [v for v in values if isinstance(v, Tensor) and not isinstance(v, nn.Parameter)]
 
     def written(self, model: nn.Module) -> list[str]:
-        """The names of buffers that were written since, other than BatchNorm's."""
+        """The names of the buffers, other than BatchNorm's, that were written since."""
         versions = {id(buffer): version for buffer, version, _ in self.buffers}
         norms = {id(b) for m in model.modules() if isinstance(m, _NormBase) for b in m._buffers.values()}
         return [n for n, b in model.named_buffers() if id(b) not in norms and not b.is_inference() and versions.get(id(b)) != b._version]
@@ -142,7 +141,8 @@ class Snapshot:
                 v.data.copy_(values)
         with torch.no_grad():
             for buffer, version, values in self.buffers:
-                # F.batch_norm writes running statistics and counts no version; by .data neither does this, for graphs that are kept.
+                # F.batch_norm writes running statistics without counting a version; a write by .data counts none either, so that graphs
+                # that saved them stay valid.
                 if buffer._version != version or buffer.is_inference() or not torch.equal(buffer, values):
                     buffer.data.copy_(values)
             for parameter, gradient, values in self.gradients:
@@ -152,7 +152,7 @@ class Snapshot:
 
 
 def _copied(attributes: dict) -> dict:
-    """Shallow copies of the containers among attributes: modules' tables, and lists, dicts and sets of their own. Not of parameters, which
-    FSDP gathers and scatters by itself."""
+    """Shallow copies of the containers among attributes: modules' tables, and lists, dicts and sets of their own. Not of the table of
+    parameters, which FSDP changes by itself."""
     containers = {name: v for name, v in attributes.items() if name != "_parameters" and (isinstance(v, dict) or type(v) in (list, set))}
     return {name: list(v) if isinstance(v, list) else dict(v) if isinstance(v, dict) else set(v) for name, v in containers.items()}

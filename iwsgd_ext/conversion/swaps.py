@@ -1,4 +1,4 @@
-"""Which layer takes the place of which: by class, so that a swapped layer stays the object that it was."""
+"""The swap of layers: each noise layer's class is replaced by another, so that the layer stays the same object."""
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,12 @@ from ..layers.dropout import (
 from ..layers.multinomial import IWMultinomialDropout
 from ..layers.real_noise import IWGaussianDropout, _RealNoise
 from ..layers.recurrent import IWGRU, IWLSTM, IWRNN
-from .batch_norm import swapped_class
-from .batch_norm import to_swap as batch_norms_to_swap
+from .batch_norm import MODES, norm_swapped_to
 from .pass_state import RandomState
 
 
 class _NamedRate(IWDropPath):
-    """Stochastic depth whose probability goes by the name that timm and Hugging Face give it, and is read anew in each call."""
+    """Stochastic depth with the probability in ``drop_prob``, as timm and Hugging Face name it, read anew in each call."""
 
     @property
     def p(self) -> float:
@@ -44,15 +43,15 @@ SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     nn.GRU: IWGRU,
     nn.RNN: IWRNN,
 }
-_SWAPPED_FROM = "_iw_swapped_from"  # on a swapped layer: the class to give back
+_SWAPPED_FROM = "_iw_swapped_from"  # the attribute of a swapped layer that holds its former class
 
 
 def swapped_to(module: nn.Module) -> type[nn.Module] | None:
-    """The noise layer that takes a module's place, or None."""
+    """The class of this package that takes the place of a noise layer's, or None."""
     kind = type(module)
     if kind in SWAPS:
         return SWAPS[kind]
-    # Stochastic depth of other libraries goes by these names.
+    # Other libraries' stochastic depth is found by its class names.
     if kind.__name__.endswith("DropPath") and hasattr(module, "drop_prob") and not isinstance(module, IWDropPath):
         return _NamedRate if _drops_rows(module, "drop_prob") else None
     if kind.__name__ == "StochasticDepth" and hasattr(module, "p"):
@@ -61,14 +60,15 @@ def swapped_to(module: nn.Module) -> type[nn.Module] | None:
 
 
 def _drops_rows(module: nn.Module, rate: str) -> bool:
-    """Whether, tried on rows of ones, a module drops each or keeps it and divides it by 1 - p, and is the identity in eval mode."""
+    """True where a module is seen to do what IWDropPath does: on rows of ones, in training it drops each row or keeps it and divides it by
+    1 - p, and in eval mode it is the identity."""
     if [*module.parameters(), *module.buffers()] or rate not in vars(module):
         return False
     given, random, tried = dict(vars(module)), RandomState(torch.device("cpu")), []
     for shape in ((64, 6), (64, 3, 2), (64, 3, 2, 2)):
         try:
             tried.append(_drops_rows_of(module, torch.ones(shape, device="cpu"), rate))
-        except Exception:  # it takes other shapes
+        except Exception:  # it takes no inputs of this shape
             continue
         finally:
             vars(module).clear()
@@ -88,9 +88,10 @@ def _drops_rows_of(module: nn.Module, ones: Tensor, rate: str) -> bool:
 
 def swap(model: nn.Module, batch_norm: str) -> None:
     """Swaps every noise layer, and the batch normalisations where ``batch_norm`` says so. Raises before it changes anything."""
-    changes = [(module, to) for module in model.modules() if (to := swapped_to(module)) is not None]
-    changes += [(module, swapped_class(batch_norm, type(module))) for module in batch_norms_to_swap(model, batch_norm)]
-    for module, to in changes:
+    if batch_norm not in MODES:
+        raise ValueError(f"batch_norm: expected one of {MODES}, got {batch_norm!r}")
+    found = ((module, swapped_to(module) or norm_swapped_to(name, module, batch_norm)) for name, module in model.named_modules())
+    for module, to in [(module, to) for module, to in found if to is not None]:
         setattr(module, _SWAPPED_FROM, type(module))
         if issubclass(to, _Dropout) and "batch_dim" not in vars(module):
             module.batch_dim = None
@@ -112,26 +113,26 @@ def original_class(module: nn.Module) -> type[nn.Module] | None:
 
 
 def draws(module: nn.Module) -> bool:
-    """Whether a module is a layer that draws noise of the context. (Attention and recurrent layers without dropout are swapped too: they
-    have to do where rows of B and of S*B meet.)"""
+    """True for a layer that draws noise of the context. (Attention and recurrent layers without dropout are swapped, too, because B rows
+    and S*B rows may meet in them.)"""
     if isinstance(module, IWMultiheadAttention | IWLSTM | IWGRU | IWRNN):
         return module.dropout > 0 and getattr(module, "num_layers", 2) > 1
     return isinstance(module, _Dropout | IWDropConnect | IWGaussianDropout | _RealNoise | IWMultinomialDropout)
 
 
 def rate_of(module: nn.Module) -> float | None:
-    """How much noise a layer that draws is set to, 0 for none; None where each call says."""
+    """The rate of a layer that draws noise (a probability, or a standard deviation), 0 for no noise; None where each call gives it."""
     if isinstance(module, IWAdaptiveDropout):
         return None
     return next(getattr(module, name) for name in ("p", "std", "dropout") if hasattr(module, name))
 
 
 def idle_modules(model: nn.Module) -> list[str]:
-    """The modules that could draw noise and do not, each with the reason."""
+    """The modules that could draw noise and draw none, each with the reason."""
     found = []
     for name, module in model.named_modules():
         if isinstance(module, nn.RNNBase) and module.dropout > 0 and module.num_layers == 1:
-            why = f"one layer, and its dropout={module.dropout} stands between layers: nn.Dropout behind it is noise"
+            why = f"it has one layer, and dropout={module.dropout} acts between layers only; an nn.Dropout behind it is noise"
         elif isinstance(module, nn.MultiheadAttention | nn.RNNBase) and module.dropout == 0:
             why = "dropout=0"
         elif draws(module) and rate_of(module) == 0:
@@ -143,7 +144,7 @@ def idle_modules(model: nn.Module) -> list[str]:
 
 
 def unreached_modules(model: nn.Module) -> list[tuple[str, str, float | None]]:
-    """(name, class, p) of the modules whose dropout is inside, where neither a swap nor a caught call gets."""
+    """(name, class, p) of the modules whose dropout is inside, out of reach of a swap and of caught function calls."""
     found = []
     for name, module in model.named_modules():
         kind, p = type(module).__name__, getattr(module, "p", getattr(module, "drop_prob", getattr(module, "dropout", None)))

@@ -14,7 +14,7 @@ from ..backend import PACKAGE
 from ..checks import as_arguments, as_int, as_samples, check
 from ..conversion.convert import Converted, conversion_of
 from ..conversion.functional_dropout import Call, Watch
-from ..conversion.one_by_one import LaneByLane
+from ..conversion.one_by_one import OneByOne
 from ..layers.context import sampling
 
 
@@ -44,7 +44,7 @@ def noisy_evaluation(model: nn.Module) -> Iterator[None]:
 
 def _is_noise_layer(module: nn.Module) -> bool:
     kind = type(module)
-    while issubclass(kind, Converted | LaneByLane):  # a class of iw.convert's before the module's own
+    while issubclass(kind, Converted | OneByOne):  # a class of iw.convert's before the module's own
         kind = kind.original
     return any(cls.__module__.startswith(f"{PACKAGE}.layers.") for cls in kind.__mro__)
 

@@ -191,12 +191,12 @@ class sampling:
         """Other values of attributes, inside of a with-block."""
         return _Changed(self, attributes)
 
-    def lane(self, sample_ids: Tensor, axis: Any) -> AbstractContextManager[None]:
-        """The context as one lane of a sample axis has it: of one noise sample, which in each lane is another."""
+    def on_axis(self, sample_ids: Tensor, axis: Any) -> AbstractContextManager[None]:
+        """The context on a sample axis: of one noise sample, as the model sees it, whose id is a noisy tensor."""
         return self.changed(samples=1, sample_ids=sample_ids, expand="none", axis=axis)
 
     def below(self) -> AbstractContextManager[None]:
-        """The context of a lane, below the axis."""
+        """The context below the axis, for a module that is called once for each noise sample."""
         return self.changed(axis=None, sample_ids=self.sample_ids)
 
     def place(self, x: Tensor, batch_dim: int | None) -> Place:
@@ -219,7 +219,7 @@ class sampling:
                 hint += "take ids [samples], or in iw.backward a strategy other than 'resampled'"
                 got = f"{tuple(ids.shape)}{hint if rows > 1 and not rest else ''}"
                 raise ValueError(f"sample_ids: expected [{self.samples}, {examples}] for {examples} examples, got {got}")
-        if transforms.active() and not (self.axis is not None and self.axis.holds(x)):  # whose lanes have ids of their own
+        if transforms.active() and not (self.axis is not None and self.axis.holds(x)):  # on the axis each sample has its own id
             transforms.check_noise_of_lanes(x, origin, ids)
         first = self.first_example
         first = _rank() * examples if first is None else 0 if isinstance(first, Tensor) else first
