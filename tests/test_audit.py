@@ -193,7 +193,7 @@ def test_a_model_that_stops_on_the_example_inputs(expand):
     if expand is not None:
         iw.convert(model, S, expand=expand)
     audit = iw.audit(model, torch.ones(B, 5))
-    assert "the model stops on the example inputs (RuntimeError: mat1 and mat2" in audit.unchecked[0] and not audit.complete
+    assert "the model stops on these inputs: RuntimeError: mat1 and mat2" in audit.unchecked[0] and not audit.complete
     assert "could not be checked" in str(audit) and iw.audit(model, torch.randn(B, 4)).complete
 
 
@@ -207,7 +207,7 @@ def test_samples_that_do_not_give_what_they_give_alone():
     assert iw.audit(model, x).complete
     iw.convert(model, S, expand="first")
     audit = iw.audit(model, x)
-    assert not audit.complete and audit.verification.mismatch.startswith("output")
+    assert not audit.complete and audit.verification.message.startswith("output")
     assert f"WRONG: {S} samples together do not give what each gives alone: output" in str(audit)
     audit = iw.audit(model, x, verify=False)
     assert not audit.complete and audit.unchecked == ["outputs were not compared with those of samples alone"]
@@ -234,7 +234,7 @@ def test_gradients():
     iw.convert(model, S, expand="first", example_inputs=x)
     assert iw.audit(model, x).complete
     audit = iw.audit(model, x, gradients=True)
-    assert "the gradient of linear.weight under sample" in audit.verification.mismatch and not audit.complete
+    assert "the gradient of linear.weight under sample" in audit.verification.message and not audit.complete
     model = Calls(torch.tanh)
     text = f"verified: {S} samples together give what samples 0, 1, 2 give alone (outputs and gradients)"
     for expand in ("axis", "first", "input"):

@@ -91,7 +91,7 @@ class TestExpansion:
     @pytest.mark.parametrize("wrong", [torch.ones(B, 7), 5, (torch.ones(B, 6), torch.ones(B, 6))], ids=["features", "int", "two"])
     def test_example_inputs_on_which_the_model_stops(self, wrong, expand):
         model = mlp()
-        with pytest.raises(ValueError, match=r"example_inputs: the model stops on them: (RuntimeError|TypeError|ValueError)"):
+        with pytest.raises(ValueError, match=r"example_inputs: the model stops on these inputs: (RuntimeError|TypeError|ValueError)"):
             iw.convert(model, S, expand=expand, example_inputs=wrong)
         assert type(model[2]) is nn.Dropout and model(torch.ones(B, 6)).shape == (B, 2)
         assert current() is None
@@ -117,7 +117,7 @@ class TestExpansion:
 
     def test_first_that_does_not_fit_the_example_inputs(self):
         model = Skip()
-        with pytest.raises(ValueError, match="the model stops on them: RuntimeError: The size of tensor a"):
+        with pytest.raises(ValueError, match="the model stops on these inputs: RuntimeError: The size of tensor a"):
             iw.convert(model, S, expand="first", example_inputs=torch.ones(B, 6))
         assert type(model.drop) is nn.Dropout
 
@@ -200,7 +200,7 @@ class TestExpansion:
             y = model(x, other=other, table=table)
         want = (naive.naive_noise(model.a(x), 0.5, samples=S, seed=2) + torch.cat([model.b(other)] * S)) @ table
         torch.testing.assert_close(y, want)
-        with pytest.raises(ValueError, match="the model stops on them"):
+        with pytest.raises(ValueError, match="the model stops on these inputs"):
             iw.convert(TwoInputs(), S, expand="input", example_inputs={"x": x, "other": other, "table": table})
 
     def test_input_without_a_tensor(self):

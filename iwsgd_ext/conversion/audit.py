@@ -1,12 +1,13 @@
-"""What iw.convert does to a model, or would do, and which noise it does not reach."""
+"""``iw.audit``: the layers and calls of a model that iw.convert swaps, or would swap, and the noise that it does not reach."""
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from .convert import check_convertible, conversion_of, install, revert
+from .convert import check_convertible, install, revert
+from .converted import Conversion, conversion_of
 from .functional_dropout import Call
 from .swaps import draws, original_class
 from .verify import Verification, verify_conversion
@@ -14,7 +15,7 @@ from .verify import Verification, verify_conversion
 
 @dataclass(frozen=True)
 class Layer:
-    """One module that is swapped."""
+    """A module that is swapped: its name, and the names of its classes before and after."""
 
     name: str
     was: str
@@ -23,61 +24,66 @@ class Layer:
 
 @dataclass(frozen=True)
 class Audit:
-    """What :func:`audit` has found; prints as a table.
+    """The noise of a model under S noise samples (Noh et al. 2017, eq 1), as :func:`audit` has found it; prints as a table.
 
     Attributes:
-        converted: whether the model is converted; if not, everything here is what iw.convert would do.
+        converted: True for a converted model; for another, all else is what iw.convert would do.
+        samples: S.
+        batch_norm: as :func:`convert` was given it.
         expand: how one example becomes S.
         layers: the modules that are swapped.
-        replaced: functional calls that draw noise of the context, and were seen in a run.
+        replaced: function calls that draw noise of the context, seen in a run.
         unreached: noise that is no function of seed and sample: modules with dropout inside, functions, other random numbers.
-        one_by_one: submodules that are called once for each noise sample, and why: each costs S calls.
-        verification: what runs have shown, or None.
-        unchecked: what could not be looked into, and why.
+        one_by_one: submodules that are called once for each noise sample, with the reason: each costs S calls.
+        verification: the verdict of the last comparison with samples alone, or None.
+        unchecked: checks that were not possible, with the reason.
     """
 
     converted: bool
     samples: int
     batch_norm: str
     expand: str
-    layers: list[Layer] = field(default_factory=list)
-    replaced: list[Call] = field(default_factory=list)
-    unreached: list[str] = field(default_factory=list)
-    one_by_one: dict[str, str] = field(default_factory=dict)
-    verification: Verification | None = None
-    unchecked: list[str] = field(default_factory=list)
+    layers: list[Layer]
+    replaced: list[Call]
+    unreached: list[str]
+    one_by_one: dict[str, str]
+    verification: Verification | None
+    unchecked: list[str]
 
     @property
     def complete(self) -> bool:
-        """Whether all noise is reached, and samples together were seen to give what each gives alone."""
-        return not self.unreached and not self.unchecked and self.verification is not None and self.verification.complete
+        """True where all noise is reached, and samples together were seen to give what each gives alone."""
+        return not self.unreached and not self.unchecked and self.verification is not None and self.verification.verdict == "equal"
 
     def __str__(self) -> str:
         state = f"converted, samples={self.samples}, batch_norm={self.batch_norm!r}" if self.converted else "not converted"
         lines, run = [state, f"expand: {self.expand!r}"], self.verification
-        if run is not None and run.mismatch is not None:
-            lines.append(f"WRONG: {run.samples} samples together do not give what each gives alone: {run.mismatch}")
-        elif run is not None and run.complete:
-            what = "outputs and gradients" if run.gradients else "outputs"
-            lines.append(f"verified: {run.samples} samples together give what samples {', '.join(map(str, run.alone))} give alone ({what})")
+        if run is not None and run.verdict == "different":
+            lines.append(f"WRONG: {run.samples} samples together do not give what each gives alone: {run.message}")
+        elif run is not None and run.verdict == "equal":
+            compared = "outputs and gradients" if run.gradients else "outputs"
+            lines.append(
+                f"verified: {run.samples} samples together give what samples {', '.join(map(str, run.alone))} give alone ({compared})"
+            )
         lines += _table("swapped" if self.converted else "would be swapped", [(v.name, v.was, v.now) for v in self.layers])
-        lines += _table("functional noise, drawn by the context", [_row(v) for v in self.replaced])
+        lines += _table("functional noise, drawn by the context", [_entry(v) for v in self.replaced])
         lines += _table("NOT REACHED, no function of seed and sample", [(v,) for v in self.unreached])
         lines += _table("called once for each noise sample", [(name or "(the model)", why) for name, why in self.one_by_one.items()])
         if run is not None and self.expand == "axis":
-            lines += _table("buffers that a forward writes once for all samples", [(name,) for name in run.advanced])
+            lines += _table("buffers that a forward writes once for all samples", [(name,) for name in run.written])
         lines += _table("could not be checked", [(v,) for v in self.unchecked])
         return "\n".join(lines)
 
 
 def audit(model: nn.Module, *example_inputs: Any, verify: bool = True, gradients: bool = False, **example_keywords: Any) -> Audit:
-    """Lists what :func:`convert` has swapped in a model, or would swap, and every noise it does not reach; and checks it by running it.
+    """Lists the noise of a model under S noise samples (Noh et al. 2017, eq 1): the layers that :func:`convert` has swapped, or would swap,
+    and the noise that it does not reach. Checks the conversion by running it.
 
-    With example inputs the model is run in training mode, under its number of samples (2, if it is not converted): that finds function
-    calls (F.dropout and its family, attention's dropout_p, modules built in forward, torch.bernoulli, ...), and with ``verify`` compares
-    the outputs with those of three samples alone, under one seed. Without example inputs, what the first training forward has shown is
-    listed. The model is as before afterwards: its buffers, gradients, training flags and random generators too. (Its forward hooks do
-    run.)
+    With example inputs the model is run in training mode, under its number of samples (2, if it is not converted). This finds function
+    calls (F.dropout and its family, attention's dropout_p, modules made in forward, torch.bernoulli, ...), and with ``verify`` compares
+    the outputs with those of up to three samples alone, under one seed. Without example inputs, the audit lists the noise that the first
+    training forward has shown. Afterwards the model, its buffers, gradients, training flags and random generators are as before. (Its
+    forward hooks do run.)
 
     Args:
         model: converted or not.
@@ -87,7 +93,7 @@ def audit(model: nn.Module, *example_inputs: Any, verify: bool = True, gradients
         **example_keywords: keyword arguments of its forward.
 
     Returns:
-        An :class:`Audit`: fields, and a table when printed. ``complete`` says that nothing is missed.
+        An :class:`Audit`: fields, and a table when printed. ``complete`` is True where nothing is missed.
 
     Raises:
         TypeError: model is not a module.
@@ -106,7 +112,7 @@ def audit(model: nn.Module, *example_inputs: Any, verify: bool = True, gradients
     """
     if not isinstance(model, nn.Module) or conversion_of(model) is None:
         check_convertible(model, "axis", "per_sample", ())
-        install(model, 2, "axis", "per_sample", None, (), False)
+        install(model, Conversion(2, "axis", "per_sample", None))
         try:
             return _report(model, False, _verified(model, example_inputs, example_keywords, verify, gradients))
         finally:
@@ -115,12 +121,13 @@ def audit(model: nn.Module, *example_inputs: Any, verify: bool = True, gradients
 
 
 def _verified(model: nn.Module, args: tuple, kwargs: dict, verify: bool, gradients: bool) -> Verification | None:
+    """The verdict of a run on the example inputs, or, without any, of the last run."""
     conversion = conversion_of(model)
     assert conversion is not None
     if not args and not kwargs:
         return conversion.verification
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the report says it
+        warnings.simplefilter("ignore")  # the audit lists what they say
         conversion.verification = verify_conversion(model, conversion.samples, args, kwargs, compare=verify, gradients=gradients)
     return conversion.verification
 
@@ -137,14 +144,8 @@ def _report(model: nn.Module, converted: bool, verification: Verification | None
     if verification is None:
         looked = " (the first training forward was looked at for noise)" if conversion.looked else ""
         unchecked.append(f"no example inputs: nothing was compared{looked}")
-    elif verification.error is not None:
-        unchecked.append(f"the model stops on the example inputs ({verification.text})")
-    else:
-        unchecked += verification.inconclusive
-        if not verification.drew:
-            unchecked.append("no noise was drawn")
-        elif not verification.compared and verification.mismatch is None and not verification.inconclusive:
-            unchecked.append("outputs were not compared with those of samples alone")
+    elif verification.verdict not in ("equal", "different"):
+        unchecked.append(verification.message)
     for name, module in model.named_modules():
         if type(module).__name__ == "RecursiveScriptModule" and "." not in name:
             unchecked.append(f"{name}: scripted code")
@@ -162,12 +163,13 @@ def _report(model: nn.Module, converted: bool, verification: Verification | None
     )
 
 
-def _row(call: Call) -> tuple[str, str, str]:
+def _entry(call: Call) -> tuple[str, str, str]:
     return call.module or "(the model)", call.function + ("" if call.p is None else f", p={call.p}"), call.place
 
 
-def _table(title: str, rows: list[tuple[str, ...]]) -> list[str]:
-    if not rows:
+def _table(title: str, entries: list[tuple[str, ...]]) -> list[str]:
+    """The lines of a table, none where it has no entries."""
+    if not entries:
         return []
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [f"{title}:"] + ["  " + "  ".join(v.ljust(w) for v, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    widths = [max(len(entry[i]) for entry in entries) for i in range(len(entries[0]))]
+    return [f"{title}:"] + ["  " + "  ".join(v.ljust(w) for v, w in zip(entry, widths, strict=True)).rstrip() for entry in entries]

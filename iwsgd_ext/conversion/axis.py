@@ -100,7 +100,7 @@ class SampleAxis:
             self.end()
 
     def reads(self, args: tuple, kwargs: dict | None) -> int | None:
-        """The memory of the first argument that is state of the model, listed in :attr:`statistics` or :attr:`written`; None without one."""
+        """The memory of the first argument that is state of the model (in :attr:`statistics` or :attr:`written`), or None."""
         for v in chain(args, kwargs.values()) if kwargs else args:
             for x in v if isinstance(v, list | tuple) else (v,):
                 if isinstance(x, Tensor) and not is_batchedtensor(x):

@@ -102,8 +102,8 @@ class RandomState:
 
 
 class Snapshot:
-    """A copy of the state that a forward and a backward may change: attributes of modules, their lists and dicts, buffers, gradients, inputs,
-    and random generators. :meth:`restore` puts it back, any number of times."""
+    """A copy of the state that a forward and a backward may change: attributes of modules, their lists and dicts, buffers, gradients,
+    inputs, and random generators. :meth:`restore` puts it back, any number of times."""
 
     def __init__(self, model: nn.Module, inputs: Sequence[Any] = ()):
         self.inputs = [(v, v.detach().clone()) for v in inputs if isinstance(v, Tensor) and not v.is_inference()]

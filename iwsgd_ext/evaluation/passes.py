@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..backend import PACKAGE
 from ..checks import as_arguments, as_int, as_samples, check
-from ..conversion.convert import Converted, conversion_of
+from ..conversion.converted import Converted, conversion_of, has_rows
 from ..conversion.functional_dropout import Call, Watch
 from ..conversion.one_by_one import OneByOne
 from ..layers.context import sampling
@@ -104,7 +104,7 @@ def examples_of(model: nn.Module, inputs: Any) -> int:
     for v in tree_leaves(as_arguments(inputs), is_leaf=lambda v: isinstance(v, PackedSequence)):
         if isinstance(v, PackedSequence):
             return int(v.batch_sizes[0])  # these are on the CPU, wherever the data is
-        if isinstance(v, Tensor) and -v.dim() <= dim < v.dim():
+        if has_rows(v, dim):
             return v.shape[dim]
     raise ValueError("x: expected at least one tensor with a dimension of examples")
 

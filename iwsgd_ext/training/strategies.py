@@ -26,7 +26,7 @@ from typing_extensions import TypedDict, Unpack
 from .. import reference
 from ..checks import as_arguments, as_int, check, check_number, check_rows
 from ..conversion.batch_norm import _PerSample
-from ..conversion.convert import conversion_of
+from ..conversion.converted import conversion_of
 from ..conversion.pass_state import Buffers, Leaves, RandomState
 from ..functional import dropout
 from ..layers.context import _rank, current, sampling
