@@ -122,7 +122,7 @@ def test_channel_layers_take_inputs_with_rows_and_channels(layer, dims):
             layer()(torch.ones([2] * dim))
         # what torch takes for one example has no rows
         unbatched = dim == min(dims) - 1 and layer is not iw.IWDropout2d
-        assert ("one example without a batch: give it one, x[None]" in str(error.value)) == unbatched
+        assert ("one example without rows: give x[None], which has one" in str(error.value)) == unbatched
 
 
 def test_dropout2d_takes_three_dimensions_as_torch_does(device, backend):

@@ -91,7 +91,7 @@ def test_refuses_to_draw_samples_of_rows_that_are_no_examples():
             return super().forward(x.unflatten(1, (2, 3)).flatten(0, 1)).unflatten(0, (-1, 2)).sum(1)
 
     model = iw.convert(Tokens(nn.Dropout(0.5), nn.Linear(3, 3)), 2)
-    with pytest.raises(ValueError, match=r"sample_ids: .* 2 rows of each example .* nobody knows whose: .* other than 'resampled'"):
+    with pytest.raises(ValueError, match=r"sample_ids: .* 2 rows of each example .* do not tell apart: .* other than 'resampled'"):
         iw.backward(model, iw.IWCrossEntropyLoss(4), X, Y, samples=4, strategy="resampled")
 
 

@@ -1,7 +1,7 @@
-"""Attention whose dropout knows its noise sample: drop-in for torch's, the noise on the probabilities drawn from the sampling context.
+"""Attention with S noise samples per example: drop-in for torch's, with the dropout of probabilities drawn from the sampling context.
 
-Rows that are expanded (S*B) and rows that are not (B) may meet, say queries after a noise layer with a memory before any: what has B
-rows is projected, and where queries and keys both have, soft-maxed, once for all samples.
+Expanded rows (S*B) and rows that are not (B) may meet: say, queries after a noise layer, and a memory before it. Tensors of B rows are
+projected once for all samples; where queries and keys both have B rows, so is their softmax.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,11 +28,11 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """:func:`torch.nn.functional.scaled_dot_product_attention` with S noise samples per example inside ``iw.sampling(S)``.
 
-        out[s, b] = (keep[s, b] / (1 - p) * softmax(scale q[s, b] k[s, b]^T + mask)) v[s, b]        keep ~ Bernoulli(1 - p)  (eq 1)
+        out[s, b] = (keep[s, b] / (1 - p) * softmax(scale q[s, b] k[s, b]^T + mask)) v[s, b]        keep ~ Bernoulli(1 - p)
 
-    One call takes one stream; the position of a probability is its index in [..., T, U]. Where ``query`` and ``key`` have B rows, the
-    softmax is taken once and only the noise expands. With ``dropout_p=0`` nothing is drawn or expanded: torch's function is called,
-    unless rows of B and of S*B meet. As with torch's, the caller passes 0 in eval mode.
+    (Noh et al. 2017, eq 1). One call takes one stream; the position of a probability is its index in [..., T, U]. Where ``query`` and
+    ``key`` have B rows, the softmax is computed once and the noise expands it. With ``dropout_p=0`` nothing is drawn or expanded: torch's
+    function is called, unless B rows and S*B rows meet. As with torch's function, the caller passes 0 in eval mode.
 
     Memory: unlike fused attention this makes the probabilities of all samples, S*B*T*U numbers a head, and keeps them for backward.
 
@@ -43,8 +43,8 @@ def scaled_dot_product_attention(
         value: [R, ..., U, V].
         attn_mask: broadcasts to [R, ..., T, U], with B or S*B rows where it has rows. Boolean (True takes part), or numbers added to
             the scores.
-        dropout_p: probability of a probability to be dropped, in [0, 1].
-        is_causal: position t sees the positions up to t.
+        dropout_p: probability that an attention probability is dropped, in [0, 1].
+        is_causal: True lets position t see the positions up to t only.
         scale: of the scores; 1 / sqrt(E) by default.
         enable_gqa: key and value may have fewer heads (the third dimension from the end) than the query, by a whole factor.
 
@@ -63,7 +63,7 @@ def scaled_dot_product_attention(
         torch.Size([6, 4, 5, 8])
     """
     context = current()
-    # In a compiled graph torch's batching calls its fused attention once for each sample; on the axis the products of all are batched.
+    # In a compiled graph torch's batching calls fused attention once for each sample; attend() batches the products of all samples.
     on_axis = context is not None and context.axis is not None and torch.compiler.is_compiling() and query.dim() > 2
     if dropout_p == 0 and not on_axis and (context is None or not _rows_meet(query, key, value, attn_mask)):
         return F.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
@@ -79,7 +79,7 @@ def scaled_dot_product_attention(
 
 
 def _rows_meet(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> bool:
-    """Whether numbers of rows differ, apart from one row, which torch's function may broadcast."""
+    """True where the numbers of rows differ, apart from 1, which torch's function may broadcast."""
     if query.is_nested:
         return False
     rows = [x.shape[0] for x in (query, key, value, attn_mask) if x is not None and x.dim() == query.dim() and x.shape[0] != 1]
@@ -107,7 +107,7 @@ def check_attention(query, key, value, attn_mask, dropout_p, is_causal, enable_g
 
 
 def check_masks(key_padding_mask: Tensor | None, attn_mask: Tensor | None, length: int, positions: int, heads: int) -> None:
-    """The masks of multi-head attention; a mask that broadcasts where torch's would not is refused, as torch's does."""
+    """Checks the masks of multi-head attention. A mask that would have to be broadcast raises, as in torch."""
     for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
         if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
             raise TypeError(f"{name}: expected bool or floating-point, got {mask.dtype}")
@@ -133,12 +133,12 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """(out [R, ..., T, V], noisy probabilities [R, ..., T, U]); each argument has B or S*B rows, and so has the result of ``noise``.
 
-    Rows become two dimensions [S or 1, B], so that what is not expanded is broadcast over the samples and not repeated before.
+    Rows become two dimensions [S or 1, B], so that a tensor of B rows is broadcast over the samples, and not repeated.
     """
     q = _by_samples("query", query, samples, batch)
     k = _by_samples("key", key, samples, batch)
     v = _by_samples("value", value, samples, batch)
-    # Heads that share a key are more of its positions: no key is repeated.
+    # Heads that share a key are folded into its positions, so that no key is repeated.
     groups = q.shape[-3] // k.shape[-3] if q.dim() > 4 else 1
     scores = _unfold(_fold(q * (q.shape[-1] ** -0.5 if scale is None else scale), groups) @ k.transpose(-2, -1), groups)
     causal = [torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()] if is_causal else []
@@ -147,12 +147,12 @@ def attend(
             mask = _by_samples("attn_mask", mask, samples, batch)
         scores = scores.masked_fill(~mask, -float("inf")) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
     if masks:
-        # A position that may look nowhere (under a causal mask there is none) gets zeros, as from torch's function, and not NaN.
+        # A position that sees no other (under a causal mask there is none) gets zeros, as from torch's function, and not NaN.
         nowhere = scores.detach().amax(-1, keepdim=True) == -float("inf") if scores.shape[-1] else scores.new_ones((), dtype=torch.bool)
         probabilities = torch.softmax(scores.masked_fill(nowhere, 0.0), -1).masked_fill(nowhere, 0.0)
     else:
         probabilities = torch.softmax(scores, -1)
-    # Row-major, whatever a product's layout: that is the order of the noise's positions.
+    # Contiguous, whatever the product's layout: noise positions follow the order of memory.
     noisy = noise(probabilities.flatten(0, 1).contiguous())
     out = _unfold(_fold(_by_samples("probabilities", noisy, samples, batch), groups) @ v, groups)
     return out.flatten(0, 1), noisy
@@ -179,21 +179,24 @@ def _unfold(x: Tensor, groups: int) -> Tensor:
 
 
 class IWMultiheadAttention(nn.MultiheadAttention):
-    """:class:`torch.nn.MultiheadAttention` with S noise samples per example inside ``iw.sampling(S)``.
+    """:class:`torch.nn.MultiheadAttention` with S noise samples per example inside ``iw.sampling(S)`` (Noh et al. 2017, eq 1).
 
     Parameters, constructor and state_dict are torch's, so a module's class can be swapped in place. In eval mode, and with dropout=0, it
     is torch's module, fast paths included. In training the dropout of the attention probabilities is drawn from the sampling context,
-    one stream a call; outside of any it is one fresh sample.
-
-    Query, key and value have B or S*B rows each, in dimension 0 where ``batch_first``, else 1 (the context's ``batch_dim`` plays no
-    part); so may the masks. What has B rows is projected once for all samples. The result has S*B rows, and so have the attention
-    weights, which are those after dropout, as torch's are.
+    one stream a call; outside of any it is one fresh sample. Tensors of B rows are projected once for all samples.
 
     Args:
-        as :class:`torch.nn.MultiheadAttention`; ``dropout`` is the probability of an attention probability to be dropped.
+        as :class:`torch.nn.MultiheadAttention`; ``dropout`` is the probability that an attention probability is dropped.
+
+    Shape:
+        query, key and value have B or S*B rows each, in dimension 0 where ``batch_first``, else 1 (the context's ``batch_dim`` is not
+        used); so may the masks. The result has S*B rows.
+
+    Returns:
+        (out, attention weights after dropout, or None), as torch's module.
 
     Raises:
-        ValueError: rows that are neither B nor S*B; an unbatched input inside of a sampling context (it has no rows to expand).
+        ValueError: the number of rows is neither B nor S*B; an unbatched input inside of a sampling context (it has no rows to expand).
 
     Example:
         >>> import torch, iwsgd_ext as iw

@@ -13,22 +13,22 @@ from .context import _stack, current, graph_task
 
 
 class _Replay:
-    """The sampling context as it was when this was made, for any number of recomputes: ``with`` puts it back, alone, in any thread.
+    """The sampling context of the moment at which this is made: ``with`` puts it back, alone, in any thread and any number of times.
 
-    A recompute takes a copy: the streams of the context itself are not disturbed.
+    Each block gets a copy, so that the streams of the context itself stay as they are.
     """
 
     def __init__(self, mode: Any = None):
         self.context = context = current()
         if context is not None:
             self.moment = context.moment()
-        # That of a converted model that is running: functional dropout is noise of the context.
+        # The mode of the converted model that is running: functional dropout is noise of the context.
         self.mode = mode or next((mode for mode in reversed(_get_current_function_mode_stack()) if hasattr(mode, "unwatched")), None)
 
     def __enter__(self) -> None:
         block = ExitStack()
         _stack.suspended.append((_stack.contexts, _stack.task, block))
-        _stack.contexts = [] if self.context is None else [self.context.again(*self.moment)]
+        _stack.contexts = [] if self.context is None else [self.context.again(self.moment)]
         _stack.task = graph_task()
         if self.context is not None and self.moment.axis is not None and not transforms.active():
             block.enter_context(self.moment.axis.again())
@@ -41,7 +41,7 @@ class _Replay:
 
 
 class _Replayed:
-    """A function whose later calls run under the sampling context of its first."""
+    """A function whose second and later calls run under the sampling context of the first call."""
 
     def __init__(self, function: Callable):
         self.function = function
@@ -55,11 +55,15 @@ class _Replayed:
 
 
 # NOTE [Plain checkpoints]
-# A converted model may hold checkpoints of torch's own (non-reentrant) that know nothing of contexts; Hugging Face's and timm's models do.
-# While one runs its forward, its hooks are those that autograd packs saved tensors with, and they hold what it will call again.
+# A converted model may contain torch's own checkpoints (non-reentrant), which restore no sampling context; Hugging Face's and timm's models
+# do. While such a checkpoint runs its forward, its hooks are the ones with which autograd packs saved tensors, and the pack hook holds the
+# function that the checkpoint will call again.
 def mend_running_checkpoint(mode: Any, around: tuple | None) -> None:
-    """Puts this moment's sampling context, and ``mode``, around the recompute of a torch.utils.checkpoint that has just begun, if one has.
-    One whose hooks are ``around`` the whole model calls that again, which opens its context by itself."""
+    """Puts this moment's sampling context, and ``mode``, around the recompute of the torch.utils.checkpoint whose forward is running.
+
+    Nothing is done where none is running, or where its hooks are ``around`` the whole model: then the recompute calls the model, which
+    opens its context by itself. NOTE [Plain checkpoints]
+    """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     pack = hooks[0] if hooks is not None else None
     if around is not None and pack is around[0]:
@@ -73,7 +77,7 @@ def mend_running_checkpoint(mode: Any, around: tuple | None) -> None:
 
 
 class _Recompute:
-    """A function that is called under the sampling context of the moment at which this was made."""
+    """A function that is called under the sampling context of the moment at which this is made."""
 
     def __init__(self, function: Callable, mode: Any = None):
         self.function, self.replay = function, _Replay(mode)
@@ -84,21 +88,25 @@ class _Recompute:
 
 
 def checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool = False, **kwargs: Any) -> Any:
-    """:func:`torch.utils.checkpoint.checkpoint` for functions with noise layers: the recompute draws the same noise.
+    """:func:`torch.utils.checkpoint.checkpoint` for functions with noise layers: the recompute draws the same noise samples
+    (Noh et al. 2017, eq 1).
 
     The sampling context (seed, stream, B, place of expansion) is saved at the call and put back while the function is computed
-    again, in whichever thread that is. Streams after the call are not disturbed, and backward needs no context around it.
-    Works in both forms, nested, inside converted models, and outside of any context. Under torch.compile it breaks the graph, unless
-    ``torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True`` lets it be a part of it; the noise is the same.
+    again, in any thread. Streams after the call are not changed, and backward needs no context around it. This works in both forms of
+    torch's checkpoint, nested, inside converted models, and outside of any context. Under torch.compile it breaks the graph, unless
+    ``torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True`` makes it a part of it; the noise is the same.
 
     Args:
-        function: what to compute again in backward instead of keeping its activations; a module, say.
+        function: the function, or module, that backward computes again instead of keeping its activations.
         *args: its arguments.
-        use_reentrant: torch's older form, where it is needed.
+        use_reentrant: True for torch's older form, where it is needed.
         **kwargs: as :func:`torch.utils.checkpoint.checkpoint`; ``context_fn`` is free for other uses.
 
     Returns:
         ``function(*args)``.
+
+    Raises:
+        As :func:`torch.utils.checkpoint.checkpoint`.
 
     Example:
         >>> import torch, iwsgd_ext as iw
@@ -113,12 +121,13 @@ def checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool = F
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """For code that calls torch.utils.checkpoint itself: ``context_fn=iw.checkpoint_contexts``, with ``use_reentrant=False``.
+    """The ``context_fn`` for code that calls torch.utils.checkpoint itself, with ``use_reentrant=False``: the recompute draws the same
+    noise samples (Noh et al. 2017, eq 1).
 
     Hugging Face: ``model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": iw.checkpoint_contexts})``.
 
     Returns:
-        The contexts of the forward (nothing) and of the recompute (this moment's sampling context).
+        (an empty context for the forward, the sampling context of this moment for the recompute).
 
     Example:
         >>> import torch, iwsgd_ext as iw

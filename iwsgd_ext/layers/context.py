@@ -1,4 +1,4 @@
-"""The sampling context: which noise the layers inside it draw, and where in the network one example becomes S rows."""
+"""The sampling context: it gives layers inside it the address of their noise, and says where one example becomes S rows."""
 
 import copy
 import re
@@ -19,31 +19,31 @@ from ..ops import transforms
 from ..ops.address import Address, Place, Unit, draw_origin, make_origin
 from ..ops.noise import Rule, noise
 
-# The compiler takes integers that it reaches from globals for constants: it would compile a block anew for each stream. This names
-# the contexts' counters as dynamic, so that one graph serves all streams.
+# torch.compile takes an integer that it reaches from a global for a constant, so it would compile a block anew for each stream. This marks
+# the contexts' counters as dynamic: one graph serves all streams.
 _DYNAMIC = r".*_stack\.contexts\[.*\]\.stream"
 if _DYNAMIC not in torch.compiler.config.dynamic_sources:
     torch.compiler.config.dynamic_sources = ",".join(filter(None, (torch.compiler.config.dynamic_sources, _DYNAMIC)))
 
 
-# What torch says of sums and of concatenations that do not fit.
+# torch's messages for sums and concatenations of tensors that do not fit.
 _TWO_SIZES = re.compile(r"size of tensor a \((\d+)\) must match the size of tensor b \((\d+)\)|Expected size (\d+) but got size (\d+)")
-NO_TASK = -1  # where no backward pass is running
+NO_TASK = -1  # the number of the backward pass where none is running
 
 
 class _Stack(threading.local):
     def __init__(self) -> None:
         self.contexts: list[sampling] = []
-        self.task = NO_TASK  # the backward pass in which a recompute has put these contexts here
-        self.suspended: list[tuple] = []  # what stood here before
+        self.task = NO_TASK  # the backward pass in which a recompute has set these contexts
+        self.suspended: list[tuple] = []  # for each recompute, the contexts and the task before it, and the block to leave
 
 
 _stack = _Stack()
-_drawn_in_context: weakref.WeakSet[nn.Module | Callable] = weakref.WeakSet()  # layers; see NOTE [Recompute]
+_drawn_in_context: weakref.WeakSet[nn.Module | Callable] = weakref.WeakSet()  # layers that a context gave noise; NOTE [Recompute]
 
 
 class Moment(NamedTuple):
-    """What changes in the course of a context."""
+    """The attributes of a context that change while it is open."""
 
     stream: int
     expand: str
@@ -53,32 +53,32 @@ class Moment(NamedTuple):
     sample_ids: Tensor | None
     axis: Any
     logical: bool
-    drawn: bool  # whether the seed is there
+    drawn: bool  # True once the seed is drawn
 
 
 class sampling:
-    """``with iw.sampling(S):`` noise layers inside draw S noise samples for each example, in training.
+    """``with iw.sampling(S):`` noise layers inside draw S noise samples for each example (Noh et al. 2017, eq 1), in training.
 
     One context is one draw of the noise of every layer: sample s is the same s through the depth of the network. Noise is a pure
-    function of (seed, stream, sample, example, position); each noise call takes the next stream. Contexts belong to a thread, nest
-    (the innermost rules) and end with their block, also by an exception. Each is entered once: another block has another context. Tasks
-    of asyncio share their thread, so that no other task may run inside of a block: no ``await`` there.
+    function of (seed, stream, sample, example, position), and each noise call takes the next stream. Contexts belong to a thread. They
+    nest, and the innermost one gives the noise. A context ends with its block, also by an exception, and is entered once: make a new one
+    for each block. asyncio tasks share their thread, so that no other task may run inside of a block: do not ``await`` there.
 
     Args:
         samples: S, noise samples for each example in this pass.
         seed: an int repeats its noise in every new context; None draws one from torch's default generator of the first noise call's
-            device (so ``torch.manual_seed`` rules). The seed stays on the device.
+            device (so that ``torch.manual_seed`` decides). The seed stays on the device.
         sample_ids: ids of the samples, int64 [S] or [S, B] or a sequence of S ints, instead of 0 .. S-1: sample 5 replayed alone is
             ``sampling(1, seed=seed, sample_ids=[5])``.
         first_example: id of the batch's first example, an int or an int64 tensor of one element. None is 0, or rank * B where
-            torch.distributed is initialised: equal seeds on all ranks then draw what one process would for the whole batch.
+            torch.distributed is initialised: ranks with equal seeds then draw the noise that one process draws for the whole batch.
         expand: "first": the first noise call fixes B; every noise layer turns B rows into S*B and keeps S*B rows as they are.
-            "none": rows were expanded outside, so every row count must be a multiple of S.
-        batch_dim: the dimension that holds the rows; a layer's own ``batch_dim`` rules over it.
+            "none": rows were expanded outside, so that every number of rows must be a multiple of S.
+        batch_dim: the dimension that holds the rows, for layers whose own ``batch_dim`` is None.
 
     Raises:
         ValueError, TypeError: an argument is not as above.
-        RuntimeError: entered a second time; or used by another asyncio task.
+        RuntimeError: the context is entered a second time, or used by another asyncio task.
 
     Example:
         >>> import torch, iwsgd_ext as iw
@@ -109,20 +109,21 @@ class sampling:
         self.expand = expand
         self.batch_dim = as_int("batch_dim", batch_dim)
         self.stream = 0
-        self.watch: Any = None  # in a verification or an evaluation: what notes the calls that draw noise
-        self.batch: int | None = None  # B, once the first noise call has fixed it
+        self.watch: Any = None  # the Watch of a verification or an evaluation, which notes the calls that draw noise
+        self.batch: int | None = None  # B, fixed by the first noise call
         self.entered = False
         self.task = NO_TASK  # the backward pass inside which it was entered
         self.owner = 0  # the asyncio task that entered it, by its id; 0 outside of any
-        self.evaluating = False  # noise is on although models are in eval mode
-        # On a sample axis, random numbers that are torch's own differ between samples, as between passes; a verification wants them alike.
+        self.evaluating = False  # True where noise is on in eval mode
+        # On a sample axis, torch's own random numbers differ between samples, as between passes. A verification sets "same".
         self.torch_noise = "different"
-        self.scalar_output = False  # a converted model inside has returned a number, or one for each sample
-        self.cumulative = False  # inside of a BatchNorm whose running statistics are averages over all batches
-        # On a sample axis torch may lay tensors out otherwise than in a pass of one sample: noise positions must not follow memory there.
+        self.scalar_output = False  # True once a converted model inside has returned a number for each sample
+        self.cumulative = False  # True inside of a BatchNorm whose running statistics are averages over all batches
+        # True in a converted model: noise positions follow the logical order of elements, as torch may lay a tensor out in memory in
+        # another way on the sample axis than in a pass of one sample.
         self.logical = False
-        self.axis = None  # in a converted model: the SampleAxis that its forward runs on
-        # An int becomes a tensor here, before any compiled region: as an int in a graph it would recompile for each new seed.
+        self.axis = None  # the SampleAxis on which the forward of a converted model runs
+        # An int becomes a tensor here, outside of compiled code, where each new int would compile the graph anew.
         self._seed = make_origin(seed, 0, 0, torch.device("cpu")) if seed is not None else None
         self._origin: Tensor | None = None
         self._replayed_origin: Tensor | None = None
@@ -144,43 +145,33 @@ class sampling:
             self.explain(error)
 
     def explain(self, error: BaseException | None) -> None:
-        """Adds a note to torch's own error where it speaks of B and S*B rows. (A note is printed with it; from Python 3.11 on.)"""
+        """Adds a note to an error of torch's that names B and S*B rows. (Python prints the note with the error, from 3.11 on.)"""
         if self.batch is None or self.samples == 1 or not isinstance(error, RuntimeError) or not hasattr(error, "add_note"):
             return
         rows, sizes = self.samples * self.batch, _TWO_SIZES.search(str(error))
         noted = any(note.startswith("iw.sampling: ") for note in getattr(error, "__notes__", ()))
         if self.expand == "first" and sizes and {self.batch, rows} == {int(n) for n in sizes.groups() if n} and not noted:
             error.add_note(
-                f"iw.sampling: here the first noise on each path made {rows} rows ({self.samples} samples) of {self.batch}. A path around "
-                "all noise, as in x + drop(f(x)), still has the latter. iw.convert(model, samples), which keeps samples "
-                "apart on an axis of their own, takes such models; so does expand='input', in front of all paths."
+                f"iw.sampling: the first noise on each path made {rows} rows ({self.samples} samples) of {self.batch}. A path around all "
+                f"noise, as in x + drop(f(x)), still has {self.batch} rows. Convert such a model: iw.convert(model, samples) keeps samples "
+                "apart on an axis of their own, and expand='input' makes the rows in front of all paths."
             )
 
     def moment(self) -> "Moment":
-        """What changes in the course of a context, for :meth:`again`."""
-        return Moment(
-            self.stream,
-            self.expand,
-            self.batch,
-            self.batch_dim,
-            self.samples,
-            self.sample_ids,
-            self.axis,
-            self.logical,
-            self._origin is not None,
-        )
+        """The state of this context now, for :meth:`again`."""
+        return Moment(*(getattr(self, name) for name in Moment._fields[:-1]), self._origin is not None)
 
-    def again(self, *moment: Any) -> "sampling":
-        """A copy that draws this context's noise as from an earlier moment."""
-        context, drawn = copy.copy(self), moment[-1]
+    def again(self, moment: Moment) -> "sampling":
+        """A copy of this context that draws its noise as from that moment on."""
+        context = copy.copy(self)
         context.entered, context.owner = False, running_task()
         vars(context).update(zip(Moment._fields[:-1], moment[:-1], strict=True))
-        if not drawn:
+        if not moment.drawn:
             context._origin, context._replayed_origin = None, self._origin
         return context
 
     def origin_for(self, inputs: Iterable[Any], model: nn.Module) -> Tensor:
-        """Draws the seed, if it is not there yet, on the device of the first tensor among inputs and parameters."""
+        """The seed; draws it first where it is not yet drawn, on the device of the first tensor among inputs and parameters."""
         if self._origin is None:
             tensors = (v for v in chain(inputs, model.parameters(), model.buffers()) if isinstance(v, Tensor))
             on = next(tensors, None)
@@ -188,7 +179,7 @@ class sampling:
         return self._origin
 
     def changed(self, **attributes: Any) -> "_Changed":
-        """Other values of attributes, inside of a with-block."""
+        """A block in which attributes of this context have other values."""
         return _Changed(self, attributes)
 
     def on_axis(self, sample_ids: Tensor, axis: Any) -> AbstractContextManager[None]:
@@ -200,7 +191,7 @@ class sampling:
         return self.changed(axis=None, sample_ids=self.sample_ids)
 
     def place(self, x: Tensor, batch_dim: int | None) -> Place:
-        """The place of one layer's call, whatever the rule of its noise. Takes the next stream."""
+        """The address of one layer's call, whatever its noise, and ``expand``, True where x has B rows. Takes the next stream."""
         batch_dim = self.batch_dim if batch_dim is None else batch_dim
         if not -x.dim() <= batch_dim < x.dim():
             raise ValueError(f"batch_dim: expected a dimension of the input in [{-x.dim()}, {x.dim()}), got {batch_dim}")
@@ -215,8 +206,8 @@ class sampling:
                 ids = self.sample_ids = ids.to(x.device)
             if ids.dim() == 2 and ids.shape[1] != examples:
                 rows, rest = divmod(examples, max(ids.shape[1], 1))
-                hint = f"; where noise meets {rows} rows of each example (flattened tokens, two inputs in one batch), nobody knows whose: "
-                hint += "take ids [samples], or in iw.backward a strategy other than 'resampled'"
+                hint = f"; the noise got {rows} rows of each example (flattened tokens, two inputs in one batch), which these ids do not "
+                hint += "tell apart: give ids [samples], or take a strategy of iw.backward other than 'resampled'"
                 got = f"{tuple(ids.shape)}{hint if rows > 1 and not rest else ''}"
                 raise ValueError(f"sample_ids: expected [{self.samples}, {examples}] for {examples} examples, got {got}")
         if transforms.active() and not (self.axis is not None and self.axis.holds(x)):  # on the axis each sample has its own id
@@ -226,7 +217,7 @@ class sampling:
         return Place(Address(origin, ids, self.samples, stream, first), expand, batch_dim, self.logical)
 
     def place_weight(self, weight: Tensor) -> Place:
-        """The same for one noise of a weight for each sample, with ``weight`` [1, ...] as the only example: its id is 0 on all ranks."""
+        """The same for noise on a weight, one mask for each sample: ``weight`` [1, ...] is the only example, with id 0 on all ranks."""
         ids = self.sample_ids if self.sample_ids is None else self.sample_ids.to(weight.device)
         if ids is not None and ids.dim() == 2:
             raise ValueError(
@@ -241,11 +232,11 @@ class sampling:
         return Place(Address(origin, ids, self.samples, stream, 0), True, 0)
 
     def examples(self, rows: int) -> int:
-        """B, where a noise layer's input holds ``rows`` rows; for layers of several inputs, of which some may be expanded."""
+        """B, for an input of ``rows`` rows; for layers of several inputs, of which some may be expanded."""
         return self._expansion(rows)[1]
 
     def _expansion(self, rows: int) -> tuple[bool, int]:
-        """(whether to expand, number of examples) for a tensor of ``rows`` rows."""
+        """(True where a tensor of ``rows`` rows is to be expanded, B)."""
         samples = self.samples
         if self.expand == "later":
             raise ValueError(
@@ -254,9 +245,9 @@ class sampling:
         if self.expand == "none":
             if rows % samples != 0:
                 raise ValueError(
-                    f"A noise layer met {rows} rows, which is no multiple of samples={samples}: with rows expanded outside the "
-                    "layers every tensor must hold samples * batch rows. Where the rows' dimension is not the first (time first), give "
-                    "batch_dim; where rows are no examples (the nodes of a graph), iw.convert(model, samples) keeps samples apart."
+                    f"A noise layer met {rows} rows, which is no multiple of samples={samples}: where rows are expanded outside of the "
+                    "layers, every tensor must have samples * batch rows. If rows are not in the first dimension (time first), give "
+                    "batch_dim; if rows are no examples (the nodes of a graph), iw.convert(model, samples) keeps samples apart."
                 )
             return False, rows // samples
         if self.batch is None:
@@ -268,20 +259,20 @@ class sampling:
         raise ValueError(
             f"A noise layer met {rows} rows, but in this context the batch is {self.batch} and samples={samples}, so it can be "
             f"{self.batch} (to be expanded) or {samples * self.batch} (expanded already). Each batch needs a context of its own. "
-            "Where the rows' dimension is not the first (time first), give batch_dim. Where the model changes its rows between noise "
-            "layers (the nodes of a graph, flattened tokens), iw.convert(model, samples) keeps samples on an axis of their own."
+            "If rows are not in the first dimension (time first), give batch_dim. If the model changes its rows between noise layers "
+            "(the nodes of a graph, flattened tokens), iw.convert(model, samples) keeps samples on an axis of their own."
         )
 
     def _origin_on(self, device: torch.device) -> Tensor:
         origin = self._origin
         if origin is None or origin.device != device:
             if origin is not None:
-                origin = origin.to(device)  # a model on several devices: one seed
+                origin = origin.to(device)  # a model on several devices has one seed
             elif self._seed is None:
                 if transforms.active():
                     transforms.check_seed_of_lanes()
                 origin = draw_origin(device)
-                if self._replayed_origin is not None:  # drawn all the same, for those who use the generator after it
+                if self._replayed_origin is not None:  # a replay draws all the same, so that the generator goes on as in the forward
                     origin = self._replayed_origin.to(device)
             else:
                 origin = self._seed.to(device, non_blocking=True)
@@ -322,13 +313,13 @@ def current() -> sampling | None:
 
 
 def is_evaluating() -> bool:
-    """Whether the innermost context draws noise in models that are in eval mode."""
+    """True where the innermost context draws noise in models that are in eval mode."""
     contexts = _stack.contexts
     return bool(contexts) and contexts[-1].evaluating
 
 
 def running_task() -> int:
-    """The asyncio task that runs in this thread, by its id, or 0."""
+    """The id of the asyncio task that runs in this thread, or 0."""
     asyncio = None if torch.compiler.is_compiling() else sys.modules.get("asyncio")
     return 0 if asyncio is None or asyncio._get_running_loop() is None else id(asyncio.current_task())
 
@@ -344,10 +335,10 @@ def outside_of_contexts() -> Iterator[None]:
 
 
 # NOTE [Recompute]
-# Activation checkpointing calls layers again during backward, where their context has ended, or its stream has gone on, or (CUDA) the
-# thread is another. The running backward pass has a number: a context that was entered inside of it, or put there again by
-# iw.checkpoint, is right; any other is not. A layer that never saw a context draws from torch's generator, whose state
-# torch.utils.checkpoint restores, as nn.Dropout does: that is right too.
+# Activation checkpointing calls layers again during backward. By then their context has ended, or its stream has gone on, or (CUDA) the
+# thread is another one. torch numbers the backward pass that is running. A context that was entered inside of this pass, or set again by
+# iw.checkpoint, is the right one; any other would give other noise. A layer that no context ever gave noise draws from torch's generator,
+# whose state torch.utils.checkpoint restores: this is right, too, as it is for nn.Dropout.
 def check_not_recomputed(context: sampling | None, layer: nn.Module | Callable | None) -> None:
     """Raises where a layer (a module, or a function that draws noise) is called during backward without the context of its forward."""
     task = graph_task()
@@ -374,11 +365,11 @@ def graph_task() -> int:
 
 @constant_in_graphs
 def _traced_graph_task() -> int:
-    return torch._C._current_graph_task_id()  # at the time of tracing: a recompute outside of a context is another graph than a forward
+    return torch._C._current_graph_task_id()  # the number at tracing: a forward and a recompute outside of a context are two graphs
 
 
 def ambient(layer: nn.Module | Callable | None = None) -> sampling:
-    """The innermost context, or, outside of any, a new one of one fresh noise sample: what a layer's torch namesake draws."""
+    """The innermost context; outside of any, a new one of one fresh noise sample, as torch's layer of that name draws."""
     context = current()
     check_not_recomputed(context, layer)
     return sampling(1) if context is None else context
@@ -392,9 +383,9 @@ def draw(
     layer: nn.Module | Callable,
     check: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """A layer's dropout noise: as the context says, or, outside of any, one fresh noise sample. ``check`` raises where x does not suit."""
+    """x under a layer's dropout noise: S samples in a context, outside of any one fresh sample. ``check`` raises where x does not suit."""
     if not torch.compiler.is_compiling() and torch._C._len_torch_function_stack():
-        with torch._C.DisableTorchFunction():  # a converted model's rules are for its functions, not for ours
+        with torch._C.DisableTorchFunction():  # a converted model's rules are for the model's functions, not for those of the noise
             return _draw(x, rule, unit, batch_dim, layer, check)
     return _draw(x, rule, unit, batch_dim, layer, check)
 

@@ -14,25 +14,28 @@ from .context import ambient, current
 class IWDropConnect(nn.Linear):
     """A :class:`torch.nn.Linear` whose weights are dropped (DropConnect, Wan et al., 2013), one mask for each of S noise samples.
 
-        y[s, b] = (keep[s] / (1 - p) * weight) x[b] + bias        keep[s] ~ Bernoulli(1 - p) of the weight's shape (eq 1)
+        y[s, b] = (keep[s] / (1 - p) * weight) x[b] + bias        keep[s] ~ Bernoulli(1 - p) of the weight's shape
 
-    All examples of a sample share its weights, as in the paper's g: the noise belongs to the layer. In eval mode, it is nn.Linear. In
-    training outside of any context there is one fresh sample. Parameters and state_dict are nn.Linear's, so a module's class can be
-    swapped in place; then p is 0.5 until the attribute is set.
+    (Noh et al. 2017, eq 1, with the weights in the place of h(x)). All examples of a sample share its weights. In eval mode this is
+    nn.Linear. In training outside of any context there is one fresh sample. Parameters and state_dict are nn.Linear's, so a module's
+    class can be swapped in place; then p is 0.5 until the attribute is set.
 
     Memory: S copies of the weight, made at each call and kept for backward where x needs a gradient.
 
     Args:
         in_features, out_features, bias, device, dtype: as :class:`torch.nn.Linear`.
-        p: probability of a weight to be dropped, in [0, 1], rounded to a multiple of 1/65536.
-        drop_bias: draws a mask for the bias too, by the same p and of the next stream.
+        p: probability that a weight is dropped, in [0, 1], rounded to a multiple of 1/65536.
+        drop_bias: True draws a mask for the bias too, by the same p and of the next stream.
         batch_dim: dimension that holds the rows; None takes the context's (0 by default). Not the last, which holds the features.
 
     Shape:
         [B, ..., in] or [S*B, ..., in] -> [S*B, ..., out].
 
+    Returns:
+        y, of x's dtype.
+
     Raises:
-        ValueError: p outside of [0, 1]; rows that are neither B nor S*B; a context whose sample_ids differ among examples.
+        ValueError: p is outside of [0, 1]; the number of rows is neither B nor S*B; the context's sample_ids differ among examples.
 
     Example:
         >>> import torch, iwsgd_ext as iw
@@ -43,7 +46,7 @@ class IWDropConnect(nn.Linear):
         (torch.Size([6, 5]), True, False)
     """
 
-    p: float = 0.5  # these three also where an instance of nn.Linear became one of this class
+    p: float = 0.5  # these three on the class, too, for an nn.Linear whose class was swapped
     drop_bias: bool = False
     batch_dim: int | None = None
 
@@ -65,7 +68,7 @@ class IWDropConnect(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, p: float = 0.5, *, drop_bias: bool = False, batch_dim: int | None = None) -> "IWDropConnect":
-        """A layer with the parameters themselves of an nn.Linear, not copies.
+        """A layer that has the parameters of an nn.Linear: the same tensors, not copies.
 
         Example:
             >>> import torch, iwsgd_ext as iw
@@ -103,7 +106,7 @@ class IWDropConnect(nn.Linear):
 
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, batch_dim: int) -> int:
-    """The rows' dimension of x, counted from the first."""
+    """The dimension of x that holds its rows, counted from the first; raises where a shape does not fit."""
     check_dtype("x", x)
     check(x.dim() >= 2, "x", "[rows, ..., features]", tuple(x.shape))
     check(weight.dim() == 2 and x.shape[-1] == weight.shape[1], "x", "as many features as the weight's second dimension", tuple(x.shape))

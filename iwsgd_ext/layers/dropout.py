@@ -1,4 +1,4 @@
-"""Dropout layers whose noise knows its sample: drop-in for torch.nn's, with S masks per example inside ``iw.sampling``."""
+"""Dropout layers with S masks per example inside ``iw.sampling``: drop-in for torch.nn's."""
 
 from torch import Tensor, nn
 
@@ -9,12 +9,21 @@ from .context import draw
 
 
 class _Dropout(nn.modules.dropout._DropoutNd):
-    """What the layers share: a probability, a unit of noise, and the dimension that holds the rows."""
+    """The base of the dropout layers.
+
+    Attributes:
+        unit: the part of an example that one draw keeps or drops.
+        dims: the numbers of dimensions that an input may have; None allows any.
+        expected: the shapes of these inputs, for messages.
+        namesake: the name of torch's layer, for messages.
+        unbatched: the number of dimensions at which torch's layer takes an input for one example without a dimension of rows.
+    """
 
     unit: Unit = "element"
-    dims: tuple[int, ...] | None = None  # how many an input may have, where that matters
-    namesake = ""  # torch's own, for messages
-    unbatched = 0  # how many it has where torch's layer takes it for one example without a dimension of rows
+    dims: tuple[int, ...] | None = None
+    expected = ""
+    namesake = ""
+    unbatched = 0
 
     def __init__(self, p: float = 0.5, *, batch_dim: int | None = None):
         check_probability(p)
@@ -27,14 +36,18 @@ class _Dropout(nn.modules.dropout._DropoutNd):
         return draw(x, self.rule(), self.unit, self.batch_dim, self, self._check)
 
     def rule(self) -> Rule:
-        """The rule of the noise."""
-        check_probability(self.p)  # which may have changed since
+        """The values that an element takes where it is kept and where it is dropped."""
+        check_probability(self.p)  # users may have set it
         return dropout_rule(self.p)
 
     def _check(self, x: Tensor) -> None:
         check_layer_input(self, x)
         if self.dims is not None and x.dim() not in self.dims:
-            hint = f". {self.namesake} takes it for one example without a batch: give it one, x[None]" if x.dim() == self.unbatched else ""
+            hint = (
+                f". {self.namesake} takes this for one example without rows: give x[None], which has one"
+                if x.dim() == self.unbatched
+                else ""
+            )
             raise ValueError(
                 f"input of {type(self).__name__} ({self.namesake}): expected {self.expected}, got {x.dim()}-D {tuple(x.shape)}{hint}"
             )
@@ -46,22 +59,25 @@ class _Dropout(nn.modules.dropout._DropoutNd):
 class IWDropout(_Dropout):
     """:class:`torch.nn.Dropout` with S noise samples per example inside ``iw.sampling(S)``.
 
-        y[s, b] = x[b] * keep[s, b] / (1 - p)        keep ~ Bernoulli(1 - p), independent elements (eq 1)
+        y[s, b] = x[b] * keep[s, b] / (1 - p)        keep ~ Bernoulli(1 - p), independent elements (Noh et al. 2017, eq 1)
 
-    p is rounded to a multiple of 1/65536, and kept values are scaled by the inverse of the rounded 1 - p: activations are unbiased.
+    p is rounded to a multiple of 1/65536, and kept values are scaled by the inverse of the rounded 1 - p, so that the mean of y is x.
     p = 0 is the identity and p = 1 gives zeros, exactly. In eval mode the layer is the identity. In training outside of any context it
-    is nn.Dropout: one fresh sample, no expansion. There are no parameters and no buffers: a state_dict is the same after a swap.
+    is nn.Dropout: one fresh sample, no expansion. It has no parameters and no buffers, so that a state_dict is the same after a swap.
 
     Args:
-        p: probability of an element to be dropped, in [0, 1].
+        p: probability that an element is dropped, in [0, 1].
         batch_dim: dimension that holds the rows; None takes the context's (0 by default).
 
     Shape:
         [B, ...] -> [S*B, ...] for the first noise layer, [S*B, ...] -> [S*B, ...] after it; float32, float64, bfloat16, float16.
 
+    Returns:
+        y, of x's dtype.
+
     Raises:
-        ValueError: p outside of [0, 1]; rows that are neither B nor S*B.
-        TypeError: an input that is not floating-point.
+        ValueError: p is outside of [0, 1]; the number of rows is neither B nor S*B.
+        TypeError: the input is not a tensor of these dtypes.
 
     Example:
         >>> import torch, iwsgd_ext as iw
@@ -74,7 +90,13 @@ class IWDropout(_Dropout):
 
 
 class IWDropout1d(_Dropout):
-    """:class:`torch.nn.Dropout1d` with S noise samples per example: whole channels [L] of [B, C, L] are dropped.
+    """:class:`torch.nn.Dropout1d` with S noise samples per example (Noh et al. 2017, eq 1): whole channels are dropped.
+
+    Args, Returns, Raises:
+        as :class:`IWDropout`.
+
+    Shape:
+        [B, C, L] or [S*B, C, L] -> [S*B, C, L].
 
     Example:
         >>> import torch, iwsgd_ext as iw
@@ -87,9 +109,13 @@ class IWDropout1d(_Dropout):
 
 
 class IWDropout2d(_Dropout):
-    """:class:`torch.nn.Dropout2d` with S noise samples per example: whole channels [H, W] of [B, C, H, W] are dropped.
+    """:class:`torch.nn.Dropout2d` with S noise samples per example (Noh et al. 2017, eq 1): whole channels are dropped.
 
-    A 3-D input is [B, C, L], as torch reads it.
+    Args, Returns, Raises:
+        as :class:`IWDropout`.
+
+    Shape:
+        [B, C, H, W] or [S*B, C, H, W] -> [S*B, C, H, W]; a 3-D input is [B, C, L], as torch reads it.
 
     Example:
         >>> import torch, iwsgd_ext as iw
@@ -104,7 +130,13 @@ class IWDropout2d(_Dropout):
 
 
 class IWDropout3d(_Dropout):
-    """:class:`torch.nn.Dropout3d` with S noise samples per example: whole channels [D, H, W] of [B, C, D, H, W] are dropped.
+    """:class:`torch.nn.Dropout3d` with S noise samples per example (Noh et al. 2017, eq 1): whole channels are dropped.
+
+    Args, Returns, Raises:
+        as :class:`IWDropout`.
+
+    Shape:
+        [B, C, D, H, W] or [S*B, C, D, H, W] -> [S*B, C, D, H, W].
 
     Example:
         >>> import torch, iwsgd_ext as iw
@@ -117,7 +149,11 @@ class IWDropout3d(_Dropout):
 
 
 class IWDropPath(_Dropout):
-    """Stochastic depth with S noise samples per example: the whole row of a residual branch is dropped, or kept and scaled.
+    """Stochastic depth with S noise samples per example (Noh et al. 2017, eq 1): each row of a residual branch is dropped as a whole, or
+    kept and scaled.
+
+    Args, Shape, Returns, Raises:
+        as :class:`IWDropout`.
 
     Example:
         >>> import torch, iwsgd_ext as iw
@@ -131,12 +167,16 @@ class IWDropPath(_Dropout):
 
 
 class IWAlphaDropout(_Dropout):
-    """:class:`torch.nn.AlphaDropout` with S noise samples per example: dropped elements take the value that keeps SELU's statistics.
+    """:class:`torch.nn.AlphaDropout` with S noise samples per example (Noh et al. 2017, eq 1): dropped elements take the value that keeps
+    SELU's statistics.
 
         y = keep ? a * x + b : a * alpha' + b        alpha' = -1.7581, a = ((1-p)(1 + p alpha'^2))^(-1/2), b = -a p alpha'
 
-    so that an input of mean 0 and variance 1 keeps both (Klambauer et al. 2017, section 3); a and b are those of the rounded p. p = 0
-    is the identity, p = 1 gives zeros, as in torch.
+    An input of mean 0 and variance 1 keeps both (Klambauer et al. 2017, section 3); a and b are those of the rounded p. p = 0 is the
+    identity, p = 1 gives zeros, as in torch.
+
+    Args, Shape, Returns, Raises:
+        as :class:`IWDropout`.
 
     Example:
         >>> import torch, iwsgd_ext as iw
@@ -152,7 +192,14 @@ class IWAlphaDropout(_Dropout):
 
 
 class IWFeatureAlphaDropout(IWAlphaDropout):
-    """:class:`torch.nn.FeatureAlphaDropout` with S noise samples per example: whole channels of [B, C, ...] are dropped.
+    """:class:`torch.nn.FeatureAlphaDropout` with S noise samples per example (Noh et al. 2017, eq 1): whole channels take the value of
+    :class:`IWAlphaDropout`.
+
+    Args, Returns, Raises:
+        as :class:`IWDropout`.
+
+    Shape:
+        [B, C, ...] or [S*B, C, ...] -> [S*B, C, ...], of 2 to 5 dimensions.
 
     Example:
         >>> import torch, iwsgd_ext as iw
@@ -167,17 +214,27 @@ class IWFeatureAlphaDropout(IWAlphaDropout):
 
 
 class IWAdaptiveDropout(_Dropout):
-    """Dropout whose probability is given with each input: one for every feature, or for every element, say from another network.
+    """Dropout whose probabilities are given with each input: one for every feature, or for every element, say from another network.
 
-        y[s, b, i] = x[b, i] * keep[s, b, i] / (1 - p[b, i])        keep ~ Bernoulli(1 - p[b, i])
+        y[s, b, i] = x[b, i] * keep[s, b, i] / (1 - p[b, i])        keep ~ Bernoulli(1 - p[b, i]) (Noh et al. 2017, eq 1)
 
-    (adaptive dropout, Ba and Frey 2013, whose rates a second network computes; with rates that are fixed, dropout by feature). Kept
+    With rates that a second network computes, this is adaptive dropout (Ba and Frey 2013); with fixed rates, dropout by feature. Kept
     values are scaled by the inverse of their own 1 - p. A mask has no derivative by its rate, so p must not require grad: train the
     network that gives the rates by an objective of its own.
 
+    Args:
+        batch_dim: as :class:`IWDropout`.
+
     Shape:
         x as :class:`IWDropout`; p floating-point, values in [0, 1] (rounded to multiples of 1/65536), of a shape that broadcasts to x,
-        its rows 1, B, or as x's. Outside of [0, 1] it raises a ValueError on the CPU and trips a device assert on a GPU.
+        with 1 or B rows, or as many as x has.
+
+    Returns:
+        y, of x's dtype.
+
+    Raises:
+        ValueError: the shape of p does not fit; a value of p is outside of [0, 1] (on a GPU, an assertion of the device).
+        TypeError: x or p is not a floating-point tensor.
 
     Example:
         >>> import torch, iwsgd_ext as iw

@@ -1,6 +1,6 @@
-"""Recurrent layers whose dropout, between their layers, knows its noise sample: drop-in for torch's, one fused call for each layer.
+"""Recurrent layers with S noise samples of the dropout between their layers: drop-in for torch's, one fused call for each layer.
 
-What comes before the first dropout runs on B rows where the input has B; from there on every layer has S*B.
+Where the input has B rows, the layers before the first dropout run on B rows; from there on every layer runs on S*B.
 """
 
 from typing import Any, cast
@@ -17,9 +17,9 @@ _KERNELS = {"LSTM": torch.lstm, "GRU": torch.gru, "RNN_TANH": torch.rnn_tanh, "R
 
 
 class _Recurrent(nn.RNNBase):
-    """What the layers share: torch's layer in eval, and in training its layers one after another with noise between them."""
+    """The base: torch's module in eval mode; in training its layers one after another, with noise between them."""
 
-    locked = False  # also where an instance of torch's class became one of these
+    locked = False  # on the class, too, for a module of torch's whose class was swapped
 
     def __init__(self, *args: Any, locked: bool = False, **kwargs: Any):
         if not isinstance(locked, bool):
@@ -53,7 +53,7 @@ class _Recurrent(nn.RNNBase):
     def _layers(self, x: Tensor, states, lengths: Tensor | None) -> tuple[Tensor, list[Tensor], Tensor | None]:
         """(out [T, S*B, F], final states [layers * directions, S*B, .], lengths [S*B]) of x [T, R, F] and states of R rows, B or S*B."""
         if x.dtype != self.weight_ih_l0.dtype or x.shape[2] != self.input_size:
-            self.check_input(x, None)  # torch's own errors, unless autocast sees to the type
+            self.check_input(x, None)  # raises torch's own errors, but for a dtype that autocast converts
         context = ambient(self)
         samples, batch = context.samples, context.examples(x.shape[1])
         directions = 1 + self.bidirectional
@@ -66,14 +66,14 @@ class _Recurrent(nn.RNNBase):
             if state.shape[1] not in (batch, samples * batch):
                 several = samples == 1 and state.shape[1] % batch == 0 if batch else False
                 hint = (
-                    ". Are these S*B states of the call before? A converted model takes such with expand='first' (and batch_dim=1 where "
-                    "time is first); on the sample axis states are handed on inside of the forward"
+                    ". Are these S*B states of the call before? A converted model takes them with expand='first' (and batch_dim=1 where "
+                    "time is first); on the sample axis states can pass from step to step inside of one forward only"
                 )
                 raise ValueError(
                     f"hx: expected {batch} rows, or {samples} samples * {batch} = {samples * batch}, got {state.shape[1]}{hint * several}"
                 )
             if state.shape[1] != batch:
-                x = _expanded(x, samples, batch)  # states of a step before: all layers have a state for each sample
+                x = _expanded(x, samples, batch)  # states of the step before: each layer has one for each sample
         finals = []
         for layer in range(self.num_layers):
             if layer > 0 and self.dropout > 0:
@@ -100,7 +100,7 @@ class _Recurrent(nn.RNNBase):
         return out, *(state.index_select(1, packed.unsorted_indices) for state in states)
 
     def _rows_meet(self, input, hx) -> bool:
-        """Whether, in a context, states have other rows than the input."""
+        """True where, in a context, the states have another number of rows than the input."""
         packed = isinstance(input, PackedSequence)
         if hx is None or current() is None or not (packed or input.dim() == 3):
             return False
@@ -119,23 +119,28 @@ def _expanded(x: Tensor, samples: int, batch: int) -> Tensor:
 
 
 class IWLSTM(_Recurrent, nn.LSTM):
-    """:class:`torch.nn.LSTM` with S noise samples per example inside ``iw.sampling(S)``: the dropout between its layers is the context's.
+    """:class:`torch.nn.LSTM` with S noise samples per example inside ``iw.sampling(S)`` (Noh et al. 2017, eq 1): the dropout between its
+    layers is drawn from the context.
 
     Constructor, parameters and state_dict are torch's, so a module's class can be swapped in place. In eval mode, and without dropout
     between layers, it is torch's module. In training it calls torch's fused kernel once for each layer; each dropout takes one stream.
-    Rows are in dimension 0 where ``batch_first``, else 1 (the context's ``batch_dim`` plays no part), with the same noise for both.
-
-    The input has B or S*B rows, and so have initial states, independently: B states serve all samples, and S*B states (of the step
-    before, in truncated backpropagation) expand the input. The layers before the first dropout run on B rows where all they get has B.
-    Output and final states have S*B rows, of all layers. A PackedSequence gives a PackedSequence of S*B sequences.
 
     Args:
         args, kwargs: as :class:`torch.nn.LSTM`.
-        locked: one mask for all time steps, for each example and feature, instead of one for each step. On a module whose class was
-            swapped, set the attribute.
+        locked: True draws one mask for all time steps, for each example and feature, instead of one for each step. On a module whose
+            class was swapped, set the attribute.
+
+    Shape:
+        Rows are in dimension 0 where ``batch_first``, else 1 (the context's ``batch_dim`` is not used), with the same noise for both.
+        The input has B or S*B rows. So have initial states, independently of it: B states serve all samples, and S*B states (of the step
+        before, in truncated backpropagation) expand the input. Output and final states have S*B rows, in all layers. A PackedSequence
+        gives a PackedSequence of S*B sequences.
+
+    Returns:
+        (output, final states), as torch's module.
 
     Raises:
-        ValueError: rows that are neither B nor S*B; an unbatched input inside of a sampling context (it has no rows to expand).
+        ValueError: the number of rows is neither B nor S*B; an unbatched input inside of a sampling context (it has no rows to expand).
 
     Example:
         >>> import torch, iwsgd_ext as iw
@@ -148,7 +153,10 @@ class IWLSTM(_Recurrent, nn.LSTM):
 
 
 class IWGRU(_Recurrent, nn.GRU):
-    """:class:`torch.nn.GRU` with S noise samples per example inside ``iw.sampling(S)``; see :class:`IWLSTM`.
+    """:class:`torch.nn.GRU` with S noise samples per example inside ``iw.sampling(S)`` (Noh et al. 2017, eq 1).
+
+    Args, Shape, Returns, Raises:
+        as :class:`IWLSTM`, with the options of :class:`torch.nn.GRU`.
 
     Example:
         >>> import torch, iwsgd_ext as iw
@@ -162,7 +170,10 @@ class IWGRU(_Recurrent, nn.GRU):
 
 
 class IWRNN(_Recurrent, nn.RNN):
-    """:class:`torch.nn.RNN` with S noise samples per example inside ``iw.sampling(S)``; see :class:`IWLSTM`.
+    """:class:`torch.nn.RNN` with S noise samples per example inside ``iw.sampling(S)`` (Noh et al. 2017, eq 1).
+
+    Args, Shape, Returns, Raises:
+        as :class:`IWLSTM`, with the options of :class:`torch.nn.RNN`.
 
     Example:
         >>> import torch, iwsgd_ext as iw
