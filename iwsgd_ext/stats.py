@@ -1,4 +1,4 @@
-"""What the loss knew of its noise samples: log-likelihoods, importance weights, bound, and a summary of them in a few numbers."""
+"""Statistics of the noise samples of a loss: log-likelihoods, importance weights, the bound, and a summary of them in ten numbers."""
 
 from typing import NamedTuple
 
@@ -7,14 +7,15 @@ from torch import Tensor
 
 
 class IWSummary(NamedTuple):
-    """A few numbers of one batch, tensors without dimensions on its device; means are over the examples (or positions) that count.
+    """Statistics of one batch under S noise samples (Noh et al. 2017), as tensors without dimensions on its device. Means are over the
+    examples (or positions) that count.
 
     Attributes:
-        bound: mean bound L, in nats.
-        mean_log_p: mean log-likelihood over examples and noise samples, in nats: what dropout training with one sample climbs.
-        gap: bound - mean_log_p, never negative: what the importance weights gain.
+        bound: mean bound L (eq 4), in nats.
+        mean_log_p: mean log-likelihood over examples and noise samples, in nats: the objective of dropout training with one sample.
+        gap: bound - mean_log_p, never negative: the gain by importance weights.
         ess: mean effective sample size, between 1 (one sample has all the weight) and S (equal weights).
-        ess_p05, ess_p50, ess_p95: its quantiles over examples.
+        ess_p05, ess_p50, ess_p95: quantiles of the effective sample size over examples.
         entropy: mean entropy of the weights, in nats, between 0 and log S.
         largest_weight: mean over examples of the largest weight, between 1/S and 1.
         nonfinite: number of log-likelihoods that are infinite or NaN, of all examples, int64. Where it is not 0, other fields may be NaN.
@@ -40,14 +41,14 @@ class IWSummary(NamedTuple):
 
 
 class IWStats(NamedTuple):
-    """What the loss knew of each example (or position) and noise sample; on the logits' device, detached.
+    """Statistics of each example (or position) and noise sample in a loss (Noh et al. 2017); on the logits' device, detached.
 
     Attributes:
         log_p: [S, B] log-likelihoods l[s, b], or [S, B, d1, ...] at level "position".
-        weights: like log_p, the importance weights, which sum to one over s.
-        bound: [B] (or [B, d1, ...]), the bound L before the outer weight.
-        counted: like bound, bool: what counts in the loss. An example (at level "position", a position) that is ignored or has weight 0
-            does not. None where all count.
+        weights: importance weights (eq 8), of the shape of log_p; they sum to one over s.
+        bound: [B] (or [B, d1, ...]), the bound L (eq 4) before the outer weight.
+        counted: bool, of the shape of bound, or None where all count: False for an example (at level "position", a position) that is
+            ignored or has weight 0.
     """
 
     log_p: Tensor
@@ -66,7 +67,10 @@ class IWStats(NamedTuple):
         return self.log_p.mean(0)
 
     def summary(self) -> IWSummary:
-        """What counts of the batch, in ten numbers, without waiting for the device. Where nothing does, means are NaN.
+        """The summary of the examples (or positions) that count, without a wait for the device. Where none counts, means are NaN.
+
+        Returns:
+            :class:`IWSummary`.
 
         Example:
             >>> import torch, iwsgd_ext as iw
@@ -95,7 +99,7 @@ class IWStats(NamedTuple):
 
 
 def _quantiles(values: Tensor, counted: Tensor, n: Tensor, levels: tuple[float, ...]) -> list[Tensor]:
-    """Quantiles of the n values that count, with linear interpolation, as torch.quantile has them, which takes no more than 2^24."""
+    """Quantiles of the n values that count, as torch.quantile (linear interpolation), which takes no more than 2^24 values."""
     if values.numel() == 0:
         return [values.new_full((), float("nan"))] * len(levels)
     ordered, result = torch.where(counted, values, float("nan")).flatten().sort().values, []  # NaN comes last

@@ -1,4 +1,4 @@
-"""The bound against the number of noise samples: how many are worth their cost."""
+"""The bound against the number of noise samples, to see how many are worth their cost."""
 
 import math
 from collections.abc import Iterable
@@ -16,13 +16,13 @@ from .subsets import subset_means
 
 
 class BoundCurve(NamedTuple):
-    """The bound against the number of noise samples; prints as a table, ``plot()`` draws it.
+    """The bound (Noh et al. 2017, eq 4) against the number of noise samples; prints as a table, and ``plot()`` draws it.
 
     Attributes:
         samples: 1 .. S, int64 [S].
         bound: mean bound with that many samples, in nats for each unit (an example, or a position), float64 [S].
-        standard_error: of ``bound``, over units, float64 [S]. Bounds of one curve share their examples and samples, so differences
-            between them are known better than this.
+        standard_error: standard error of ``bound`` over units, float64 [S]. The bounds of one curve share examples and samples, so that
+            the errors of differences between them are smaller than this.
 
     Example:
         >>> import torch, iwsgd_ext as iw
@@ -56,30 +56,30 @@ def bound_curve(
     seed: int | Tensor | None = None,
     progress: bool = False,
 ) -> BoundCurve:
-    """The bound with 1, 2, .. S noise samples (eq 4), all from one draw of S: how many are worth their cost.
+    """The bound with 1, 2, .. S noise samples (Noh et al. 2017, eq 4), all from one draw of S.
 
         bound[k] = sum_b c[b] mean over subsets A of k samples of L_A[b] / sum_b c[b],    L_A = (1/alpha) log mean_{s in A} exp(alpha l[s])
 
-    The mean over all subsets is exact (a U-statistic), so that the curve never falls (eq 6 in its form for one draw) and is an unbiased
-    estimate for each k. Noise is on, everything else in eval mode, as in :func:`predict`.
+    The mean over all subsets is computed exactly (a U-statistic). So the curve never falls (eq 6, for one draw), and is an unbiased
+    estimate for each k. Noise is on, all else is in eval mode, as in :func:`predict`.
 
     Args:
         model: a converted model, or any with noise layers of this package.
-        batches: pairs (inputs, targets), what the model and what the loss after the outputs is called with; e.g. a DataLoader. Examples
-            are numbered through, each with noise of its own.
+        batches: pairs (inputs of the model, targets of the loss); e.g. a DataLoader. Examples are numbered through all batches, and each
+            has noise of its own.
         samples: S.
         loss_fn: an object with ``log_likelihood(outputs, targets, samples) -> (log_p [K, units], outer weight [units], denominator)``, as
             IWCrossEntropyLoss and IWLoss are; its ``alpha``, if it has one, is the bound's. None is IWCrossEntropyLoss, whatever the
             model was trained with.
-        chunk: samples of one pass, for memory.
+        chunk: samples of one pass, to save memory.
         seed: an int or an int64 tensor of one element; None draws one.
-        progress: show a bar over the batches; needs the package rich.
+        progress: True shows a bar over the batches; needs the package rich.
 
     Returns:
         :class:`BoundCurve`, on the CPU.
 
     Raises:
-        ValueError, TypeError: an argument is not as above, no batch, a weight of zero in all.
+        ValueError, TypeError: an argument is not as above; there is no batch; all weights are zero.
 
     Warns:
         UserWarning: as :func:`predict`.
@@ -133,7 +133,7 @@ def bound_curve(
     curve, weight = curve[:, counted], weight[counted]
     if not weight.numel():
         raise ValueError("batches: expected an example that counts, got none of a weight above 0")
-    mean = ((curve * weight).sum(1) / weight.sum()).cummax(0).values  # but for rounding, it never falls
+    mean = ((curve * weight).sum(1) / weight.sum()).cummax(0).values  # cummax removes falls by rounding
     n = weight.numel()
     spread = ((curve - mean[:, None]) * weight).square().sum(1) * (n / (n - 1) if n > 1 else math.nan)
     return BoundCurve(torch.arange(1, samples + 1, device="cpu"), mean, spread.sqrt() / weight.sum())

@@ -1,4 +1,4 @@
-"""Forward passes of an evaluation: noise on, all else in eval mode, some noise samples at a time, all with one seed."""
+"""The forward passes of an evaluation: noise is on, all else in eval mode; a pass has some of the noise samples, and all share a seed."""
 
 import warnings
 from collections.abc import Iterator
@@ -20,15 +20,15 @@ from ..layers.context import sampling
 
 @contextmanager
 def noisy_evaluation(model: nn.Module) -> Iterator[None]:
-    """Noise layers in training, everything else in eval mode; no gradient."""
+    """A block in which noise layers are in training mode and all else in eval mode, without gradients."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     noisy = [module for module in model.modules() if _is_noise_layer(module)]
-    conversions = [conversion for module in model.modules() if (conversion := conversion_of(module)) is not None]
-    functional = any(conversion.has_noise or not conversion.looked for conversion in conversions)  # unknown until a training forward
+    conversions = [conversion_of(module) for module in model.modules() if conversion_of(module) is not None]
+    functional = any(conversion.has_noise or not conversion.looked for conversion in conversions)  # a training forward shows it
     if not noisy and not functional:
         raise ValueError("model: expected one with noise layers of this package (iw.convert puts them in), got none")
-    # In eval mode torch's encoder layer may compute itself by one fused call, and no layer inside of it is called.
+    # In eval mode torch's encoder layer may take one fused call, which calls no layer inside of it.
     fused = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
     before = [(module, vars(module).get("training", module.training)) for module in model.modules()]
     try:
@@ -44,13 +44,13 @@ def noisy_evaluation(model: nn.Module) -> Iterator[None]:
 
 def _is_noise_layer(module: nn.Module) -> bool:
     kind = type(module)
-    while issubclass(kind, Converted | OneByOne):  # a class of iw.convert's before the module's own
+    while issubclass(kind, Converted | OneByOne):  # iw.convert has put these before the module's own class
         kind = kind.original
     return any(cls.__module__.startswith(f"{PACKAGE}.layers.") for cls in kind.__mro__)
 
 
 def passes_of(model: nn.Module, inputs: Any, samples: int, chunk: int | None, seed, first_example, look: bool):
-    """(k, output of k*B rows) of each pass over at most ``chunk`` of the samples, all with one seed; ``look`` for noise that is off."""
+    """(k, output of k*B rows) of each pass over at most ``chunk`` of the samples, with one seed; ``look``: warn of noise that is off."""
     samples, chunk = as_samples(samples), None if chunk is None else as_int("chunk", chunk)
     check(chunk is None or 1 <= chunk <= samples, "chunk", f"a number of samples in 1 .. samples={samples}", chunk)
     args, named = as_arguments(inputs)
@@ -78,7 +78,7 @@ def passes_of(model: nn.Module, inputs: Any, samples: int, chunk: int | None, se
 
 
 def _functional_noise(model: nn.Module) -> tuple[Watch, list[Call]] | None:
-    """What looks at an evaluation, and the calls of functional dropout that training was seen to make, if any."""
+    """(a watch for an evaluation, the calls of functional dropout that a training forward made), or None without such calls."""
     for module in model.modules():
         conversion = conversion_of(module)
         calls = [call for call in conversion.calls if call.kind == "replaced" and call.p] if conversion is not None else []
@@ -92,18 +92,19 @@ def _warn_of_noise_that_is_off(watch: Watch, trained: list[Call]) -> None:
     missing = [str(call) for call in trained if (call.module, call.function, call.place) not in drawn]
     if missing and watch.looks:
         warnings.warn(
-            "the model switches noise of its training off in eval mode by itself, so this evaluation does not draw it: "
+            "in eval mode the model's own code turns off noise of its training, so that this evaluation does not draw it: "
             + "; ".join(missing),
             stacklevel=4,
         )
 
 
 def examples_of(model: nn.Module, inputs: Any) -> int:
+    """The number of examples in a model's inputs."""
     conversion = conversion_of(model)
-    dim = conversion.batch_dim or 0 if conversion is not None else 0  # of a time-major model the first dimension is none of examples
+    dim = conversion.batch_dim or 0 if conversion is not None else 0  # a time-major model has them in dimension 1
     for v in tree_leaves(as_arguments(inputs), is_leaf=lambda v: isinstance(v, PackedSequence)):
         if isinstance(v, PackedSequence):
-            return int(v.batch_sizes[0])  # these are on the CPU, wherever the data is
+            return int(v.batch_sizes[0])  # batch_sizes are on the CPU, wherever the data is
         if has_rows(v, dim):
             return v.shape[dim]
     raise ValueError("x: expected at least one tensor with a dimension of examples")

@@ -1,6 +1,6 @@
-"""Pictures of what noise samples do, through matplotlib: the bound against S, importance weights, effective sample size over training.
+"""Pictures of noise samples (Noh et al. 2017) by matplotlib: the bound against S, importance weights, effective sample size over training.
 
-Each function draws into the axes that are given, or into a figure of its own, and returns the axes: ``ax.figure.savefig("bound.png")``.
+Each function draws into the given axes, or into a new figure, and returns the axes: ``ax.figure.savefig("bound.png")`` saves the figure.
 
 Example:
     >>> import torch, iwsgd_ext as iw
@@ -21,20 +21,24 @@ from ..stats import IWStats
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from .bound_curve import BoundCurve  # which draws itself by this file
+    from .bound_curve import BoundCurve  # only for types: bound_curve.py imports this file
 
-LINE, BARS, BAND = "#1f4e79", "#7fa3c7", "#c9d8e8"  # dark, medium and light grey when printed without colour
+LINE, BARS, BAND = "#1f4e79", "#7fa3c7", "#c9d8e8"  # dark, medium and light grey in black-and-white print
 
 
 def bound(curve: "BoundCurve", ax: "Axes | None" = None) -> "Axes":
-    """The bound against the number of noise samples, with a band of one standard error either way.
+    """Draws the bound (eq 4) against the number of noise samples, with a band of one standard error on either side.
 
     Args:
-        curve: of :func:`iwsgd_ext.bound_curve`.
+        curve: the result of :func:`iwsgd_ext.bound_curve`.
         ax: matplotlib axes, or None for a new figure.
 
     Returns:
         The axes.
+
+    Raises:
+        TypeError: curve is not a BoundCurve.
+        ImportError: matplotlib is not installed.
     """
     if getattr(curve, "_fields", None) != ("samples", "bound", "standard_error"):
         raise TypeError(f"curve: expected a BoundCurve (iw.bound_curve), got {type(curve).__name__}")
@@ -49,19 +53,23 @@ def bound(curve: "BoundCurve", ax: "Axes | None" = None) -> "Axes":
     ax.set_xscale("log", base=2)
     ax.set_xticks(ticks, [str(tick) for tick in ticks])
     ax.set_xticks([], minor=True)
-    ax.legend(loc="lower right")  # on white: it may lie on the band, whose colour it explains
+    ax.legend(loc="lower right")  # with its white frame: it may lie on the band, whose colour it explains
     return ax
 
 
 def weights(stats: IWStats | Tensor, ax: "Axes | None" = None) -> "Axes":
-    """Histogram of importance weights, as shares of the equal weight 1/S: 1 is what an unweighted mean gives, S all there is.
+    """Draws a histogram of importance weights (eq 8) times S: 1 is the weight of an unweighted mean, and S that of a sample alone.
 
     Args:
-        stats: :class:`iwsgd_ext.IWStats`, of which those that count are drawn, or weights [S, ...].
+        stats: :class:`iwsgd_ext.IWStats`, of which the examples that count are drawn, or weights [S, ...].
         ax: matplotlib axes, or None for a new figure.
 
     Returns:
         The axes.
+
+    Raises:
+        TypeError, ValueError: stats is not as above, or no example counts.
+        ImportError: matplotlib is not installed.
     """
     w = stats.weights if isinstance(stats, IWStats) else stats
     if isinstance(stats, IWStats) and stats.counted is not None:
@@ -87,21 +95,26 @@ def weights(stats: IWStats | Tensor, ax: "Axes | None" = None) -> "Axes":
 
 
 def effective_sample_size(path: "str | os.PathLike[str]", ax: "Axes | None" = None) -> "Axes":
-    """Effective sample size over training, from the CSV file of a :class:`iwsgd_ext.StatsLogger`: mean, and the range of 90% of examples.
+    """Draws the effective sample size over training, from the CSV file of a :class:`iwsgd_ext.StatsLogger`: its mean, and the range that
+    holds 90% of the examples.
 
     Args:
-        path: of the file.
+        path: path of the file.
         ax: matplotlib axes, or None for a new figure.
 
     Returns:
         The axes.
+
+    Raises:
+        ValueError: the file is not of a StatsLogger, or has no line of numbers.
+        ImportError: matplotlib is not installed.
     """
     with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or "ess_p05" not in rows[0]:
-        raise ValueError(f"path: expected a CSV file of StatsLogger with at least one row, got {path}")
+        lines = list(csv.DictReader(file))
+    if not lines or "ess_p05" not in lines[0]:
+        raise ValueError(f"path: expected a CSV file of StatsLogger with at least one line of numbers, got {path}")
     ax = _axes(ax)
-    step, mean, low, high = ([float(row[name]) for row in rows] for name in ("step", "ess", "ess_p05", "ess_p95"))
+    step, mean, low, high = ([float(line[name]) for line in lines] for name in ("step", "ess", "ess_p05", "ess_p95"))
     ax.fill_between(step, low, high, color=BAND, linewidth=0, label="5% to 95% of examples")
     ax.plot(step, mean, color=LINE, label="mean")
     ax.set_ylim(bottom=1, top=1.05 * max([v for v in high if math.isfinite(v)], default=2))

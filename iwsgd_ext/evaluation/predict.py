@@ -26,25 +26,26 @@ def predict(
     seed: int | Tensor | None = None,
     first_example: int | Tensor | None = None,
 ) -> Tensor:
-    """Class log-probabilities averaged over S noise samples: the ensemble of dropout networks that one forward pass stands for.
+    """Class log-probabilities averaged over S noise samples (Noh et al. 2017, eq 1): the ensemble that one forward in eval mode stands for.
 
         arithmetic:  log p[b, c] = log (1/S) sum_s softmax(z[s, b])[c]
         geometric:   log p[b, c] = log_softmax_c( (1/S) sum_s log_softmax(z[s, b])[c] )
 
-    Noise is on although nothing else is in training: noise layers of this package draw it, batch normalisation uses its running
-    statistics, and dropout that is not of this package stays off. No gradient; the model's modes are as before when it is done.
+    Only noise layers of this package are in training mode: batch normalisation uses its running statistics, and other dropout stays off.
+    There is no gradient. Afterwards the model's modes are as before.
 
     Args:
         model: a converted model, or any with noise layers of this package. Its output is logits of classes that exclude each other, or
-            what ``log_prob`` takes.
-        x: what the model is called with: a tensor, a tuple or list of arguments, or a dict of them by name. A model that was converted
-            with ``batch_dim=1`` has its examples there; its output has them first.
+            the argument of ``log_prob``.
+        x: the model's inputs: a tensor, a tuple or list of arguments, or a dict of them by name. A model that was converted with
+            ``batch_dim=1`` has its examples in dimension 1 of x, and in dimension 0 of its output.
         samples: S.
-        reduce: "arithmetic" (a mixture, which a likelihood belongs to) or "geometric" (what scaling by 1 - p approximates).
+        reduce: "arithmetic" (a mixture, which has a likelihood) or "geometric" (which scaling by 1 - p approximates).
         class_dim: dimension of the classes in the logits; -1 for most language models.
-        log_prob: what makes log-probabilities [K*B, ...] of the model's output, instead of log_softmax over ``class_dim``:
-            torch.nn.functional.logsigmoid for independent labels, ``lambda output: output["logits"].log_softmax(1)``. With "arithmetic".
-        chunk: samples of one pass, for memory; the result does not depend on it but for rounding. None takes all at once.
+        log_prob: a function from the model's output to log-probabilities [K*B, ...], instead of log_softmax over ``class_dim``:
+            torch.nn.functional.logsigmoid for independent labels, ``lambda output: output["logits"].log_softmax(1)``. Only with
+            "arithmetic".
+        chunk: samples of one pass, to save memory; it changes the result by rounding only. None takes all at once.
         seed: an int or an int64 tensor of one element repeats its noise; None draws one from torch's default generator of x's device.
         first_example: id of the first example, as in :class:`iwsgd_ext.sampling`.
 
@@ -52,10 +53,11 @@ def predict(
         Log-probabilities of the logits' shape with B rows, float32 (float64 for float64 logits).
 
     Raises:
-        ValueError, TypeError: an argument is not as above, the model has no noise layer, its output no S*B rows or a single class.
+        ValueError, TypeError: an argument is not as above; the model has no noise layer; its output does not have S*B rows, or has one
+            class.
 
     Warns:
-        UserWarning: functional dropout of the training forward (``dropout_p=0.1 if self.training else 0.0``) that eval mode switches off.
+        UserWarning: the training forward has functional dropout that eval mode turns off (``dropout_p=0.1 if self.training else 0.0``).
 
     Example:
         >>> import torch, iwsgd_ext as iw
@@ -65,8 +67,7 @@ def predict(
         >>> log_p.shape, log_p.exp().sum(1)
         (torch.Size([2, 3]), tensor([1.0000, 1.0000]))
     """
-    if reduce not in ("arithmetic", "geometric"):
-        raise ValueError(f"reduce: expected 'arithmetic' or 'geometric', got {reduce!r}")
+    check(reduce in ("arithmetic", "geometric"), "reduce", "'arithmetic' or 'geometric'", repr(reduce))
     check(log_prob is None or reduce == "arithmetic", "reduce", "'arithmetic' with log_prob", repr(reduce))
     total: Any = None
     summed = torch.logaddexp if reduce == "arithmetic" else torch.add
@@ -86,12 +87,13 @@ def predict(
 
 
 def log_predictive(logits: Tensor, batch: int, *, class_dim: int = 1) -> Tensor:
-    """What B examples are predicted to be, from a forward's rows: for accuracies and other metrics of training.
+    """Class log-probabilities of B examples from the S*B rows of a training forward (Noh et al. 2017, eq 1): for accuracies and other
+    metrics of training.
 
         log p[b, c] = log (1/S) sum_s softmax(z[s, b])[c]
 
-    which is :func:`predict`'s average over the noise samples that the rows hold. S is read off the rows: B of them, of a model in eval
-    mode, give their log_softmax.
+    This is :func:`predict`'s average over the noise samples that the rows hold. S is the number of rows over ``batch``; the B rows of a
+    model in eval mode give their log_softmax.
 
     Args:
         logits: [S*B, C, ...], sample-major, floating-point.
@@ -102,7 +104,7 @@ def log_predictive(logits: Tensor, batch: int, *, class_dim: int = 1) -> Tensor:
         Log-probabilities of the logits' shape with B rows, float32 (float64 for float64 logits).
 
     Raises:
-        ValueError, TypeError: logits or class_dim are not as above, or the rows are no multiple of ``batch``.
+        ValueError, TypeError: an argument is not as above, or the number of rows is no multiple of ``batch``.
 
     Example:
         >>> import torch, iwsgd_ext as iw
@@ -119,7 +121,7 @@ def log_predictive(logits: Tensor, batch: int, *, class_dim: int = 1) -> Tensor:
 
 
 def _log_softmax(logits: Any, class_dim: int, name: str = "model") -> Tensor:
-    """What predict makes of a model's output by itself."""
+    """log_softmax over the classes, with checks; ``name`` is the argument in messages."""
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
         if name == "logits":
@@ -131,7 +133,7 @@ def _log_softmax(logits: Any, class_dim: int, name: str = "model") -> Tensor:
     dims = logits.dim()
     expected = f"a dimension of logits {tuple(logits.shape)} that is not the first"
     check(-dims < class_dim < dims and class_dim != 0, "class_dim", expected, class_dim)
-    if logits.shape[class_dim] == 1:  # its softmax is 1 whatever the output: a regression's, or the logit of a binary label
+    if logits.shape[class_dim] == 1:  # a regression, or the logit of a binary label: its softmax is always 1
         raise ValueError(
             f"{name}: expected logits of two classes or more in dimension {class_dim}, got shape {tuple(logits.shape)}; a softmax over "
             "one output is 1 (binary labels: log_prob=torch.nn.functional.logsigmoid)"

@@ -1,13 +1,13 @@
 """The bound with k of S noise samples, averaged over all subsets of size k, for every k at once.
 
 NOTE [All subsets]
-With x_s = exp(alpha l_s), the mean over all subsets A of size k of log sum_{s in A} x_s has C(S, k) terms. But it is an integral,
+With x_s = exp(alpha l_s), the mean over all subsets A of size k of log sum_{s in A} x_s has C(S, k) terms. An integral gives it sooner,
 
     log x = int_0^inf (e^-t - e^-tx) / t dt,    with    mean over A of exp(-t sum_{s in A} x_s) = M_k(e^{-t x_1}, .., e^{-t x_S}),
 
-the k-th elementary symmetric mean, and these take S^2 steps for all k together: M_k of n numbers is (1 - k/n) M_k + (k/n) a_n M_{k-1} of
-n - 1 of them, sums of positive terms. With t = e^u the integrand is analytic and falls off exponentially on the left, faster on the right:
-the trapezoid rule of step h errs by exp(-pi^2 / h).
+where M_k is the k-th elementary symmetric mean. All k together take S^2 steps: M_k of n numbers is (1 - k/n) M_k + (k/n) a_n M_{k-1}, both
+of the first n - 1 numbers; all terms are positive. With t = e^u the integrand is analytic, and falls exponentially to the left and faster
+to the right, so that the error of the trapezoid rule with step h is exp(-pi^2 / h).
 """
 
 import math
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 STEP = 0.4  # exp(-pi^2 / 0.4) = 2e-11
-LEFT, RIGHT = 28.0, 4.0  # what is left out: e^-28 = 7e-13 and e^-e^4 = 2e-24
-FAR = 30.0  # what another sample adds to one that is e^30 times as likely: 1e-13
-ELEMENTS = 2**18  # of the largest temporary: 2 MiB stay in the cache
+LEFT, RIGHT = 28.0, 4.0  # limits of u; beyond them the integral has e^-28 = 7e-13 and e^-e^4 = 2e-24
+FAR = 30.0  # a gap in log-likelihood at which the less likely sample adds 1e-13 to the sum
+ELEMENTS = 2**18  # elements of the largest temporary: 2 MiB stay in the cache
 
 
 def subset_means(l: Tensor, alpha: float) -> Tensor:
@@ -26,10 +26,10 @@ def subset_means(l: Tensor, alpha: float) -> Tensor:
 
     Args:
         l: log-likelihoods [S, units].
-        alpha: 1 is the bound of eq 4; 0 the mean, inf the largest.
+        alpha: 1 is the bound of eq 4 (Noh et al. 2017); 0 the mean, inf the largest.
 
     Returns:
-        float64 [S, units]. -inf where a subset may hold nothing but -inf; NaN for units with NaN or inf.
+        float64 [S, units]. -inf where some subset holds -inf alone; NaN for units with NaN or inf.
     """
     samples, units = l.shape
     unknown = (l.isnan() | (l == math.inf)).any(0)
@@ -42,7 +42,7 @@ def subset_means(l: Tensor, alpha: float) -> Tensor:
         means = _mean_largest(ordered.masked_fill(impossible, 0))
     else:
         ordered = ordered * alpha
-        # Gaps are cut to FAR; how far that moved the largest of a subset is added again.
+        # Gaps are cut to FAR, which moves the largest of a subset; the move is added again below.
         gaps = ordered.diff(dim=0).masked_fill(impossible[:-1], 0).clamp(max=FAR)
         near = torch.cat([-gaps.flip(0).cumsum(0).flip(0), torch.zeros_like(ordered[:1])])
         moved = (ordered - near).masked_fill(impossible, 0)
@@ -55,14 +55,14 @@ def subset_means(l: Tensor, alpha: float) -> Tensor:
 
 
 def _mean_largest(ordered: Tensor) -> Tensor:
-    """Mean over subsets of k of the last in order of [S, units]: number i (from 0) is the last of C(i, k-1) in C(S, k) subsets."""
+    """Mean over all subsets of k of their last value in ``ordered`` [S, units]: value i (from 0) is the last in C(i, k-1) of C(S, k)."""
     samples = ordered.shape[0]
     share = [[math.comb(i, k - 1) / math.comb(samples, k) for i in range(samples)] for k in range(1, samples + 1)]
     return torch.tensor(share, dtype=ordered.dtype, device=ordered.device) @ ordered
 
 
 def _mean_log_sum(near: Tensor, impossible: Tensor) -> Tensor:
-    """Mean over subsets of k of log sum exp(near), near [S, units] ordered with 0 at the end; see NOTE [All subsets]."""
+    """Mean over all subsets of k of log sum exp(near), for near [S, units] in order, the last 0. NOTE [All subsets]"""
     samples, units = near.shape
     means = near.new_empty(samples, units)
     spread, order = (-near[0]).sort(descending=True)

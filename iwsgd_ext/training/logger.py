@@ -1,4 +1,4 @@
-"""A logger of what noise samples do during training: TensorBoard or CSV, attached to the loss in one line."""
+"""A logger of noise samples' statistics during training, for TensorBoard or CSV, attached to the loss in one line."""
 
 import csv
 import math
@@ -21,28 +21,27 @@ def not_compiled(function: Any) -> Any:
 
 
 class StatsLogger:
-    """Writes :class:`IWSummary` of a loss during training, without waiting for the device in between.
+    """Writes :class:`IWSummary` of a loss (Noh et al. 2017, eq 4 and 8) during training, without a wait for the device at each step.
 
-    Each training forward of the criterion is one step; in gradient accumulation, each micro-batch. Every ``every`` steps one row is
-    written: means over these steps, but for such in which nothing counts (the number of non-finite log-likelihoods is a sum). Between,
-    they are added up on the device.
-    Evaluation, of outputs with one row for each target or with ``criterion.eval()``, is left out.
+    Each training forward of the criterion is one step; in gradient accumulation, each micro-batch. Every ``every`` steps the logger writes
+    one line: means over those of these steps in which an example counts (nonfinite is the sum over all of them). Between lines, the device
+    adds them up. Evaluation is left out: outputs with one row for each target, and any after ``criterion.eval()``.
+
+    A logger is a plain object. In Lightning, make it where the module is made (or in a callback's on_fit_start), and close it at the end.
+    Under torch.distributed each process has its own part of the batch: log on one, or to one file for each. Do not compile the criterion:
+    the logger breaks the graph.
 
     Args:
-        criterion: an IWCrossEntropyLoss or IWLoss; what it returns does not change.
-        to: path of a CSV file, or anything with ``add_scalar(tag, value, step)``, as torch.utils.tensorboard.SummaryWriter has, or
-            Lightning's ``logger.experiment`` of a TensorBoardLogger. A CSV file that is there is continued, with the steps it has; half a
-            row at its end (from a process that was killed) is cut off.
-        every: steps of one row.
-        prefix: what stands before the names of scalars.
-
-    A plain object: in Lightning, make it where the module is made (or in a callback's on_fit_start), and close it at the end. Under
-    torch.distributed each process has its own part of the batch: log on one, or to a file for each. The criterion must not be inside of
-    torch.compile, where the logger breaks the graph.
+        criterion: an IWCrossEntropyLoss or IWLoss; its results do not change.
+        to: path of a CSV file, or an object with ``add_scalar(tag, value, step)``, as torch.utils.tensorboard.SummaryWriter, or Lightning's
+            ``logger.experiment`` of a TensorBoardLogger. An existing CSV file is continued from its last step; half a line at its end
+            (from a process that was killed) is cut off.
+        every: steps of one line.
+        prefix: put before the names of scalars.
 
     Raises:
-        TypeError: a criterion that is neither, or nothing to write to.
-        ValueError: every < 1; a file with other columns.
+        TypeError: criterion or ``to`` is not as above.
+        ValueError: every < 1; the file has other columns.
 
     Example:
         >>> import tempfile, torch, iwsgd_ext as iw
@@ -61,23 +60,22 @@ class StatsLogger:
         every = as_int("every", every)
         check(every >= 1, "every", "a number of steps >= 1", every)
         if isinstance(to, str | os.PathLike):
-            self.write: CsvFile | _Scalars = (file := CsvFile(to))
-            self.step = file.last_step  # of the last forward; to be set where steps are counted otherwise
-        elif callable(getattr(to, "add_scalar", None)):
+            self.write: CsvFile         elif callable(getattr(to, "add_scalar", None)):
             self.write, self.step = _Scalars(to, prefix), 0
         else:
             raise TypeError(f"to: expected the path of a CSV file or an object with add_scalar, got {type(to).__name__}")
         self.every = every
-        self.total: Tensor | None = None  # sums of the summaries since the last row, on the device, and how many had something to count
-        self.count = 0  # steps since then
+        # Sums of the summaries since the last line, on the device, and the number of steps in which an example counted.
+        self.total: Tensor | None = None
+        self.count = 0  # steps since the last line
         self.observers = criterion.observers
         self.observers.append(self.add)
 
     @not_compiled
     def add(self, stats: IWStats) -> None:
-        """One step. The criterion calls it, and ``iw.backward`` in the strategies that do not call the criterion."""
+        """Adds one step. The criterion calls this, and so does ``iw.backward`` in the strategies that do not call the criterion."""
         *means, nonfinite = (v.double() for v in stats.summary())
-        some = torch.ones_like(nonfinite) if stats.counted is None else stats.counted.any().double()  # else there are no means
+        some = torch.ones_like(nonfinite) if stats.counted is None else stats.counted.any().double()  # 0 where no example counts
         values = torch.stack([*(torch.where(some > 0, v, 0) for v in means), nonfinite, some])
         self.total = values if self.total is None else self.total + values
         self.count += 1
@@ -86,16 +84,17 @@ class StatsLogger:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what has been added up since the last row, if anything."""
+        """Writes a line for the steps since the last one, if there are any."""
         if self.total is None:
             return
         *means, nonfinite, steps = self.total.tolist()  # waits for the device
-        row = dict(zip(IWSummary._fields, (*(v / steps if steps else math.nan for v in means), int(nonfinite)), strict=True))
+ _Scalars = (file := CsvFile(to))
+            self.step = file.last_step  # the number of the last forward; users may set it
         self.total, self.count = None, 0
-        self.write(self.step, row)
+        self.write(self.step, values)
 
     def close(self) -> None:
-        """Writes the rest and lets go of the criterion; a writer stays open."""
+        """Writes the last line and detaches from the criterion; the user's writer stays open."""
         self.flush()
         if self.add in self.observers:
             self.observers.remove(self.add)
@@ -108,18 +107,18 @@ class StatsLogger:
 
 
 class _Scalars:
-    """Rows as scalars of a TensorBoard writer."""
+    """Writes each value as a scalar of a TensorBoard writer."""
 
     def __init__(self, writer: Any, prefix: str):
         self.writer, self.prefix = writer, prefix
 
-    def __call__(self, step: int, row: dict[str, float]) -> None:
-        for name, value in row.items():
+    def __call__(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
             self.writer.add_scalar(self.prefix + name, value, step)
 
 
 class CsvFile:
-    """Rows at the end of a CSV file, which is open only while one is written: a killed process loses half a row at most."""
+    """Writes lines at the end of a CSV file. The file is open only during a write, so that a killed process loses half a line at most."""
 
     columns = ("step", *IWSummary._fields)
 
@@ -148,6 +147,6 @@ class CsvFile:
     def header(self) -> bytes:
         return (",".join(self.columns) + "\n").encode()
 
-    def __call__(self, step: int, row: dict[str, float]) -> None:
+    def __call__(self, step: int, values: dict[str, float]) -> None:
         with self.path.open("a", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerow([step, *(v if isinstance(v, int) else f"{v:.7g}" for v in row.values())])
+            csv.writer(file, lineterminator="\n").writerow([step, *(v if isinstance(v, int) else f"{v:.7g}" for v in values.values())])
