@@ -21,6 +21,8 @@ assert_type(functional.alpha_dropout(x, 0.5, seed=7), Tensor)
 assert_type(functional.feature_alpha_dropout(image, 0.5, seed=torch.tensor(7)), Tensor)
 assert_type(functional.gaussian_dropout(x, 0.5, samples=2, seed=7), Tensor)
 assert_type(functional.gaussian_noise(x, 0.1, samples=2, seed=7), Tensor)
+assert_type(functional.laplace_noise(x, 0.1, samples=2, seed=7), Tensor)
+assert_type(functional.uniform_noise(x, 0.1, samples=2, seed=7), Tensor)
 assert_type(functional.multinomial_dropout(x, None, 3, samples=2, seed=7), Tensor)
 assert_type(functional.scaled_dot_product_attention(image, image, image, dropout_p=0.1, samples=2, seed=7), Tensor)
 assert_type(functional.drop_connect(x, torch.randn(3, 6), samples=2, seed=7), Tensor)
@@ -39,6 +41,8 @@ layers: list[nn.Module] = [
     iw.IWFeatureAlphaDropout(0.5, batch_dim=1),
     iw.IWGaussianDropout(0.5),
     iw.IWGaussianNoise(0.1),
+    iw.IWLaplaceNoise(0.1),
+    iw.IWUniformNoise(0.1),
     iw.IWMultinomialDropout(0.5, probabilities="evolutional"),
     iw.IWDropConnect.from_linear(nn.Linear(6, 3), p=0.2),
     iw.IWMultiheadAttention(8, 2, dropout=0.1, batch_first=True),

@@ -13,7 +13,7 @@ from ..layers.context import sampling
 from . import class_swap
 from .converted import CONVERSION, FORWARD, NOT_REACHED, SCALAR_OUTPUT, Conversion, Converted, conversion_of
 from .swaps import SWAPS, draws, idle_modules, original_class, swap, unswap
-from .verify import verify_conversion
+from .verify import Verification, verify_conversion
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -91,8 +91,8 @@ def convert(
     try:
         if example_inputs is not None:
             args, kwargs = as_arguments(example_inputs)
-            conversion.verification = verify_conversion(model, samples, args, kwargs, compare=verify)
-            _report(model, conversion)
+            conversion.verification = run = verify_conversion(model, samples, args, kwargs, compare=verify)
+            _report(model, conversion, run)
         if conversion.looked and (alike := conversion.samples_alike(model)):
             warnings.warn(f"iw.convert: {alike}", stacklevel=2)
     except (ValueError, RuntimeError):
@@ -101,9 +101,8 @@ def convert(
     return model
 
 
-def _report(model: nn.Module, conversion: Conversion) -> None:
+def _report(model: nn.Module, conversion: Conversion, run: Verification) -> None:
     """Raises or warns of what the run on example inputs has shown."""
-    run = conversion.verification
     if run.verdict == "stopped":
         raise ValueError(f"example_inputs: {run.message}") from run.error
     run.check(conversion.expand, "example_inputs")

@@ -24,7 +24,7 @@ def noisy_evaluation(model: nn.Module) -> Iterator[None]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     noisy = [module for module in model.modules() if _is_noise_layer(module)]
-    conversions = [conversion_of(module) for module in model.modules() if conversion_of(module) is not None]
+    conversions = [conversion for module in model.modules() if (conversion := conversion_of(module)) is not None]
     functional = any(conversion.has_noise or not conversion.looked for conversion in conversions)  # a training forward shows it
     if not noisy and not functional:
         raise ValueError("model: expected one with noise layers of this package (iw.convert puts them in), got none")

@@ -159,7 +159,8 @@ class sampling:
 
     def moment(self) -> "Moment":
         """The state of this context now, for :meth:`again`."""
-        return Moment(*(getattr(self, name) for name in Moment._fields[:-1]), self._origin is not None)
+        state = [*(getattr(self, name) for name in Moment._fields[:-1]), self._origin is not None]
+        return Moment(*state)
 
     def again(self, moment: Moment) -> "sampling":
         """A copy of this context that draws its noise as from that moment on."""

@@ -60,7 +60,9 @@ class StatsLogger:
         every = as_int("every", every)
         check(every >= 1, "every", "a number of steps >= 1", every)
         if isinstance(to, str | os.PathLike):
-            self.write: CsvFile         elif callable(getattr(to, "add_scalar", None)):
+            self.write: CsvFile | _Scalars = (file := CsvFile(to))
+            self.step = file.last_step  # the number of the last forward; users may set it
+        elif callable(getattr(to, "add_scalar", None)):
             self.write, self.step = _Scalars(to, prefix), 0
         else:
             raise TypeError(f"to: expected the path of a CSV file or an object with add_scalar, got {type(to).__name__}")
@@ -88,8 +90,7 @@ class StatsLogger:
         if self.total is None:
             return
         *means, nonfinite, steps = self.total.tolist()  # waits for the device
- _Scalars = (file := CsvFile(to))
-            self.step = file.last_step  # the number of the last forward; users may set it
+        values = dict(zip(IWSummary._fields, (*(v / steps if steps else math.nan for v in means), int(nonfinite)), strict=True))
         self.total, self.count = None, 0
         self.write(self.step, values)
 
