@@ -77,6 +77,12 @@ IWSGD_HD A unit_log_likelihood(A u, A c) {
   return u == A(0) ? u : static_cast<A>(NAN);
 }
 
+// What a unit adds to the loss, its outer weight being over the denominator: 0, not 0 * infinity, where the weight is 0.
+template <class A>
+IWSGD_HD A unit_cost(A outer, A bound) {
+  return outer == A(0) && bound == bound ? A(0) : -outer * bound;
+}
+
 // How far l is below the largest: 0 for the largest itself, which may be infinite.
 template <class A>
 IWSGD_HD A below(A l, A most) {

@@ -4,6 +4,8 @@ Notation, here and everywhere: B examples, S (or K, in one pass) noise samples, 
 sample-major: row s*B + b is example b under noise sample s.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -372,56 +374,57 @@ def check_labels(target: Tensor, ignore_index: int, classes: int) -> None:
         raise ValueError(f"target: expected class indices in [0, {classes}) or ignore_index {ignore_index}, got {got}")
 
 
-def iw_cross_entropy(
-    logits: Tensor,
-    target: Tensor,
-    samples: int,
-    class_weight: Tensor | None,
-    example_weight: Tensor | None,
-    position_weight: Tensor | None,
-    normalizer: Tensor | None,
-    ignore_index: int,
-    smoothing: float,
-    alpha: float,
-    per_position: bool,
-    reduction: int,
-    need_gradient: bool,
-) -> tuple[Tensor, ...]:
+class LossArguments(NamedTuple):
+    """The arguments of the loss ops behind the logits [S*B, C, T], in the schema's order. The schema is made of them."""
+
+    target: Tensor  # class indices int64 [B, T], or probabilities [B, C, T]
+    samples: int | torch.SymInt  # S
+    class_weight: Tensor | None = None  # v [C]
+    example_weight: Tensor | None = None  # [B]
+    position_weight: Tensor | None = None  # [B, T]
+    normalizer: Tensor | None = None  # one value that takes the place of the sum of d
+    ignore_index: int | torch.SymInt = -100
+    smoothing: float = 0.0
+    alpha: float = 1.0
+    per_position: bool = False  # the unit that has importance weights of its own is the position, else the example
+    reduction: int = 1  # 0 none, 1 mean, 2 sum
+
+
+def iw_cross_entropy(logits: Tensor, *arguments) -> tuple[Tensor, ...]:
     """The importance weighted cross-entropy and its gradient (eq 4, 7 and 8), see :func:`iwsgd_ext.iw_cross_entropy`.
 
     Args:
         logits: [S*B, C, T].
-        target: class indices int64 [B, T], or probabilities [B, C, T].
-        class_weight, example_weight, position_weight: v [C], [B] and [B, T].
-        normalizer: one value that takes the place of the sum of d.
-        per_position: whether the unit that has importance weights of its own is the position or the example.
-        reduction: 0 none, 1 mean, 2 sum.
+        arguments: those of :class:`LossArguments`, one by one, and whether the gradient is wanted.
 
     Returns:
         loss (one value, or [units]), log-likelihoods [S, units], importance weights [S, units], bound L [units], outer
         weight over the denominator [units] (loss = -sum outer L), and dlogits [S*B, C, T] (or [0]) for an upstream gradient of one.
     """
+    *given, need_gradient = arguments
+    a = LossArguments(*given)
+    target, samples, smoothing = a.target, a.samples, a.smoothing
     acc = _accumulated(logits.dtype)
     rows, classes, positions = logits.shape
     batch = rows // samples
     if target.dtype == torch.int64 and not need_gradient and torch._C._are_functorch_transforms_active():
         # Replaced before the softmax: an ignored row of NaN that is replaced behind it would have a derivative of NaN.
-        logits = torch.where((target != ignore_index).repeat(samples, 1)[:, None], logits, 0)
+        logits = torch.where((target != a.ignore_index).repeat(samples, 1)[:, None], logits, 0)
     # along the last dimension, where torch adds up in several partial sums
     log_p = torch.log_softmax(logits.to(acc).transpose(1, 2), 2).transpose(1, 2).contiguous().view(samples, batch, classes, positions)
-    v = torch.ones(classes, dtype=acc, device=logits.device) if class_weight is None else class_weight
-    m = torch.ones(batch, positions, dtype=acc, device=logits.device) if position_weight is None else position_weight
-    e = torch.ones(batch, dtype=acc, device=logits.device) if example_weight is None else example_weight
+    v = torch.ones(classes, dtype=acc, device=logits.device) if a.class_weight is None else a.class_weight
+    m = torch.ones(batch, positions, dtype=acc, device=logits.device) if a.position_weight is None else a.position_weight
+    e = torch.ones(batch, dtype=acc, device=logits.device) if a.example_weight is None else a.example_weight
 
     looks = logits.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
 
     # q v = hot (at the label) + soft (everywhere), [B, C, T]
     soft = None if smoothing == 0 else (smoothing / classes * v)[:, None].expand(batch, classes, positions)
     if target.dtype == torch.int64:
-        counted = target != ignore_index
+        counted = target != a.ignore_index
         label = torch.where(counted, target, 0)
         if looks:
-            check_labels(target, ignore_index, classes)
+            check_labels(target, a.ignore_index, classes)
         d = torch.where(counted, v[label], 0)
         hot = (1 - smoothing) * d
         u = hot * log_p.gather(2, label.expand(samples, batch, positions)[:, :, None])[:, :, 0]
@@ -440,27 +443,27 @@ def iw_cross_entropy(
     u, c, d = torch.where(counted, m * u, zero), torch.where(counted, m * c, zero), torch.where(counted, m * d * e[:, None], zero)
     size = torch.where(counted, m * size, zero).abs()
     if looks:
-        check_cancelled(c, size) if per_position else check_cancelled(c.sum(1, keepdim=True), size.sum(1, keepdim=True))
-    if not per_position and positions > 1 and samples > 1 and alpha != 0:
+        check_cancelled(c, size) if a.per_position else check_cancelled(c.sum(1, keepdim=True), size.sum(1, keepdim=True))
+    if not a.per_position and positions > 1 and samples > 1 and a.alpha != 0:
         c = check_signs(c)
 
-    if per_position:
+    if a.per_position:
         outer, l = c.flatten(), u.flatten(1)
         outer_example = e.repeat_interleave(positions)
     else:
         outer, l = c.sum(1) / counted.sum(1).clamp(min=1), u.sum(2)
         outer_example = e
     l = unit_log_likelihood(l, outer)
-    bound, w = logmeanexp(l, alpha), importance_weights(l, alpha)
+    bound, w = logmeanexp(l, a.alpha), importance_weights(l, a.alpha)
 
-    denominator = normalizer.reshape(()) if normalizer is not None else total_of(d) if reduction == 1 else zero + 1
+    denominator = a.normalizer.reshape(()) if a.normalizer is not None else total_of(d) if a.reduction == 1 else zero + 1
     scale = reciprocal(denominator)
     outer = outer * outer_example * scale
     of_unit = costs(outer, bound)
-    loss = of_unit if reduction == 0 else of_unit.sum()
+    loss = of_unit if a.reduction == 0 else of_unit.sum()
     if not need_gradient:
         return loss, l, w, bound, outer, logits.new_empty(0)
-    inner = w.view(samples, batch, positions if per_position else 1) * (e[:, None] * scale)  # [S, B, T or 1]
+    inner = w.view(samples, batch, positions if a.per_position else 1) * (e[:, None] * scale)  # [S, B, T or 1]
     p = torch.exp(log_p)
     dlogits = c[:, None] * p
     if soft is not None:

@@ -215,7 +215,8 @@ def arguments(device, kind, per_position, reduction, everything):
     logits = torch.randn(15, 11, 7, device=device)
     target = torch.randint(11, (5, 7), device=device) if kind == "labels" else torch.rand(5, 11, 7, device=device)
     weights = [torch.rand(n, device=device) for n in ((11,), (5,), (5, 7), ())] if everything else [None] * 4
-    return logits, target, 3, *weights, -100, 0.1 if everything else 0.0, 1.0, per_position, reduction
+    smoothing = 0.1 if everything else 0.0
+    return logits, *iw.reference.LossArguments(target, 3, *weights, smoothing=smoothing, per_position=per_position, reduction=reduction)
 
 
 @pytest.mark.parametrize("everything", [False, True])

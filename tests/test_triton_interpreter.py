@@ -366,6 +366,6 @@ def test_opcheck():
     address, law = (origin, None, 2, 1, 0, 5, 1), (20000, None, 1.5)
     torch.library.opcheck(torch.ops.iwsgd_triton.noise, (x, *address, *law, 0.0, 0.0, True))
     torch.library.opcheck(torch.ops.iwsgd_triton.noise_sum, (torch.randn(1, 6, 5), *address, *law))
-    given = (torch.randn(6, 5, 2), torch.randint(5, (3, 2)), 2, None, None, None, None, -100, 0.0, 1.0, False, 1)
+    given = (torch.randn(6, 5, 2), *iw.reference.LossArguments(torch.randint(5, (3, 2)), 2))
     torch.library.opcheck(torch.ops.iwsgd_triton.iw_cross_entropy, (*given, True))
     torch.library.opcheck(torch.ops.iwsgd_triton.iw_cross_entropy_, given)

@@ -185,12 +185,11 @@ def test_dead_and_ignored(regime):
 
 def test_loss_past_two_to_the_31(tmp_path):
     """Samples 2^31 + 64 elements apart, a stride that in units of ALIGN fits 32 bits; then neighbouring classes 2^31 apart."""
-    options = (None, None, None, None, -100, 0.0, 1.0, False, 1, True)
     memory, small = sparse(tmp_path, 2**31 + 4096), torch.randn(2, 40, 1).half()
     for view, target in ((memory.as_strided((2, 40, 1), (2**31 + 64, 1, 1)), 39), (memory.as_strided((2, 2, 1), (40, 2**31, 1)), 1)):
         view.copy_(small[:, : view.shape[1]])
         got, want = (
-            torch.ops.iwsgd_triton.iw_cross_entropy(x, torch.tensor([[target]]), 2, *options)
+            torch.ops.iwsgd_triton.iw_cross_entropy(x, *iw.reference.LossArguments(torch.tensor([[target]]), 2), True)
             for x in (view, small[:, : view.shape[1]].contiguous())
         )
         for a, b in zip(got, want, strict=True):

@@ -150,7 +150,7 @@ void run(const LossArguments<T, A>& a) {
   for (int64_t unit = 0; unit < units; ++unit) {
     const double example = a.example_weight != nullptr ? a.example_weight[a.per_position ? unit / a.positions_each : unit] : 1.0;
     const double outer = example * terms.outer[unit] * scale;
-    const double of_unit = outer == 0 && a.bound[unit] == a.bound[unit] ? 0.0 : -outer * a.bound[unit];  // not 0 * infinity
+    const double of_unit = unit_cost<double>(outer, a.bound[unit]);
     a.outer[unit] = static_cast<A>(outer);
     if (a.reduction == Reduction::none) a.loss[unit] = static_cast<A>(of_unit);
     loss += of_unit;

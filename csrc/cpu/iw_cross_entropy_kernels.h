@@ -63,6 +63,13 @@ inline bool has_soft_target(const LossArguments<T, A>& a) {
   return a.probabilities != nullptr || a.smoothing > 0;
 }
 
+// What exp(z - max) is multiplied by in the gradient of a row, or of the lanes of a panel. weight: the importance weight over the
+// denominator, times the example weight.
+template <class V>
+inline V row_factor(V weight, V c, V sum) {
+  return weight * c / sum;
+}
+
 // Calls body(i, n) for the vectors of a row: classes i .. i + L, of which n are there.
 template <class A, class Body>
 inline void for_each_vector(int64_t classes, Body&& body) {

@@ -209,7 +209,7 @@ Softmax<A> row_gradient(const LossArguments<T, A>& a, const A* c, A scale, const
   }
   const T* z = a.row(s, p);
   const A most = stats.max[stats.at(s, p)], outside = w * scale * a.example_weight_of(p), k = outside * target.weight;
-  const A factor = outside * target.c / stats.sum[stats.at(s, p)];
+  const A factor = row_factor(outside, target.c, stats.sum[stats.at(s, p)]);
   A at_label = A(0);
   if (target.label >= 0) {  // before dz, which may be the same memory, is written
     at_label = vexp(splat<V>(to_acc(z[target.label]) - most))[0] * factor - k * target.hot;

@@ -45,6 +45,7 @@ IWSGD_HD float fast_reciprocal(float x) {
   return 1.f / x;
 #endif
 }
+IWSGD_HD double fast_reciprocal(double x) { return 1 / x; }
 
 template <class T>
 constexpr int kVector = 16 / sizeof(T);  // elements of one 16-byte access

@@ -187,17 +187,17 @@ IWSGD_HD void loss_cluster(const Block& block, const LossArguments<T, A>& a, con
 
     const ClusterPlace writer(block, plan);
     for (int s = writer.team; s < S; s += teams) {
-      const A w = l[s], outside = w * static_cast<A>(*scale) * a.example_weight_of(unit);
-      const bool zero = target.ignored || w == A(0);  // whatever the logits are; NaN would have made the weight NaN
-      const RowGradient<kSoft, A> gradient(mine, max[s], outside * *c / sum[s], outside * target.weight);
+      const A upstream = static_cast<A>(*scale) * a.example_weight_of(unit);
+      const RowFactors<A> factors = row_factors(target.ignored, l[s], upstream, *c, sum[s]);
+      const RowGradient<kSoft, A> gradient(mine, max[s], factors);
       const Granules<T> granules(row_in_memory(s, unit), n), nexts(row_in_memory(s, next), n);
       const T* const next_row = row_in_memory(s, next) - nexts.before;
       T* const here = row_in_shared(s);
       T* const dz = a.dlogits + (s * a.B * a.drow_stride + unit * a.dlane_stride() + from - granules.before);
       const int next_count = next_label != kNone ? nexts.count : 0;
       // Granules of the gradient, too, unless it lies otherwise in memory.
-      const bool alike = a.dlogits != nullptr && !zero && reinterpret_cast<uintptr_t>(dz) % 16 == 0;
-      if (a.dlogits != nullptr && zero) zero_row(dz + granules.before, 1, n, writer.lane, plan.lanes);
+      const bool alike = a.dlogits != nullptr && !factors.zero && reinterpret_cast<uintptr_t>(dz) % 16 == 0;
+      if (a.dlogits != nullptr && factors.zero) zero_row(dz + granules.before, 1, n, writer.lane, plan.lanes);
       int j = granules.begin(writer.lane, plan.lanes);
       IWSGD_UNROLL_BY(1)
       for (; alike && j < granules.whole_end; j += plan.lanes) {
@@ -207,7 +207,7 @@ IWSGD_HD void loss_cluster(const Block& block, const LossArguments<T, A>& a, con
       }
       const auto finish = [&](int which) {  // one element at a time
         const int first = which * V - granules.before;
-        if (a.dlogits != nullptr && !zero) {
+        if (a.dlogits != nullptr && !factors.zero) {
           IWSGD_UNROLL_BY(1)
           for (int i = first < 0 ? 0 : first; i < first + V && i < n; ++i)
             dz[granules.before + i] = gradient.of(i, here[granules.before + i]);

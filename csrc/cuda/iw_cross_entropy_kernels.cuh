@@ -114,7 +114,7 @@ template <class T, class A>
 IWSGD_HD double finish_unit(const LossArguments<T, A>& a, int64_t unit, A bound, A outer, double scale) {
   if (a.example_weight != nullptr) outer *= a.example_weight[a.per_position && a.positions_each != 1 ? unit / a.positions_each : unit];
   const A weight = static_cast<A>(outer * scale);
-  const A loss = weight == A(0) && bound == bound ? A(0) : -weight * bound;  // not 0 * infinity
+  const A loss = unit_cost(weight, bound);
   a.bound[unit] = bound;
   a.outer[unit] = weight;
   if (a.reduction == Reduction::none) a.loss[unit] = loss;
@@ -285,14 +285,15 @@ IWSGD_HD void loss_tile(const Block& block, const LossArguments<T, A>& a, const 
         for (TileRow row(block, plan); row.r < rows; row.next(plan)) {
           if (row.j >= count) continue;
           const RowTarget<A> target = row_target<false>(a, first + row.j);
-          const A w = l[row.r], outside = w * static_cast<A>(*scale) * a.example_weight_of(first + row.j);
+          const A upstream = static_cast<A>(*scale) * a.example_weight_of(first + row.j);
+          const RowFactors<A> factors = row_factors(target.ignored, l[row.r], upstream, c[row.j], sum[row.r]);
           T* const dz = gradient_at(row.s, row.j);
-          if (target.ignored || w == A(0)) {  // zeros, whatever the logits are; NaN would have made the weight NaN
+          if (factors.zero) {
             zero_row<kSpace>(dz, 1, C, row.lane, plan.lanes);
             continue;
           }
-          row_gradient<kSoft, kTileLoads<T>, kSpace>(target, row_in_shared(row.s, row.j), 1, dz, 1, C, max[row.r],
-                                                     outside * c[row.j] / sum[row.r], outside * target.weight, row.lane, plan.lanes);
+          row_gradient<kSoft, kTileLoads<T>, kSpace>(target, row_in_shared(row.s, row.j), 1, dz, 1, C, max[row.r], factors, row.lane,
+                                                     plan.lanes);
         }
       };
       if (plan.flat) gradients(std::integral_constant<Space, Space::shared>{}, row_in_shared);
@@ -468,14 +469,15 @@ IWSGD_HD void loss_gradient(const Block& block, const LossArguments<T, A>& a, co
     const int64_t r = work.parts == 1 ? q : q / work.parts, s = r / slice.positions, i = r - s * slice.positions, p = slice.first + i;
     const Part<A> part(work, a.C, q - r * work.parts);
     const RowTarget<A> target = row_target<false>(a, p).from(part.first);
-    const A w = a.weight(s, p), outside = w * static_cast<A>(*scale) * a.example_weight_of(p);
+    const A upstream = static_cast<A>(*scale) * a.example_weight_of(p);
+    const RowFactors<A> factors = row_factors(target.ignored, a.weight(s, p), upstream, work.c[i], work.sum[r]);
     T* const dz = a.drow(s, p) + part.first * a.dclass_stride;
-    if (target.ignored || w == A(0)) {
+    if (factors.zero) {
       zero_row(dz, a.dclass_stride, part.classes, lane, lanes);
       continue;
     }
     row_gradient<kSoft, kSliceLoads>(target, a.row(s, p) + part.first * a.class_stride, a.class_stride, dz, a.dclass_stride, part.classes,
-                                     work.max[r], outside * work.c[i] / work.sum[r], outside * target.weight, lane, lanes);
+                                     work.max[r], factors, lane, lanes);
   }
 }
 

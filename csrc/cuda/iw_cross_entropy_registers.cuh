@@ -15,8 +15,8 @@ namespace iwsgd {
 // What the lanes of a row and the threads that weigh its unit tell one another.
 struct alignas(16) RowSlot {
   float max;
-  float factor;  // gradient = factor exp(z - max), but for the label; before the likelihood the sum, before the weights c / sum
-  float own;     // the label's gradient; before the weights c (p - 1), of its probability p
+  float factor;  // gradient = factor exp(z - max), but for the label; before the weights the sum
+  float own;     // the label's gradient; before the weights exp(z - max) of its logit
   int label;     // -1: the gradient is 0
 };
 
@@ -234,8 +234,7 @@ IWSGD_HD void loss_registers(const Block& block, const LossArguments<T, float>& 
           z = target.logit(a.logits + (s * plan.logits.sample + unit * plan.logits.unit), 1);
           row_likelihood<false>(target, its, z, u, c);
         }
-        slot.factor = c * fast_reciprocal(its.sum), slot.own = slot.factor * exponential(z - its.max) - c;
-        slot.label = target.ignored ? -1 : target.label;
+        slot.own = exponential(z - its.max), slot.label = target.ignored ? -1 : target.label;
         likelihoods(at)[i] = unit_log_likelihood(u, c), outer(at)[i] = c;
       });
     }
@@ -252,14 +251,15 @@ IWSGD_HD void loss_registers(const Block& block, const LossArguments<T, float>& 
         const bool there = j < at.groups * plan.places && unit < units;
         RowSlot* const its = slots(at) + row_0;  // row s at s * groups
         const float* const l = likelihoods(at) + row_0;
-        const float c = there && weigh_lane == 0 ? outer(at)[row_0] : 0.f;
+        const float c = there ? outer(at)[row_0] : 0.f;
         const float upstream = there ? static_cast<float>(*scale) * a.example_weight_of(unit) : 0.f;
         const auto put = [&](int s, float w) {
           RowSlot& slot = its[s * at.groups];
           a.log_p[s * units + unit] = l[s * at.groups];
           a.weights[s * units + unit] = w;
-          if (w == 0.f) slot.label = -1;  // zeros, whatever the logits are; NaN would have made the weight NaN
-          slot.factor *= w * upstream, slot.own *= w * upstream;
+          const RowFactors<float> factors = row_factors(slot.label < 0, w, upstream, c, slot.factor);
+          if (factors.zero) slot.label = -1;
+          slot.factor = factors.factor, slot.own = factors.factor * slot.own - factors.weight * c;
         };
         const float bound =
             weigh_unit(block, static_cast<float>(a.alpha), S, weigh_lane, weigh_lanes, there, [&](int s) { return l[s * at.groups]; }, put);

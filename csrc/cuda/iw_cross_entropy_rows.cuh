@@ -229,14 +229,28 @@ IWSGD_HD void zero_row(T* dz, int64_t dstride, int C, int lane, int lanes) {
   for (int i = lane; i < pieces.edges; i += lanes) dz[pieces.edge(i)] = T{};
 }
 
-// The gradient of a row: factor * exp(z - max) - k * (q v).
+// The gradient of a row is factor exp(z - max) - weight m q v, or zeros.
+template <class A>
+struct RowFactors {
+  bool zero;
+  A factor, weight;
+};
+
+// w: the importance weight of the row; upstream: 1 over the denominator, times the example weight; c and sum: the row's.
+template <class A>
+IWSGD_HD RowFactors<A> row_factors(bool ignored, A w, A upstream, A c, A sum) {
+  const A weight = w * upstream;
+  // Of weight 0 zeros, whatever the logits are: NaN would have made the weight NaN.
+  return {ignored || w == A(0), weight * c * fast_reciprocal(sum), weight};
+}
+
 template <bool kSoft, class A>
 struct RowGradient {
   const RowTarget<A>& target;
   A max, factor, k, hot;
 
-  IWSGD_HD RowGradient(const RowTarget<A>& target, A max, A factor, A k)
-      : target(target), max(max), factor(factor), k(k), hot(k * target.hot) {}
+  IWSGD_HD RowGradient(const RowTarget<A>& target, A max, const RowFactors<A>& factors)
+      : target(target), max(max), factor(factors.factor), k(factors.weight * target.weight), hot(k * target.hot) {}
 
   // Of class i, without the label's part.
   IWSGD_HD A outside(int i, A z) const {
@@ -266,9 +280,9 @@ struct RowGradient {
 
 // Of a whole row; dz, in kSpace, may be z.
 template <bool kSoft, int kLoads, Space kSpace = Space::global, class T, class A>
-IWSGD_HD void row_gradient(const RowTarget<A>& target, const T* z, int64_t stride, T* dz, int64_t dstride, int C, A max, A factor, A k,
-                           int lane, int lanes) {
-  const RowGradient<kSoft, A> gradient(target, max, factor, k);
+IWSGD_HD void row_gradient(const RowTarget<A>& target, const T* z, int64_t stride, T* dz, int64_t dstride, int C, A max,
+                           const RowFactors<A>& factors, int lane, int lanes) {
+  const RowGradient<kSoft, A> gradient(target, max, factors);
   if (stride != 1 || dstride != 1) {
     IWSGD_UNROLL_BY(4)
     for (int i = lane; i < C; i += lanes) dz[i * dstride] = gradient.of(i, z[i * stride]);

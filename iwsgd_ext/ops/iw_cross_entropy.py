@@ -9,29 +9,28 @@ from typing_extensions import TypedDict, Unpack
 
 from .. import backend, reference
 from ..checks import REDUCTIONS, as_samples, check, check_inplace, check_logits, check_loss_options, check_mean, check_number, check_option
+from ..reference import LossArguments
 from ..stats import IWStats
 from . import transforms
 
 Reduction = Literal["none", "mean", "sum"]
 Level = Literal["example", "position"]
 
-_ARGUMENTS = (
-    "Tensor target, SymInt samples, Tensor? class_weight, Tensor? example_weight, Tensor? position_weight, "
-    "Tensor? normalizer, SymInt ignore_index, float smoothing, float alpha, bool per_position, int reduction"
-)
+_KINDS = {Tensor: "Tensor", Tensor | None: "Tensor?", int | torch.SymInt: "SymInt", int: "int", float: "float", bool: "bool"}
+_ARGUMENTS = ", ".join(f"{_KINDS[kind]} {name}" for name, kind in LossArguments.__annotations__.items())
 _RESULTS = "Tensor loss, Tensor log_p, Tensor weights, Tensor bound, Tensor outer"
 
 
-def _fake_in_place(logits, target, samples, *options):
-    per_position, reduction = options[-2:]
+def _fake_in_place(logits, *arguments):
+    a = LossArguments(*arguments)
     acc = torch.promote_types(logits.dtype, torch.float32)
-    batch = logits.shape[0] // samples
-    units = batch * logits.shape[2] if per_position else batch
-    loss = logits.new_empty((units,) if reduction == 0 else (), dtype=acc)
+    batch = logits.shape[0] // a.samples
+    units = batch * logits.shape[2] if a.per_position else batch
+    loss = logits.new_empty((units,) if a.reduction == 0 else (), dtype=acc)
     return (
         loss,
-        logits.new_empty((samples, units), dtype=acc),
-        logits.new_empty((samples, units), dtype=acc),
+        logits.new_empty((a.samples, units), dtype=acc),
+        logits.new_empty((a.samples, units), dtype=acc),
         logits.new_empty((units,), dtype=acc),
         logits.new_empty((units,), dtype=acc),
     )
@@ -44,10 +43,10 @@ def _fake(logits, *arguments):
 
 def _derivative(gradients, others, kept):
     """Of the loss alone: the statistics are detached."""
-    (dloss, *_), (_, samples, *_), (dlogits,) = gradients, others, kept
-    if not others[-1]:
+    (dloss, *_), (*arguments, need_gradient), (dlogits,) = gradients, others, kept
+    if not need_gradient:
         raise RuntimeError("iw_cross_entropy: this graph was exported without gradients: logits did not require grad then")
-    result = _scale(dlogits.detach(), dloss, samples)
+    result = _scale(dlogits.detach(), dloss, LossArguments(*arguments).samples)
     return _NoSecondDerivative.apply(result, dloss, dlogits) if torch.is_grad_enabled() else result
 
 
@@ -61,17 +60,16 @@ class _IWCrossEntropy(torch.autograd.Function):
     """loss, log_p, weights, bound, outer weight of logits [S*B, C, ...], and an anchor; saves dlogits for an upstream gradient of one."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, target: Tensor, samples: int, inplace: bool, process_group, *options):
+    def forward(ctx, logits: Tensor, a: LossArguments, inplace: bool, process_group):
         need_gradient = ctx.needs_input_grad[0]
         # A view that autograd tracks could not be unpacked after a change in place. Compilers see to that themselves, and torch 2.13's
         # inductor reads behind logits with gaps that are detached and changed (test_compile_loss.py).
         rows = _with_positions(logits if torch.compiler.is_compiling() else logits.detach())
-        alpha, reduction = options[-3], options[-1]
         if inplace and need_gradient and not backend.is_exporting():
-            results, dlogits = backend.op("iw_cross_entropy_", logits.device)(rows, target, samples, *options), rows
+            results, dlogits = backend.op("iw_cross_entropy_", logits.device)(rows, *a), rows
             torch.autograd.graph.increment_version(logits)
         else:
-            *results, dlogits = backend.op("iw_cross_entropy", logits.device)(rows, target, samples, *options, need_gradient)
+            *results, dlogits = backend.op("iw_cross_entropy", logits.device)(rows, *a, need_gradient)
         loss, log_p, weights, bound, outer = results
         if process_group is not None:
             # Equal numbers of samples on all ranks: the bound is the log-mean-exp of the ranks' bounds, and a rank's weights are
@@ -79,26 +77,25 @@ class _IWCrossEntropy(torch.autograd.Function):
             ranks = [torch.empty_like(bound) for _ in range(process_group.size())]
             torch.distributed.all_gather(ranks, bound, group=process_group)
             bounds = torch.stack(ranks)
-            share = reference.importance_weights(bounds, alpha)[process_group.rank()]
-            bound, weights = reference.logmeanexp(bounds, alpha), weights * share
+            share = reference.importance_weights(bounds, a.alpha)[process_group.rank()]
+            bound, weights = reference.logmeanexp(bounds, a.alpha), weights * share
             loss = reference.costs(outer, bound)
-            loss = loss if reduction == 0 else loss.sum()
+            loss = loss if a.reduction == 0 else loss.sum()
             if need_gradient:
-                dlogits = _scale(dlogits, share, samples, out=dlogits)
+                dlogits = _scale(dlogits, share, a.samples, out=dlogits)
         ctx.mark_non_differentiable(log_p, weights, bound, outer)
         ctx.set_materialize_grads(False)
         # What a second derivative comes through: an output that nobody else sees, with the graph behind it.
         anchor = loss.new_empty(0) if need_gradient and not torch.compiler.is_compiling() else None
         if need_gradient:
             ctx.save_for_backward(dlogits, anchor)
-            ctx.samples, ctx.per_unit, ctx.shape = samples, reduction == 0, logits.shape
+            ctx.samples, ctx.per_unit, ctx.shape = a.samples, a.reduction == 0, logits.shape
         return loss, log_p, weights, bound, outer, anchor
 
     @staticmethod
     def backward(ctx, dloss: Tensor | None, *_):
-        none = (None,) * 13
         if dloss is None:
-            return None, *none
+            return None, None, None, None
         dlogits, anchor = ctx.saved_tensors
         factor = dloss.detach()
         # A retained graph needs its dlogits again; a compiler joins the product with what follows.
@@ -111,7 +108,7 @@ class _IWCrossEntropy(torch.autograd.Function):
         result = dlogits.view(ctx.shape)
         if torch.is_grad_enabled():  # else a second derivative would be zero in silence
             result = _NoSecondDerivative.apply(result, dloss, anchor)
-        return result, *none
+        return result, None, None, None
 
 
 def _is_dense(x: Tensor) -> bool:
@@ -255,45 +252,42 @@ def iw_cross_entropy(
         >>> bool((stats.bound >= stats.mean_log_p).all()), tuple(stats.weights.shape)
         (True, (4, 8))
     """
-    check_loss_options(ignore_index, reduction, label_smoothing, alpha, level)
-    samples, ignore_index = as_samples(samples), int(ignore_index)
-    check(normalizer is None or reduction == "mean", "normalizer", "None unless reduction is 'mean'", f"one with {reduction!r}")
-    operands = operands_of(logits, target, samples, weight, example_weight, normalizer)
-    if example_weight is not None and reduction == "mean" and normalizer is None:
-        check_mean(transforms.plain(example_weight))
+    a = arguments_of(
+        logits,
+        target,
+        samples,
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        alpha=alpha,
+        level=level,
+        example_weight=example_weight,
+        normalizer=normalizer,
+    )
+    samples, acc = a.samples, torch.promote_types(logits.dtype, torch.float32)
     if inplace:
         check_inplace(logits)
     # NOTE [float16 gradients]
     # dlogits is made in forward, before the upstream gradient is known. Over a large denominator float16 would lose it (below 6e-8),
     # and a loss scale in the upstream gradient could not bring it back: so the denominator is left to backward too.
     late = logits.dtype == torch.float16 and reduction == "mean"
-    target, *weights, normalizer = operands
-    options = (
-        *weights,
-        None if late else normalizer,
-        ignore_index,
-        float(label_smoothing),
-        1.0 if samples == 1 and process_group is None else float(alpha),
-        level == "position",
-        REDUCTIONS.index("sum" if late else reduction),
-    )
+    denominator = denominator_of(a, acc) if late else None
+    if late:
+        a = a._replace(normalizer=None, reduction=REDUCTIONS.index("sum"))
     if samples == 1 and process_group is not None and process_group.size() > 1 and level == "example" and alpha != 0:
-        acc = torch.promote_types(logits.dtype, torch.float32)
-        reference.check_signs(position_weights_of(target, weights[0], weights[2], ignore_index, label_smoothing, acc)[0])
+        reference.check_signs(position_weights_of(a, acc)[0])
     given = logits if torch.is_grad_enabled() else logits.detach()  # a Function does not know
     if transforms.active():  # any derivative, and lanes of any kind: in plain torch
         check(process_group is None and not inplace, "inplace, process_group", "neither inside of torch.func's transforms", "one")
-        if target.dtype == torch.int64 and target.device.type == "cpu":
-            reference.check_labels(transforms.plain(target).flatten(0, -2), ignore_index, logits.shape[1])
-        loss, *statistics, _ = reference.iw_cross_entropy(_with_positions(logits), target, samples, *options, False)
+        if a.target.dtype == torch.int64 and a.target.device.type == "cpu":
+            reference.check_labels(transforms.plain(a.target).flatten(0, -2), a.ignore_index, logits.shape[1])
+        loss, *statistics, _ = reference.iw_cross_entropy(_with_positions(logits), *a, False)
         log_p, w, bound, outer = (v.detach() for v in statistics)
     else:
-        loss, log_p, w, bound, outer, _ = backend.apply(
-            _IWCrossEntropy, given, target.contiguous(), samples, inplace, process_group, *options
-        )
-    if late:
-        n = denominator_of(*operands[:-1], ignore_index, loss.dtype) if normalizer is None else normalizer
-        loss = loss * reference.reciprocal(n)
+        loss, log_p, w, bound, outer, _ = backend.apply(_IWCrossEntropy, given, a, inplace, process_group)
+    if denominator is not None:
+        loss = loss * reference.reciprocal(denominator)
     shape = (target.shape[0], *logits.shape[2:]) if level == "position" else (target.shape[0],)
     if reduction == "none":
         loss = loss.view(shape)
@@ -302,8 +296,13 @@ def iw_cross_entropy(
     return loss, IWStats(log_p.view(samples, *shape), w.view(samples, *shape), bound.view(shape), (outer != 0).view(shape))
 
 
-def operands_of(logits, target, samples, weight, example_weight, normalizer) -> tuple[Tensor | None, ...]:
-    """Target [B, T] or [B, C, T], weights [C], [B] and [B, T] and the normalizer [], checked and in the precision of the loss."""
+def arguments_of(
+    logits, target, samples, *, weight, ignore_index, reduction, label_smoothing, alpha, level, example_weight, normalizer
+) -> LossArguments:
+    """The op's arguments of what a user gave to :func:`iw_cross_entropy`, checked and in the precision of the loss."""
+    check_loss_options(ignore_index, reduction, label_smoothing, alpha, level)
+    samples = as_samples(samples)
+    check(normalizer is None or reduction == "mean", "normalizer", "None unless reduction is 'mean'", f"one with {reduction!r}")
     check_logits(logits, target, samples)
     acc = torch.promote_types(logits.dtype, torch.float32)
     batch, classes, spatial = target.shape[0], logits.shape[1], tuple(logits.shape[2:])
@@ -312,6 +311,8 @@ def operands_of(logits, target, samples, weight, example_weight, normalizer) -> 
     target = target.reshape(batch, positions).long() if labels else target.reshape(batch, classes, positions).to(acc)
     weight = check_option("weight", weight, logits, acc, [(classes,)])
     example_weight = check_option("example_weight", example_weight, logits, acc, [(batch,), (batch, *spatial)])
+    if example_weight is not None and reduction == "mean" and normalizer is None:
+        check_mean(transforms.plain(example_weight))
     position_weight = None
     if example_weight is not None and example_weight.dim() > 1:
         example_weight, position_weight = None, example_weight.reshape(batch, positions)
@@ -322,30 +323,44 @@ def operands_of(logits, target, samples, weight, example_weight, normalizer) -> 
     if normalizer is not None:
         check(normalizer.numel() == 1, "normalizer", "a number or a tensor of one element", f"shape {tuple(normalizer.shape)}")
         normalizer = normalizer.detach().to(device=logits.device, dtype=acc).reshape(())
-    return target, weight, example_weight, position_weight, normalizer
+    return LossArguments(
+        target=target.contiguous(),
+        samples=samples,
+        class_weight=weight,
+        example_weight=example_weight,
+        position_weight=position_weight,
+        normalizer=normalizer,
+        ignore_index=int(ignore_index),
+        smoothing=float(label_smoothing),
+        alpha=float(alpha),
+        per_position=level == "position",
+        reduction=REDUCTIONS.index(reduction),
+    )
 
 
-def position_weights_of(target, weight, position_weight, ignore_index: int, smoothing: float, acc: torch.dtype) -> tuple[Tensor, Tensor]:
+def position_weights_of(a: LossArguments, acc: torch.dtype) -> tuple[Tensor, Tensor]:
     """c of positions [B, T], as the kernels have it, and whether they are not ignored."""
-    if target.dtype == torch.int64:
-        counted = target != ignore_index
+    if a.target.dtype == torch.int64:
+        counted = a.target != a.ignore_index
         c = counted.to(acc)
-        if weight is not None:
-            v = (1 - smoothing) * weight[torch.where(counted, target, 0)] + (smoothing * weight.mean() if smoothing else 0)
-            c = torch.where(counted, v, 0)
+        if a.class_weight is not None:
+            v = (1 - a.smoothing) * a.class_weight[torch.where(counted, a.target, 0)]
+            c = torch.where(counted, v + (a.smoothing * a.class_weight.mean() if a.smoothing else 0), 0)
     else:
-        counted = torch.ones(target.shape[0], target.shape[2], dtype=torch.bool, device=target.device)
-        q = (1 - smoothing) * target + smoothing / target.shape[1]
-        c = q.sum(1) if weight is None else (q * weight[:, None]).sum(1)
-    return c if position_weight is None else c * position_weight, counted
+        counted = torch.ones(a.target.shape[0], a.target.shape[2], dtype=torch.bool, device=a.target.device)
+        q = (1 - a.smoothing) * a.target + a.smoothing / a.target.shape[1]
+        c = q.sum(1) if a.class_weight is None else (q * a.class_weight[:, None]).sum(1)
+    return c if a.position_weight is None else c * a.position_weight, counted
 
 
-def denominator_of(target, weight, example_weight, position_weight, ignore_index: int, acc: torch.dtype) -> Tensor:
-    """The sum of d, as the kernels have it: weights of the labels that are not ignored; 1 for probabilities."""
-    if target.dtype == torch.int64:
-        counted = target != ignore_index
-        d = counted.to(acc) if weight is None else torch.where(counted, weight[torch.where(counted, target, 0)], 0)
+def denominator_of(a: LossArguments, acc: torch.dtype) -> Tensor:
+    """What the mean is divided by: the normalizer, or the sum of d, as the kernels have it."""
+    if a.normalizer is not None:
+        return a.normalizer
+    if a.target.dtype == torch.int64:  # weights of the labels that are not ignored
+        counted = a.target != a.ignore_index
+        d = counted.to(acc) if a.class_weight is None else torch.where(counted, a.class_weight[torch.where(counted, a.target, 0)], 0)
     else:
-        d = torch.ones(target.shape[0], target.shape[2], dtype=acc, device=target.device)
-    d = d if position_weight is None else d * position_weight
-    return reference.total_of(d if example_weight is None else d * example_weight[:, None])
+        d = torch.ones(a.target.shape[0], a.target.shape[2], dtype=acc, device=a.target.device)
+    d = d if a.position_weight is None else d * a.position_weight
+    return reference.total_of(d if a.example_weight is None else d * a.example_weight[:, None])

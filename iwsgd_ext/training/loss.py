@@ -5,13 +5,13 @@ from typing import Any
 from torch import Tensor
 
 from .. import reference
-from ..checks import as_arguments, as_samples, check, check_loss_options, check_mean
-from ..ops import transforms
-from ..ops.iw_cross_entropy import Level, Reduction, denominator_of, iw_cross_entropy, operands_of, position_weights_of
+from ..checks import as_arguments, check_loss_options
+from ..ops.iw_cross_entropy import Level, Reduction, arguments_of, denominator_of, iw_cross_entropy, position_weights_of
 from ..stats import IWStats
 from .likelihood import _IWLoss
 
-_OPTIONS = ("ignore_index", "reduction", "label_smoothing", "alpha", "level", "inplace", "process_group", "return_stats")
+_OP_OPTIONS = ("ignore_index", "reduction", "label_smoothing", "alpha", "level")
+_OPTIONS = (*_OP_OPTIONS, "inplace", "process_group", "return_stats")
 
 
 class IWCrossEntropyLoss(_IWLoss):
@@ -92,29 +92,21 @@ class IWCrossEntropyLoss(_IWLoss):
         return self._log_likelihood(outputs, samples, *args, **named)
 
     def _log_likelihood(self, logits, samples, target, *, example_weight=None, normalizer=None):
-        per_position, reduction = self.level == "position", self.reduction
-        check(normalizer is None or reduction == "mean", "normalizer", "None unless reduction is 'mean'", f"one with {reduction!r}")
-        samples, ignore_index = as_samples(samples), int(self.ignore_index)
-        operands = operands_of(logits, target, samples, self.weight, example_weight, normalizer)
-        if example_weight is not None and reduction == "mean" and normalizer is None:
-            check_mean(transforms.plain(example_weight))
-        _, weight, per_example, position_weight, normalizer = operands
-        of_positions = example_weight if position_weight is not None else None
+        options = {name: getattr(self, name) for name in _OP_OPTIONS}
+        a = arguments_of(logits, target, samples, weight=self.weight, example_weight=example_weight, normalizer=normalizer, **options)
+        samples, of_positions = a.samples, example_weight if a.position_weight is not None else None
         rows, of_positions = (None if x is None else x.expand(samples, *x.shape).flatten(0, 1) for x in (target, of_positions))
-        smoothing = self.label_smoothing
-        options = {"ignore_index": ignore_index, "label_smoothing": smoothing, "level": self.level}
         # Every row for itself, as an example with one sample: its cost is -outer * log p.
-        cost = iw_cross_entropy(logits, rows, 1, weight=weight, reduction="none", example_weight=of_positions, **options)
-        c, counted = position_weights_of(operands[0], weight, position_weight, ignore_index, smoothing, cost.dtype)
-        if not per_position and self.samples > 1 and self.alpha != 0:
+        options |= {"reduction": "none"}
+        cost = iw_cross_entropy(logits, rows, 1, weight=self.weight, example_weight=of_positions, **options)
+        c, counted = position_weights_of(a, cost.dtype)
+        if not a.per_position and self.samples > 1 and self.alpha != 0:
             reference.check_signs(c)
-        outer = c.flatten() if per_position else c.sum(1) / counted.sum(1).clamp(min=1)
+        outer = c.flatten() if a.per_position else c.sum(1) / counted.sum(1).clamp(min=1)
         log_p = reference.unit_log_likelihood(0 - cost.view(samples, -1), outer)
-        if per_example is not None:
-            outer = outer * (per_example.repeat_interleave(operands[0].shape[-1]) if per_position else per_example)
-        if reduction != "mean":
-            return log_p, outer, outer.new_ones(())
-        return log_p, outer, denominator_of(*operands[:-1], ignore_index, cost.dtype) if normalizer is None else normalizer
+        if a.example_weight is not None:
+            outer = outer * (a.example_weight.repeat_interleave(counted.shape[1]) if a.per_position else a.example_weight)
+        return log_p, outer, denominator_of(a, cost.dtype) if self.reduction == "mean" else outer.new_ones(())
 
     def extra_repr(self) -> str:
         return f"samples={self.samples}, " + ", ".join(f"{name}={getattr(self, name)!r}" for name in _OPTIONS)

@@ -5,6 +5,7 @@ import triton
 from torch import Tensor
 
 from ... import reference
+from ...reference import LossArguments
 from . import iw_cross_entropy_kernels as kernels
 from .device import alignment, device_of, divide_up, power_of_two
 from .iw_cross_entropy_plan import MAX_SAMPLES, PARTIALS, Shape, held_plan, reread_plan, split_plan, weights_plan
@@ -35,22 +36,13 @@ def strides_of(x: Tensor, batch: int, even: bool) -> tuple[int, int, int, int]:
 def iw_cross_entropy_fwd_triton(
     logits: Tensor,  # [S*B, C, T]
     dlogits: Tensor | None,  # where the gradient goes: as logits, or the logits themselves, or nowhere
-    target: Tensor,  # int64 [B, T], or probabilities [B, C, T]
-    samples: int,
-    class_weight: Tensor | None,  # [C]
-    example_weight: Tensor | None,  # [B]
-    position_weight: Tensor | None,  # [B, T]
-    normalizer: Tensor | None,  # one value
-    ignore_index: int,
-    smoothing: float,
-    alpha: float,
-    per_position: bool,
-    reduction: int,
+    a: LossArguments,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, log_p and weights [S, units], bound and outer [units]: the op, but for the memory of the gradient."""
     rows, C, T = logits.shape
+    target, samples = a.target, a.samples
     B = rows // samples
-    P, units, shared = B * T, B * T if per_position else B, T != 1 and not per_position
+    P, units, shared = B * T, B * T if a.per_position else B, T != 1 and not a.per_position
     acc = torch.promote_types(logits.dtype, torch.float32)
     has_labels = target.dtype == torch.int64
     if samples > MAX_SAMPLES:
@@ -58,7 +50,7 @@ def iw_cross_entropy_fwd_triton(
     if C >= 1 << 30:
         raise ValueError(f"logits: expected fewer than 2^30 classes, got {C}")
     if has_labels and logits.device.type == "cpu":
-        reference.check_labels(target, ignore_index, C)  # the interpreter's own error would not say which
+        reference.check_labels(target, a.ignore_index, C)  # the interpreter's own error would not say which
 
     even = lies_even(logits) and (dlogits is None or lies_even(dlogits))
     groups, lanes = (1, P) if even else (B, T)
@@ -66,23 +58,23 @@ def iw_cross_entropy_fwd_triton(
     dstrides = strides if dlogits is None else strides_of(dlogits, B, even)
     align = alignment(logits.element_size(), C, *strides[:3], *dstrides[:3])
     strides, dstrides = ((*(n // align for n in of[:3]), of[3]) for of in (strides, dstrides))
-    adjacent, soft = strides[3] == dstrides[3] == 1, not has_labels or smoothing != 0
+    adjacent, soft = strides[3] == dstrides[3] == 1, not has_labels or a.smoothing != 0
     shape = Shape(samples, groups, lanes, C, shared, logits.element_size(), acc.itemsize, adjacent, soft)
 
     def empty(*sizes: int, dtype: torch.dtype = acc) -> Tensor:
         return torch.empty(sizes, dtype=dtype, device=logits.device)
 
     log_p, weights, bound, outer = empty(samples, units), empty(samples, units), empty(units), empty(units)
-    loss = empty(units) if reduction == NONE else empty()
+    loss = empty(units) if a.reduction == NONE else empty()
     denominators = empty(PARTIALS, dtype=torch.float64)
     inputs = {"logits": logits, "labels": target if has_labels else None, "probabilities": None if has_labels else target}
-    options = {"class_weight": class_weight, "example_weight": example_weight, "position_weight": position_weight, "normalizer": normalizer}
+    numbers = {"smoothing": float_bits(a.smoothing), "alpha": float_bits(max(a.alpha, LEAST_ALPHA[acc]))}
     results = {"dlogits": dlogits, "log_p": log_p, "weights": weights, "bound": bound, "outer": outer, "loss": loss}
     sizes = {"S": samples, "L": lanes, "T": T, "P": P, "B": B, "C": C, "C_units": C // align, "units": units, "groups": groups}
-    numbers = {"ignore_index": ignore_index, "smoothing": float_bits(smoothing), "alpha": float_bits(max(alpha, LEAST_ALPHA[acc]))}
-    forms = {"ACC": TYPES[acc], "SOFT": soft, "SHARED": shared, "MODE": alpha_mode(alpha)}
-    forms |= {"MEAN": reduction == MEAN, "EACH": reduction == NONE, "ALIGN": align, "PARTIALS": PARTIALS}
-    values = {"denominators": denominators, **inputs, **options, **results, **sizes, **numbers, **forms}
+    forms = {"ACC": TYPES[acc], "SOFT": soft, "SHARED": shared, "MODE": alpha_mode(a.alpha)}
+    forms |= {"MEAN": a.reduction == MEAN, "EACH": a.reduction == NONE, "ALIGN": align, "PARTIALS": PARTIALS}
+    # Tensors and integers that the kernels take as they are have the arguments' own names there.
+    values = {**a._asdict(), "denominators": denominators, **inputs, **results, **sizes, **numbers, **forms}
     values |= zip(("sample_stride", "group_stride", "lane_stride", "class_stride"), strides, strict=True)
     values |= zip(("sample_dstride", "group_dstride", "lane_dstride", "class_dstride"), dstrides, strict=True)
     with guard(logits):
@@ -97,7 +89,7 @@ def iw_cross_entropy_fwd_triton(
             blocks = {"BLOCK_S": plan.block_s, "BLOCK_L": plan.block_l, "BLOCK_C": plan.block_c}
             cut = {"lane_blocks": divide_up(lanes, plan.block_l), "tiles": plan.tiles, "losses": losses}
             launch(kernel, plan.programs, plan.warps, {**values, **blocks, **cut}, plan.registers)
-        if reduction != NONE:
+        if a.reduction != NONE:
             launch(kernels.iw_cross_entropy_total_kernel, 1, 4, {"losses": losses, "loss": loss, "N": losses.numel(), "BLOCK": BLOCK})
     return loss, log_p, weights, bound, outer
 
@@ -128,12 +120,12 @@ def _split(shape: Shape, values: dict, empty) -> Tensor:
 def _out_of_place(logits: Tensor, *arguments) -> tuple[Tensor, ...]:
     *arguments, need_gradient = arguments
     dlogits = torch.empty_like(logits) if need_gradient else None
-    results = iw_cross_entropy_fwd_triton(logits, dlogits, *arguments)
+    results = iw_cross_entropy_fwd_triton(logits, dlogits, LossArguments(*arguments))
     return *results, logits.new_empty(0) if dlogits is None else dlogits
 
 
 def _in_place(logits: Tensor, *arguments) -> tuple[Tensor, ...]:
-    return iw_cross_entropy_fwd_triton(logits, logits, *arguments)
+    return iw_cross_entropy_fwd_triton(logits, logits, LossArguments(*arguments))
 
 
 def _scale(dlogits: Tensor, factor: Tensor) -> None:

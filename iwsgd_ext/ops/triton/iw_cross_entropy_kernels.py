@@ -15,7 +15,7 @@ from .iw_cross_entropy_rows import (
     MEAN_ALPHA,
     cancelled,
     exp_below,
-    factor_of,
+    factors_of,
     gradient_of,
     likelihood_of,
     reference_of,
@@ -23,7 +23,9 @@ from .iw_cross_entropy_rows import (
     scale_of,
     soft_of,
     target_of,
+    unit_cost,
     unit_log_likelihood,
+    upstream_of,
     weigh,
 )
 from .launch import number, wide
@@ -37,7 +39,7 @@ def finish_units(unit, there, bound, outer, scale, example_weight, T, bound_out,
     if example_weight is not None:
         outer *= tl.load(example_weight + unit // T, there, 0.0)
     weight = (outer * scale).to(bound.dtype)
-    loss = tl.where((weight == 0) & (bound == bound), 0.0, -weight * bound)  # not 0 * infinity
+    loss = unit_cost(weight, bound)
     tl.store(bound_out + unit, bound, there)
     tl.store(outer_out + unit, weight, there)
     if EACH:
@@ -191,13 +193,9 @@ def iw_cross_entropy_fwd_kernel(
         total += finish_units(p, there, its_bound, its_c, scale, example_weight, T, bound, outer, loss, EACH)
 
         if dlogits is not None:
-            outside = w * scale.to(ACC)
-            if example_weight is not None:
-                outside *= tl.load(example_weight + p // T, there, 0.0)[None, :]
-            # NaN or infinity among a row's logits makes its weight NaN: where the weight is 0, 0 * e is 0.
-            live = counted[None, :] & (w != 0)
-            factor = tl.where(live, factor_of(top, outside, its_c[None, :], row_total), 0.0)
-            k = tl.where(live, outside * m[None, :], 0.0)
+            upstream = upstream_of(scale, example_weight, p, T, there, ACC)
+            factor, k, live = factors_of(w, upstream, its_c[None, :], m[None, :], top, row_total, counted[None, :])
+            factor, k = tl.where(live, factor, 0.0), tl.where(live, k, 0.0)  # e is finite there, so that 0 * e is 0
             gradient = factor[:, :, None] * e
             if SOFT:
                 gradient -= k[:, :, None] * soft[None, :, :]
@@ -262,11 +260,8 @@ def iw_cross_entropy_reread_kernel(
         total += finish_units(p, one == 0, its_bound, its_c, scale, example_weight, T, bound, outer, loss, EACH)
 
         if dlogits is not None:
-            outside = w * scale.to(ACC)
-            if example_weight is not None:
-                outside *= tl.load(example_weight + p // T)
-            factor, k = factor_of(top, outside, its_c, row_total), outside * m
-            live = counted & (w != 0)
+            upstream = upstream_of(scale, example_weight, p, T, one == 0, ACC)
+            factor, k, live = factors_of(w, upstream, its_c, m, top, row_total, counted)
             drow = s.to(tl.int64) * wide(sample_dstride, ALIGN) + (g * wide(group_dstride, ALIGN) + l * wide(lane_dstride, ALIGN))
             for first in range(0, C, BLOCK_C):
                 c = first + tl.arange(0, BLOCK_C)
@@ -406,12 +401,10 @@ def iw_cross_entropy_gradient_kernel(
     there, p = l < L, g * L + l
     counted, label, hot, m = target_of(labels, class_weight, position_weight, p, there, C, ignore_index, smoothing, ACC)
     w = tl.load(weights + s * units + (p // T if SHARED else p), there, 0.0)
-    outside = w * scale.to(ACC)
-    if example_weight is not None:
-        outside *= tl.load(example_weight + p // T, there, 0.0)
+    upstream = upstream_of(scale, example_weight, p, T, there, ACC)
     top = tl.load(tops + s * P + p, there, 0.0)
     total, its_c = tl.load(totals + s * P + p, there, 1.0), tl.load(cs + p, there, 0.0)
-    factor, k, live = factor_of(top, outside, its_c, total), outside * m, counted & (w != 0)
+    factor, k, live = factors_of(w, upstream, its_c, m, top, total, counted)
 
     c = (tl.program_id(0) % class_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = counted[:, None] & (c < C)[None, :]

@@ -154,10 +154,7 @@ def row_statistics(
 
 @triton.jit
 def gradient_of(e, factor, k, soft, hot, is_label, live, LABELS: tl.constexpr, SOFT: tl.constexpr):
-    """factor * e - k * (q v), where e = exp(z - its row's largest); the arguments broadcast together.
-
-    Zeros where not live, whatever the logits are; NaN would have made the weight NaN.
-    """
+    """factor * e - k * (q v), where e = exp(z - its row's largest), and zeros where not live; the arguments broadcast together."""
     gradient = factor * e
     if SOFT:
         gradient -= k * soft
@@ -167,9 +164,23 @@ def gradient_of(e, factor, k, soft, hot, is_label, live, LABELS: tl.constexpr, S
 
 
 @triton.jit
-def factor_of(top, outside, c, total):
-    """What exp(z - top) is multiplied by. Where all logits are -infinity the softmax is NaN, as torch's."""
-    return tl.where(top == -INFINITY, float("nan"), outside * c / total)
+def upstream_of(scale, example_weight, p, T, there, ACC: tl.constexpr):
+    """1 over the denominator, times the example weight, of positions p."""
+    upstream = scale.to(ACC)
+    if example_weight is not None:
+        upstream *= tl.load(example_weight + p // T, there, 0.0)
+    return upstream
+
+
+@triton.jit
+def factors_of(w, upstream, c, m, top, total, counted):
+    """Factor and k of the gradient of rows under importance weights w (:func:`gradient_of`), and where it is not zeros.
+
+    Where all logits are -infinity the softmax is NaN, as torch's. Of weight 0 the gradient is zeros, whatever the logits are: NaN would
+    have made the weight NaN.
+    """
+    weight = w * upstream
+    return tl.where(top == -INFINITY, float("nan"), weight * c / total), weight * m, counted & (w != 0)
 
 
 @triton.jit
@@ -181,6 +192,12 @@ def unit_log_likelihood(u, c, ACC: tl.constexpr):
     infinite, weighs = tl.abs(c) == INFINITY, c != 0
     without = tl.where(u == 0, u, float("nan"))
     return tl.where(infinite, u * c, tl.where(weighs, quotient(u, tl.where(weighs & ~infinite, c, 1.0), ACC), without))
+
+
+@triton.jit
+def unit_cost(outer, bound):
+    """What units add to the loss, outer weights being over the denominator: 0, not 0 * infinity, where the weight is 0."""
+    return tl.where((outer == 0) & (bound == bound), 0.0, -outer * bound)
 
 
 @triton.jit
