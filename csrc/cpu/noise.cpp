@@ -19,51 +19,42 @@ namespace {
 
 constexpr int64_t kGrainElements = 32768;  // below this a second thread costs more than it brings
 
-template <class T>
-void noise_fwd_cpu(const Noise& call, const T* x, T* y) {
-  const Rule& rule = call.rule;
-  for_each_chunk(call, baseline::kChunk, kGrainElements, [&](int64_t o, int64_t b, int64_t begin, int64_t end) {
-    if (rule.thresholds != nullptr) {
-      IWSGD_ISA_CALL(noise_rule_chunk, call, o, b, begin, end, x, y);
-      return;
-    }
-    const bool identity = rule.threshold == 0 && rule.scale == 1.0 && rule.plain();
-    if (!identity && rule.threshold < kFieldRange) {
-      IWSGD_ISA_CALL(noise_chunk, call, o, b, begin, end, x, y);
-      return;
-    }
-    for (int64_t s = 0; s < call.samples; ++s) {  // p = 0 is the identity and p = 1 gives zeros, exactly
-      T* to = y + call.output_at(o, s, b) + begin;
-      if (identity) std::memcpy(to, x + call.input_at(o, s, b) + begin, static_cast<std::size_t>(end - begin) * sizeof(T));
-      else std::fill(to, to + (end - begin), from_acc<T>(static_cast<acc_t<T>>(rule.fill)));
-    }
-  });
-}
-
-template <class T>
-void noise_bwd_cpu(const Noise& call, const T* dy, T* dx) {
-  const bool own = call.rule.thresholds != nullptr;
-  if (!own && call.rule.threshold >= kFieldRange) {
-    std::memset(static_cast<void*>(dx), 0, call.layout.outer * call.layout.examples * call.layout.inner * sizeof(T));
-    return;
-  }
-  for_each_chunk(call, baseline::kChunk, kGrainElements, [&](int64_t o, int64_t b, int64_t begin, int64_t end) {
-    if (own) {
-      IWSGD_ISA_CALL(noise_rule_sum_chunk, call, o, b, begin, end, dy, dx);
-    } else {
-      IWSGD_ISA_CALL(noise_sum_chunk, call, o, b, begin, end, dy, dx);
-    }
-  });
-}
-
 struct Cpu {
   template <class T>
   static void forward(const Noise& call, const T* x, T* y, const Tensor&) {
-    noise_fwd_cpu(call, x, y);
+    const Rule& rule = call.rule;
+    for_each_chunk(call, baseline::kChunk, kGrainElements, [&](int64_t o, int64_t b, int64_t begin, int64_t end) {
+      if (rule.thresholds != nullptr) {
+        IWSGD_ISA_CALL(noise_rule_chunk, call, o, b, begin, end, x, y);
+        return;
+      }
+      const bool identity = rule.threshold == 0 && rule.scale == 1.0 && rule.plain();
+      if (!identity && rule.threshold < kFieldRange) {
+        IWSGD_ISA_CALL(noise_chunk, call, o, b, begin, end, x, y);
+        return;
+      }
+      for (int64_t s = 0; s < call.samples; ++s) {  // p = 0 is the identity and p = 1 gives zeros, exactly
+        T* to = y + call.output_at(o, s, b) + begin;
+        if (identity) std::memcpy(to, x + call.input_at(o, s, b) + begin, static_cast<std::size_t>(end - begin) * sizeof(T));
+        else std::fill(to, to + (end - begin), from_acc<T>(static_cast<acc_t<T>>(rule.fill)));
+      }
+    });
   }
+
   template <class T>
   static void backward(const Noise& call, const T* dy, T* dx, const Tensor&) {
-    noise_bwd_cpu(call, dy, dx);
+    const bool own = call.rule.thresholds != nullptr;
+    if (!own && call.rule.threshold >= kFieldRange) {
+      std::memset(static_cast<void*>(dx), 0, call.layout.outer * call.layout.examples * call.layout.inner * sizeof(T));
+      return;
+    }
+    for_each_chunk(call, baseline::kChunk, kGrainElements, [&](int64_t o, int64_t b, int64_t begin, int64_t end) {
+      if (own) {
+        IWSGD_ISA_CALL(noise_rule_sum_chunk, call, o, b, begin, end, dy, dx);
+      } else {
+        IWSGD_ISA_CALL(noise_sum_chunk, call, o, b, begin, end, dy, dx);
+      }
+    });
   }
 };
 
