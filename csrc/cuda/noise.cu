@@ -109,6 +109,7 @@ void noise_fwd_cuda(const Noise& call, const T* x, T* y, const Affine<T>& map, c
     return;
   }
   if (call.rule.threshold >= kFieldRange) {  // p = 1 gives zeros, exactly
+    STD_TORCH_CHECK(call.rule.fill == 0, "fill: expected 0 where the threshold drops all elements");
     check(cudaMemsetAsync(y, 0, call.samples * call.layout.outer * work.step * sizeof(T), stream));
     return;
   }
