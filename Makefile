@@ -1,14 +1,14 @@
 # Every target sets itself up: .venv once, then an in-place build whenever the sources changed. Environment variables of
 # setup.py (IWSGD_CUDA, TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS, CXX ...) pass through.
 PYTHON ?= python3
-TORCH ?= torch==2.13.0
+TORCH ?=
 ARGS ?=
 
 # Relative, and environment variables where a path is absolute: make cannot take spaces in the names of files.
 VENV := .venv
 PY := $(VENV)/bin/python
 CMAKE_BUILD := build/cmake
-SETUP := PATH="$$PATH_OUTSIDE" '$(PYTHON)' tools/setup_env.py --torch '$(TORCH)'
+SETUP := PATH="$$PATH_OUTSIDE" '$(PYTHON)' tools/setup_env.py $(if $(TORCH),--torch '$(TORCH)')
 JOBS := $(or $(MAX_JOBS),$(shell getconf _NPROCESSORS_ONLN))
 # make has a CXX of its own where nobody chose one
 COMPILERS := $(if $(filter default undefined,$(origin CXX)),c++ g++ clang++,$(firstword $(CXX)))
@@ -32,7 +32,7 @@ help:  ## this list
 	@echo
 	@echo 'ARGS="..."        further arguments of the program that the target runs: make demo-short ARGS="--help"'
 	@echo 'PYTHON=python3.12 the interpreter that .venv is made from; its torch is used if it has one (2.11 or later)'
-	@echo 'TORCH=torch==...  what is fetched otherwise (now $(TORCH))'
+	@echo 'TORCH=torch==...  what is fetched otherwise (default: TORCH in tools/setup_env.py)'
 	@echo 'IWSGD_CUDA=1|0    build the CUDA kernels, or do not (default: where torch has CUDA and nvcc is found)'
 
 $(VENV)/.ready: tools/setup_env.py pyproject.toml
@@ -92,7 +92,7 @@ GPU = '$(PYTHON)' tools/gpu.py $(1) $(if $(OUT),--out '$(OUT)') $(ARGS)
 gpu:  ## build for this machine's GPU, run every check on it, measure (OUT=dir for the report, PYTHON= the Python with torch)
 	$(call GPU,full)
 
-gpu-first:  ## what to know of new kernels on a GPU, in 210 seconds: build, exercise, timing, counters, sanitizers
+gpu-first:  ## check new kernels on a GPU, in 210 seconds: build, exercise, timing, counters, sanitizers
 	$(call GPU,first)
 
 gpu-second:  ## then, in 240 seconds: build, exercise, timing, the tests of the CUDA kernels
@@ -106,7 +106,7 @@ $(VENV)/.lint: $(VENV)/.ready
 # Through Python, which also finds a package that .venv sees in the outer interpreter; the program would not be on the PATH.
 CLANG_FORMAT = $(PY) -c 'from clang_format import clang_format; clang_format()'
 
-lint: $(VENV)/.lint  ## check form and types of the sources (make format mends the form)
+lint: $(VENV)/.lint  ## check format and types of the sources (make format corrects the format)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	@echo 'clang-format --dry-run -Werror, of $(words $(FORMATTED)) files'
@@ -114,7 +114,7 @@ lint: $(VENV)/.lint  ## check form and types of the sources (make format mends t
 	$(PY) -m mypy
 	$(PY) -m mypy --strict tests/public_names.py
 
-format: $(VENV)/.lint  ## put the sources into form: ruff, clang-format
+format: $(VENV)/.lint  ## format the sources by ruff and clang-format
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	@echo 'clang-format -i, of $(words $(FORMATTED)) files'
@@ -124,5 +124,5 @@ clean:  ## remove what was built
 	rm -rf build dist *.egg-info iwsgd_ext/*.so .pytest_cache .hypothesis .ruff_cache $(VENV)/.built
 	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
-distclean: clean  ## and .venv
+distclean: clean  ## remove what was built, and .venv
 	rm -rf .venv

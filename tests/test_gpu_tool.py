@@ -317,7 +317,7 @@ elif sys.argv[1] == "show":
 else:
     out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
     out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps({"goals": [0.93]}))
+    (out / "results.json").write_text(json.dumps({"ratios": [0.93]}))
     (out / "report.html").write_text("<p>")
     for name in "abcdefgh":
         (out / f"{name}.png").touch()
@@ -334,7 +334,7 @@ def test_benchmarks_come_along(session, tmp_path, monkeypatch, program, status):
     gpu.run_stages([gpu.Stage("bench", 50, gpu.bench)], session, lambda line: None)
     assert session.results["bench"].status == status, session.results["bench"].text
     if status == "ok":
-        assert json.loads((session.out / "results.json").read_text())["bench"] == {"goals": [0.93]}
+        assert json.loads((session.out / "results.json").read_text())["bench"] == {"ratios": [0.93]}
         assert "| what | ratio |" in (session.out / "report.md").read_text()
         assert {p.name for p in session.out.iterdir()} == {"bench.html", "report.md", "results.json", "log.txt"}
 
