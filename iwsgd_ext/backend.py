@@ -1,13 +1,13 @@
-"""Which implementation runs an op: plain PyTorch (``reference``), C++ (``cpu``), CUDA C++ (``cuda``), Triton (``triton``).
+"""The backend that runs an op: plain PyTorch (``reference``), C++ (``cpu``), CUDA C++ (``cuda``), Triton (``triton``).
 
-Chosen once, by ``IWSGD_BACKEND`` or :func:`set_backend`; otherwise the best that there is for a tensor's device. The noise is the same
-on all of them. Every op goes through :func:`define`, which gives it its schema, and :func:`op`, which says what runs it.
+``IWSGD_BACKEND`` or :func:`set_backend` chooses one; else the fastest backend for a tensor's device runs. The noise is the same on all of
+them. Every op is declared by :func:`define`, with its schema, and called through :func:`op`, which finds its implementation.
 
 NOTE [Exported graphs]
-torch.export writes down the ops that an autograd Function calls, and forgets the Function: a module that is made of the graph would
-train without their gradients, in silence. So an exported graph gets ops of its own, ``torch.ops.iwsgd_graph``, which have a derivative
-and are run by the backend of the machine that they run on; :func:`apply` leaves the Function out. So it is in a compiled vmap, in which
-torch.compile takes no Function of these. Elsewhere Functions cost less.
+torch.export records the ops that an autograd Function calls, but not the Function: a module made from the graph would train without their
+gradients, in silence. So an exported graph gets other ops, ``torch.ops.iwsgd_graph``, which have a derivative and find their backend when
+they run; :func:`apply` leaves the Function out. The same holds in a compiled vmap, where torch.compile traces no such Function. Elsewhere
+Functions are used, because they cost less.
 """
 
 import importlib
@@ -23,28 +23,28 @@ from torch import Tensor
 from . import reference
 from .ops import transforms
 
-PACKAGE = __package__  # this one, whatever it is vendored as
+PACKAGE = __package__  # this package's name, which differs where it is vendored
 NAMES = ("reference", "cpu", "cuda", "triton")
-NAMESPACES = ("iwsgd_ext", "iwsgd_triton")  # of torch.ops: the compiled forms, by the tensor's device; Triton's, on any device
+NAMESPACES = ("iwsgd_ext", "iwsgd_triton")  # of torch.ops: C++ and CUDA kernels by the tensor's device; Triton kernels on any device
 GRAPHS = "iwsgd_graph"  # NOTE [Exported graphs]
-# A kernel takes memory order as given, so a compiler must not change it behind its back: exact strides.
+# Noise follows the order of memory, so the compiler must pass tensors with the strides that they have: exact strides.
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 LEAST_TRITON = (3, 6)
 HOW_TO_GET = {
     "cpu": "it is built from source where a C++ compiler is found: pip install --no-build-isolation --force-reinstall --no-deps .",
-    "cuda": "it is built from source where torch has CUDA and an nvcc that fits it is found, or with IWSGD_CUDA=1: "
+    "cuda": "it is built from source where torch has CUDA and a fitting nvcc is found, or with IWSGD_CUDA=1: "
     "IWSGD_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps .",
     "triton": "torch's GPU builds for Linux bring triton along; else: pip install triton",
 }
 
 _forced: str | None = None
 _ops: list[str] = []
-_in_graphs: set[str] = set()  # those with a form for graphs
+_in_graphs: set[str] = set()  # names of the ops that have a form for graphs
 _built: dict[str, bool | None] = {"reference": True, "cpu": False, "cuda": False, "triton": None}  # None: not looked for yet
-_missing: dict[str, str] = {}  # name -> why a backend that could be there is not
+_missing: dict[str, str] = {}  # name -> reason why a backend that could be there is missing
 _triton_ops: dict[str, Callable] = {}
 _triton_version = ""
-_interpreting = False  # whether Triton interprets its kernels, on the CPU, in this process
+_interpreting = False  # True where Triton interprets its kernels, on the CPU, in this process
 
 
 def constant_in_graphs(function: Any) -> Any:
@@ -55,18 +55,21 @@ def constant_in_graphs(function: Any) -> Any:
 
 @constant_in_graphs
 def is_exporting() -> bool:
-    """:func:`torch.compiler.is_exporting`, which torch 2.11 takes for true in what torch.compile compiles."""
+    """:func:`torch.compiler.is_exporting` as a constant: torch 2.11 traces the call itself as True in code that torch.compile compiles."""
     return torch.compiler.is_exporting()
 
 
 def define(
     name: str, schema: str, fake: Callable, derivative: Callable | None = None, keeps: int = 0, vmap: Callable | None = None
 ) -> None:
-    """An op of the library: its schema and what it returns for fake tensors, for every backend's form of it.
+    """Declares an op of the library for every backend.
 
     Args:
-        derivative: gives the gradient of the op's first argument, of (gradients of the outputs, the other arguments, the last ``keeps``
-            outputs), three tuples. For graphs; ops of integers, and those that change their arguments, have none.
+        name, schema: of the op.
+        fake: the function that gives the outputs for fake tensors.
+        derivative: the function from (gradients of the outputs, the other arguments, the last ``keeps`` outputs), three tuples, to the
+            gradient of the op's first argument. For graphs; ops of integers, and ops that change their arguments, have none.
+        keeps: number of outputs that the derivative needs.
         vmap: the op's rule under torch.vmap in a graph, as :func:`torch.library.register_vmap` takes it.
     """
     _ops.append(name)
@@ -85,7 +88,7 @@ def define(
 def _define_for_graphs(name: str, schema: str, fake: Callable, derivative: Callable | None, keeps: int) -> None:
     torch.library.define(name, schema, tags=TAGS)
     torch.library.register_fake(name, fake)
-    if derivative is None:  # of integers
+    if derivative is None:
         return
 
     def setup(ctx, inputs, output):
@@ -102,14 +105,14 @@ def _define_for_graphs(name: str, schema: str, fake: Callable, derivative: Calla
 
 
 def op(name: str, device: torch.device) -> Callable:
-    """What runs an op on tensors of ``device``: a callable that takes the arguments of its schema."""
+    """The function that runs an op on tensors of ``device``; it takes the arguments of the schema."""
     if torch.compiler.is_compiling() and name in _in_graphs and in_graph():
         return getattr(torch.ops.iwsgd_graph, name).default
     return _op_here(name, device)
 
 
 class _NoContext:
-    """What an autograd Function's forward finds where nothing goes backward through it."""
+    """The ``ctx`` of an autograd Function's forward that is called alone, without a backward."""
 
     def __init__(self, arguments: tuple):
         self.needs_input_grad = [isinstance(v, Tensor) and v.requires_grad for v in arguments]
@@ -131,7 +134,7 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
 
 
 def in_graph() -> bool:
-    """Whether what is traced calls the ops of :data:`GRAPHS`. NOTE [Exported graphs]"""
+    """True where code is traced that is to call the ops of :data:`GRAPHS`. NOTE [Exported graphs]"""
     return torch.compiler.is_compiling() and (is_exporting() or _transforms_traced())
 
 
@@ -154,7 +157,7 @@ def _in_triton(name: str) -> Callable:
 
 
 def load() -> None:
-    """Loads the compiled operators, if they were built. Once, after the schemas."""
+    """Loads the compiled operators, if they were built. Called once, after the ops are declared."""
     found = sorted(Path(__file__).parent.glob("_ops*.so")) + sorted(Path(__file__).parent.glob("_ops*.dll"))
     if found:
         try:
@@ -166,7 +169,7 @@ def load() -> None:
     if os.environ.get("IWSGD_ISA") and _built["cpu"]:
         try:
             torch.ops.iwsgd_ext.iw_cross_entropy_scale_(torch.ones(1), torch.zeros(()))
-        except RuntimeError:  # whose text is lost on its way out of the kernel
+        except RuntimeError:  # the kernel's message is lost on the way here
             isa = os.environ["IWSGD_ISA"]
             raise RuntimeError(f"IWSGD_ISA: expected one of baseline, avx2, avx512 that this machine has, got {isa!r}") from None
     if os.environ.get("IWSGD_BACKEND"):
@@ -175,7 +178,7 @@ def load() -> None:
 
 @constant_in_graphs
 def _has_triton() -> bool:
-    """Whether Triton's kernels are there. They are imported for it, on first use: import triton takes longer than all of this package."""
+    """True where Triton's kernels are there. The first call imports them: import triton takes longer than all of this package."""
     if _built["triton"] is None:
         _built["triton"] = _load_triton()
     return bool(_built["triton"])
@@ -187,7 +190,7 @@ def _load_triton() -> bool:
         return False
     try:
         import triton
-    except Exception as error:  # whatever a half-installed or foreign triton raises
+    except Exception as error:  # a half-installed or foreign triton may raise anything
         _missing["triton"] = f"triton could not be imported: {type(error).__name__}: {error}"
         return False
     if tuple(int(n) for n in triton.__version__.split(".")[:2]) < LEAST_TRITON:
@@ -198,7 +201,7 @@ def _load_triton() -> bool:
     from triton.runtime.interpreter import InterpretedFunction
 
     _triton_version = triton.__version__
-    # Triton decides at the definition of each function, and has defined its own library when it was imported.
+    # Triton decides this for each function when it is defined, and for its own library when it is imported.
     _interpreting = isinstance(triton.language.sum, InterpretedFunction)
     if _interpreting != bool(knobs.runtime.interpret):
         now, before = ("set", "unset") if knobs.runtime.interpret else ("unset", "set")
@@ -213,15 +216,15 @@ def _load_triton() -> bool:
 
 
 def set_backend(name: str | None) -> None:
-    """Makes every op run on one backend; ``None`` goes back to choosing by device.
+    """Makes every op of Noh et al. 2017 (noise, eq 1; loss, eq 4 to 8) run on one backend; ``None`` chooses by device again.
 
     Args:
         name: ``"reference"`` (plain PyTorch, any device), ``"cpu"``, ``"cuda"``, ``"triton"`` (GPUs; with TRITON_INTERPRET=1 the CPU
             too, slowly), or None.
 
     Raises:
-        ValueError: no backend of that name.
-        RuntimeError: the backend is not here; the message says how to get it.
+        ValueError: there is no backend of that name.
+        RuntimeError: the backend is not installed; the message says how to get it.
 
     Example:
         >>> import iwsgd_ext as iw
@@ -232,7 +235,7 @@ def set_backend(name: str | None) -> None:
 
 
 def _force(name: str | None, given: str) -> None:
-    """``given``: where the name comes from, for the message."""
+    """Sets the backend of every op; ``given`` is the source of the name, for messages."""
     global _forced
     if name is not None:
         if name not in NAMES:
@@ -260,11 +263,12 @@ def backend_of(device: torch.device) -> str:
 
 
 def backend_info() -> dict[str, Any]:
-    """What is in use and why, as a dict to print or to file with a bug report.
+    """The backends that run the ops of Noh et al. 2017 here, with reasons, to print or to put into a bug report.
 
-    Keys: ``forced`` (a name or None), ``cpu`` and ``cuda`` (the backend for tensors there, with the reason), ``built``
-    (name -> bool), ``build`` (compiler, torch built against, CUDA architectures, instruction set), ``torch``, ``triton`` (its version and
-    whether it interprets, or why it is not there).
+    Returns:
+        A dict with the keys ``forced`` (a name or None), ``cpu`` and ``cuda`` (the backend for tensors there, with the reason), ``built``
+        (name -> bool), ``build`` (compiler, torch built against, CUDA architectures, instruction set), ``torch``, ``triton`` (its version,
+        and if it interprets; or the reason why it is missing).
 
     Example:
         >>> import iwsgd_ext as iw

@@ -1,4 +1,4 @@
-"""Checks of what users give, each written once: a ValueError or TypeError that names the argument, what was expected and what came."""
+"""Checks of users' arguments, each written once: a ValueError or TypeError that names the argument, the expected and the given value."""
 
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
@@ -18,7 +18,7 @@ def check(condition: bool, name: str, expected: str, got) -> None:
 
 
 def as_int(name: str, value: int) -> int:
-    """An int as Python's (a compiler's stays), of any that a user gives: NumPy's, too."""
+    """Any integer that a user gives (NumPy's, too) as a Python int; a compiler's symbolic one stays."""
     if type(value) is int or isinstance(value, torch.SymInt):
         return value
     if isinstance(value, bool) or not isinstance(value, Integral):
@@ -49,7 +49,7 @@ def check_probability(p: float, name: str = "p") -> None:
 
 
 def check_rate(p: float) -> None:
-    """A probability of noise that is scaled by 1 / (1 - p), so that 1 has no limit."""
+    """Checks the probability of noise that is scaled by 1 / (1 - p), which is infinite at 1."""
     check_probability(p)
     check(p < 1.0, "p", "a probability in [0, 1)", p)
 
@@ -60,7 +60,8 @@ def check_std(std: float) -> None:
 
 
 def check_probabilities(probabilities: Tensor, shape: torch.Size | None = None) -> None:
-    """Those of one example's elements, up to their sum, and of that shape if given. On a GPU the values are checked without a wait."""
+    """Checks probabilities of one example's elements, which need not sum to 1, and their shape if given. A GPU checks the values without a
+    wait."""
     if not isinstance(probabilities, Tensor):
         raise TypeError(f"probabilities: expected a tensor or None, got {type(probabilities).__name__}")
     if not probabilities.is_floating_point():
@@ -89,7 +90,7 @@ def check_dtype(name: str, x: Tensor) -> None:
 
 
 def as_part(name: str, value: int | Tensor) -> int | Tensor:
-    """One part of an address, as a user gives it: an int, or a tensor of one element."""
+    """A seed or an id, as a user gives it: an int, or an int64 tensor of one element."""
     if type(value) is int:
         return value
     if isinstance(value, Tensor) and value.dtype == torch.int64 and value.numel() == 1:
@@ -125,7 +126,7 @@ ONE_ROW = (
 
 
 def check_rows(name: str, rows: int, samples: int, batch: int) -> None:
-    """The rows of a model's outputs against the targets, with what probably went wrong."""
+    """Raises where a model's outputs do not have S*B rows for B targets, and names the probable cause."""
     if rows == samples * batch:
         return
     if not rows or not batch:
@@ -159,7 +160,7 @@ def check_loss_options(ignore_index: int, reduction: str, label_smoothing: float
 
 
 def check_option(name: str, value: Tensor | None, logits: Tensor, acc: torch.dtype, shapes: list[tuple[int, ...]]) -> Tensor | None:
-    """An optional tensor of the loss, in the precision that the loss computes in."""
+    """An optional tensor of the loss, converted to the dtype in which the loss is computed."""
     if value is None:
         return None
     if not isinstance(value, Tensor):
@@ -171,20 +172,20 @@ def check_option(name: str, value: Tensor | None, logits: Tensor, acc: torch.dty
 
 
 def check_mean(example_weight: Tensor) -> None:
-    """Raises where the mean over examples would be one over weights of which some are negative. On a GPU without a wait."""
+    """Raises where a mean over examples has negative weights. A GPU checks this without a wait."""
     least = example_weight.detach().amin() if example_weight.numel() else example_weight.new_zeros(())
     if example_weight.device.type != "cpu" or torch.compiler.is_compiling():
         torch._assert_async(~(least < 0), "example_weight: expected none below 0 with reduction='mean' and no normalizer")
     elif least < 0:
         raise ValueError(
             f"example_weight: expected none below 0 with reduction='mean', which divides by the sum of weights, got {float(least):.4g}: "
-            "that sum may be anything, and turn every gradient round where it is negative. Rewards and advantages take reduction='sum', or "
+            "that sum may be near 0, or negative, which reverses every gradient. For rewards and advantages take reduction='sum', or "
             "normalizer=, the number of labels"
         )
 
 
 def check_logits(logits: Tensor, target: Tensor, samples: int) -> None:
-    """Logits [S*B, C, ...] and their target [B, ...] or [B, C, ...]."""
+    """Checks logits [S*B, C, ...] and their target [B, ...] or [B, C, ...]."""
     check_dtype("logits", logits)
     if not isinstance(target, Tensor):
         raise TypeError(f"target: expected a tensor, got {type(target).__name__}")
@@ -209,7 +210,7 @@ def check_logits(logits: Tensor, target: Tensor, samples: int) -> None:
 
 
 def check_inplace(logits: Tensor) -> None:
-    """Whether a gradient can be written over the logits."""
+    """Raises where no gradient can be written over the logits."""
     if logits.numel() == 0:
         return
     origin = logits if logits._base is None or torch.compiler.is_compiling() else logits._base
@@ -223,9 +224,9 @@ def check_inplace(logits: Tensor) -> None:
 
 
 def as_arguments(value: Any) -> tuple[tuple, dict]:
-    """What a user gave as one thing, as arguments of a call: a tuple or list by position, a mapping by name, anything else alone.
+    """(args, kwargs) of a call: a tuple or list gives positional arguments, a mapping keyword arguments, anything else the only argument.
 
-    (A named tuple is one thing: torch's PackedSequence is.)
+    (A named tuple is one argument: torch's PackedSequence is one.)
     """
     if isinstance(value, Mapping):
         return (), dict(value)

@@ -318,7 +318,7 @@ def test_transforms_inside_of_a_model(name):
             model(X)
     else:
         model = iw.convert(Model(lambda m, x, h: torch.vmap(lambda row: m.d(row))(x)).double(), S)
-        with pytest.raises(RuntimeError, match="Give each lane its own"):
+        with pytest.raises(RuntimeError, match="Give each lane its own address"):
             model(X)
 
 

@@ -259,7 +259,7 @@ def test_random_numbers_of_torch_are_replayed():
     results = []
     for strategy in ("loop", "streamed"):
         torch.manual_seed(3)
-        with pytest.warns(UserWarning, match="seed: the model drew random numbers of torch's as well"):
+        with pytest.warns(UserWarning, match="seed: the model also drew torch's random numbers"):
             results.append((run(model, x, target, strategy=strategy), torch.rand(3)))
     torch.testing.assert_close(*results)
 

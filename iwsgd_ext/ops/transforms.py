@@ -1,13 +1,16 @@
-"""The ops under torch's function transforms: torch.func.grad, vjp, jvp, and vmap, whose lanes are more samples of one call.
+"""The ops under torch's function transforms: torch.func.grad, vjp, jvp and vmap.
 
-A converted model runs under a vmap of its own, over its noise samples (:mod:`iwsgd_ext.conversion.axis`); users have others.
+torch.vmap calls a function once for all elements of a batch. One of these elements, and the function's call for it, is a lane. Here the
+calls of an op in all lanes are merged into one call with more samples. A converted model runs under a vmap over its noise samples
+(:mod:`iwsgd_ext.conversion.axis`), where a lane is a noise sample; users may map over other things.
 
-An autograd Function of this package is ``compute(*arguments)``, ``save(ctx, *arguments)`` and ``backward(ctx, dy)``, and for the transforms
+An autograd Function of this package has ``compute(*arguments)``, ``save(ctx, *arguments)`` and ``backward(ctx, dy)``, and for transforms
 
-    merge(lanes, dims, *arguments) -> (arguments, dim)   one call that does what ``lanes`` calls would; ``dims`` says where each argument
-                                                         holds lanes (None: nowhere), ``dim`` of the result holds lanes * rows
+    merge(lanes, dims, *arguments) -> (arguments, dim)   the arguments of one call for all lanes: ``dims`` are the arguments' dimensions of
+                                                         lanes (None: the argument is the same in all), and dimension ``dim`` of the
+                                                         result has lanes * rows entries
     tangent(dx, *arguments)                              the directional derivative
-    ORIGIN                                               which argument is the noise's origin
+    ORIGIN                                               the index of the argument that is the noise's origin
 """
 
 import functools
@@ -33,13 +36,13 @@ from torch._C._functorch import (
 from .. import backend
 
 SAME_NOISE = (
-    "Noise inside of torch.vmap: its lanes have one address, so that all would draw the same. Give each lane its own, in a context that is "
-    "opened inside: iw.sampling(S, seed=0, first_example=i), where vmap maps i = torch.arange(...) (or sample_ids)."
+    "Noise inside of torch.vmap: all its lanes have the same address, and would draw the same noise. Give each lane its own address, in a "
+    "context that is opened inside: iw.sampling(S, seed=0, first_example=i), where vmap maps i = torch.arange(...) (or sample_ids)."
 )
 
 
 class Below:
-    """A block that computes below the innermost transform. (A class: torch's own is a generator, which takes several times as long.)"""
+    """A block that computes below the innermost transform. (A class, as torch's own generator takes several times as long.)"""
 
     __slots__ = ("transform",)
 
@@ -51,16 +54,16 @@ class Below:
 
 
 def active() -> bool:
-    """Whether a transform runs, eager."""
+    """True inside of a transform that runs eagerly."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def apply(function: type[torch.autograd.Function], arguments: tuple) -> Tensor:
-    """``function`` inside of a transform."""
+    """The result of ``function`` inside of a transform."""
     interpreter = peek_interpreter_stack()
     if interpreter.key() != TransformType.Vmap:
         return _form_of(function).apply(*arguments)
-    # By hand: torch's own road for Functions under vmap costs five times as much.
+    # Done by hand, as torch's own code for Functions under vmap costs five times as much.
     level = interpreter.level()
     values, dims = zip(*[_unwrapped(v, level) if isinstance(v, Tensor) else (v, None) for v in arguments], strict=True)
     with Below():
@@ -72,9 +75,9 @@ def apply(function: type[torch.autograd.Function], arguments: tuple) -> Tensor:
 
 
 def merged(function, lanes: int, dims: tuple, values: tuple, run: Callable | None = None) -> tuple[Tensor, int]:
-    """The result of all lanes, and the dimension that holds them. ``run`` takes the merged arguments; None calls the Function."""
+    """(the result of all lanes, its dimension of lanes). ``run`` takes the merged arguments; None calls the Function."""
     run = run or partial(backend.apply, function)
-    if dims[function.ORIGIN] is not None:  # seeds or examples of their own: nothing that one call knows
+    if dims[function.ORIGIN] is not None:  # one call has one seed and one first example: lanes with others are called one by one
         each = [[v if d is None else v.select(d, lane) for v, d in zip(values, dims, strict=True)] for lane in range(lanes)]
         return torch.stack([run(*arguments) for arguments in each]), 0
     arguments, dim = function.merge(lanes, dims, *values)
@@ -85,7 +88,7 @@ def merged(function, lanes: int, dims: tuple, values: tuple, run: Callable | Non
 def merge_rows(
     lanes: int, k: int, x: Tensor, dx: int | None, ids: Tensor | None, di: int | None, samples: int, expand: bool
 ) -> tuple[Tensor, Tensor, int, bool]:
-    """(x, sample ids, their number, expand) of the one call; its rows, in dimension ``k``, are lane by lane those of the lanes' calls."""
+    """(x, sample ids, their number, expand) of the one call. Its rows, in dimension ``k``, are those of the lanes' calls, lane by lane."""
     ids = merge_ids(lanes, ids, di, samples, x.device)
     if dx is None and (expand or samples == 1):
         return x, ids, lanes * samples, True
@@ -98,7 +101,7 @@ def merge_rows(
 
 
 def merge_ids(lanes: int, ids: Tensor | None, di: int | None, samples: int, device: torch.device) -> Tensor:
-    """The ids of all lanes' samples, lane by lane; the same ones in each where they hold no lanes."""
+    """The ids of all lanes' samples, lane by lane; ``di`` is their dimension of lanes, None where all lanes have the same ids."""
     if di is not None:
         return (ids if di == 0 else ids.movedim(di, 0)).flatten(0, 1)
     ids = torch.arange(samples, device=device) if ids is None else ids
@@ -106,7 +109,8 @@ def merge_ids(lanes: int, ids: Tensor | None, di: int | None, samples: int, devi
 
 
 def check_noise_of_lanes(x: Tensor | None, origin: Tensor, sample_ids: Tensor | None) -> None:
-    """Raises where lanes of x, in the innermost vmap that has any, would draw one noise. Without x: lanes of a vmap around the call."""
+    """Raises where the lanes of x, in the innermost vmap over x, would draw the same noise. Without x, the lanes of the vmap around the
+    call are meant."""
     stack = get_interpreter_stack() or ()
     for interpreter in reversed(stack if x is not None else stack[-1:]):
         if interpreter.key() == TransformType.Vmap and (x is None or _is_mapped(x, interpreter.level())):
@@ -116,13 +120,13 @@ def check_noise_of_lanes(x: Tensor | None, origin: Tensor, sample_ids: Tensor | 
 
 
 def check_seed_of_lanes() -> None:
-    """Raises inside of a vmap, where a seed that is drawn would be one for all lanes."""
+    """Raises inside of a vmap, where all lanes would get the same drawn seed."""
     if any(interpreter.key() == TransformType.Vmap for interpreter in get_interpreter_stack() or ()):
         raise RuntimeError(SAME_NOISE)
 
 
 def _is_mapped(x: Tensor | None, level: int) -> bool:
-    """Whether x holds lanes of that level, whatever other transforms have wrapped it."""
+    """True where x holds lanes of that level, below any wrappers of other transforms."""
     while x is not None and is_functorch_wrapped_tensor(x):
         if is_batchedtensor(x) and maybe_get_level(x) == level:
             return True
@@ -131,7 +135,7 @@ def _is_mapped(x: Tensor | None, level: int) -> bool:
 
 
 def plain(x: Tensor) -> Tensor:
-    """x with all lanes, and without a gradient: for checks of values."""
+    """The memory of x, with all lanes and without a gradient: for checks of values."""
     while is_functorch_wrapped_tensor(x):
         x = get_unwrapped(x)
     return x.detach()
@@ -143,10 +147,10 @@ def _unwrapped(x: Tensor, level: int) -> tuple[Tensor, int | None]:
 
 @functools.cache
 def _form_of(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """The Function as transforms want it: its forward takes no context."""
+    """The Function in the form that transforms take: ``forward`` has no ``ctx``, and ``setup_context`` saves."""
 
     def vmap(info, dims, *arguments):
-        dims = tuple(d if isinstance(v, Tensor) else None for v, d in zip(arguments, dims, strict=True))  # a tuple has one for each item
+        dims = tuple(d if isinstance(v, Tensor) else None for v, d in zip(arguments, dims, strict=True))  # (a tuple has a tuple of dims)
         return merged(function, info.batch_size, dims, arguments)
 
     def jvp(ctx, dx, *_):

@@ -1,12 +1,12 @@
-"""``iw.backward``: the same gradient of S noise samples paid for in memory or in time, or an estimate of it for less of both.
+"""``iw.backward``: the gradient of S noise samples, at a cost in memory or in time, or an estimate of it for less of both.
 
     batched     one pass over S*B rows
     loop        S passes over B rows, all graphs kept: the paper's Figure 1
-    streamed    a pass without graph for the weights, then the same passes again, each with its graph and its weights
-    resampled   a pass without graph for the weights, then one pass over samples drawn by them
+    streamed    passes without a graph for the importance weights, then the same passes again, each with its graph and its weights
+    resampled   passes without a graph for the importance weights, then one pass over samples drawn by them
 
-All four are log-likelihoods [S, units] and a backward through them from d loss / d log_p[s] = -outer w[s] / N (eq 7). Noise is a
-function of its address, so a second pass draws what the first one drew.
+All four compute log-likelihoods [S, units], and go backward through them from d loss / d log_p[s] = -outer w[s] / N (eq 7). Noise is a
+function of its address, so that a second pass draws the same noise as the first.
 """
 
 import warnings
@@ -36,12 +36,12 @@ from .loss import IWCrossEntropyLoss
 
 Strategy = Literal["batched", "streamed", "resampled", "loop"]
 STRATEGIES = ("batched", "streamed", "resampled", "loop")
-STREAM = 2**32 - 1  # no layer's: what a strategy draws for itself
-DIGITS = 32  # binary ones of a uniform random number
+STREAM = 2**32 - 1  # the stream of a strategy's own draws; no layer takes it
+DIGITS = 32  # binary digits of a uniform random number
 
 
 class Options(TypedDict, total=False):
-    """The options of :func:`backward` but for ``return_stats``, for type checkers: what it returns depends on that alone."""
+    """The options of :func:`backward` but for ``return_stats``, for type checkers: the type of its result depends on that alone."""
 
     strategy: Strategy
     chunk: int | None
@@ -87,34 +87,34 @@ def backward(
 ) -> Tensor | tuple[Tensor, IWStats]:
     """Forward and backward of one batch under S noise samples: gradients are added to ``.grad``, as ``loss.backward()`` adds them.
 
-        loss = - sum_b c[b] L[b] / N,    dloss = - sum_b c[b] / N sum_s w[s, b] dl[s, b]      eq 4, 7, 8
+        loss = - sum_b c[b] L[b] / N,    dloss = - sum_b c[b] / N sum_s w[s, b] dl[s, b]      Noh et al. 2017, eq 4, 7, 8
 
     "batched", "streamed" and "loop" give the same loss and gradients up to rounding, for one seed. "resampled" gives the same loss and an
     unbiased estimate of the gradient: the mean of dl over ``keep`` samples drawn by w, for each example its own, replaces sum_s w[s] dl[s].
 
     Args:
-        model: a converted model (``iw.convert``), or one whose noise layers are this package's (rows then expand at the first of them). A
-            model that is in eval mode, with all its modules, draws no noise: one pass of B rows, whatever the strategy.
+        model: a converted model (``iw.convert``), or one whose noise layers are this package's (rows then expand at the first of them).
+            Where all its modules are in eval mode it draws no noise, and every strategy is one pass of B rows.
         loss_fn: IWCrossEntropyLoss ("mean" or "sum"), IWLoss, or an object with ``log_likelihood(outputs, targets, samples)`` that returns
             log_p [K, units], outer weight [units] and denominator []; its ``alpha``, if it has one, is that of the bound.
-        inputs: what the model is called with: a tensor, a tuple or list of arguments, or a dict of them by name.
-        targets: what the loss is called with after the outputs, likewise; e.g. ``{"target": y, "normalizer": n}``.
-        samples: S; rules over the model's own and the loss's.
+        inputs: the model's inputs: a tensor, a tuple or list of arguments, or a dict of them by name.
+        targets: the loss's arguments after the outputs, likewise; e.g. ``{"target": y, "normalizer": n}``.
+        samples: S, instead of the model's own and the loss's.
         strategy: "batched", "streamed", "resampled" or "loop".
         chunk: samples of one pass of "streamed" (default 1), or of the first pass of "resampled" (default S); it need not divide S.
         keep: samples drawn for each example, with replacement, for "resampled"; may exceed S.
-        seed: the noise's, an int or an int64 tensor of one element; None draws one from torch's default generator, for all passes.
+        seed: seed of the noise, an int or an int64 tensor of one element; None draws one from torch's default generator, for all passes.
         first_example: id of the batch's first example, see :class:`iwsgd_ext.sampling`.
-        grad_scale: a factor of the gradients (not of the loss returned): a number, a tensor of one element, or a GradScaler.
-        return_stats: return (loss, :class:`IWStats`); of [S, units] for a loss_fn that is no IWCrossEntropyLoss.
+        grad_scale: a factor of the gradients (not of the returned loss): a number, a tensor of one element, or a GradScaler.
+        return_stats: True returns (loss, :class:`IWStats`), of [S, units] for a loss_fn that is no IWCrossEntropyLoss.
 
     Returns:
         The loss, detached.
 
     Raises:
-        ValueError, TypeError: an argument is not as above; a sampling context is open around the call; BatchNorm that would see other rows
-            than in "batched"; in a strategy of several passes, a model that changes its inputs in place; with "resampled", noise that is
-            not this package's, or a loss whose units are not the examples.
+        ValueError, TypeError: an argument is not as above; a sampling context is open around the call; a BatchNorm would normalise other
+            rows than in "batched"; in a strategy of several passes, the model changes its inputs in place; with "resampled", the model
+            draws noise that is not this package's, or the units of the loss are not the examples.
 
     Warns:
         UserWarning: ``seed`` is given, and a strategy of several passes saw the model draw noise that is not this package's.
@@ -145,9 +145,9 @@ def backward(
             "iw.backward opens its own sampling context, but one is open here; give samples, seed and first_example to the call"
         )
     if not any(module.training for module in model.modules()):
-        samples = 1  # no noise: all samples are one
+        samples = 1  # no noise: all samples are alike
     if samples == 1 or (strategy == "streamed" and chunk == samples):
-        strategy = "batched"  # one pass is all there is
+        strategy = "batched"  # one pass has all samples
     if isinstance(loss_fn, IWCrossEntropyLoss):
         loss_fn = copy(loss_fn)
         loss_fn.samples = samples
@@ -165,11 +165,11 @@ def backward(
         loss, stats = step.resampled(chunk or samples, keep)
     if seed is not None and step.states and not step.states[0].is_current():
         warnings.warn(
-            "seed: the model drew random numbers of torch's as well, which a seed given here does not repeat (torch.manual_seed does); "
+            "seed: the model also drew torch's random numbers, which a seed given here does not repeat (torch.manual_seed does); "
             "iw.audit(model) lists such noise, and iw.convert swaps most of it",
             stacklevel=2,
         )
-    if not fused:  # whose loss, called as it is, has told them itself
+    if not fused:  # the fused strategy calls the loss, which calls its observers itself
         for observe in getattr(loss_fn, "observers", ()):
             observe(stats)
     return (loss, stats) if return_stats else loss
@@ -194,7 +194,7 @@ def _check_loss(loss_fn: Any) -> None:
 
 
 class _Step:
-    """One call of ``backward``: its arguments, and the passes that strategies are made of."""
+    """One call of ``backward``: its arguments, the passes, and the strategies that are made of these."""
 
     def __init__(self, model, loss_fn, inputs, targets, samples: int, strategy: str, seed, first_example, grad_scale):
         self.model, self.loss_fn, self.inputs, self.targets, self.samples = model, loss_fn, as_arguments(inputs), targets, samples
@@ -209,7 +209,7 @@ class _Step:
     # Passes
 
     def outputs(self, samples: int, ids: Tensor | None = None) -> Any:
-        """The model's outputs under the noise samples ``ids`` ([K], [K, B], or None: 0 .. K-1)."""
+        """The model's outputs under the noise samples ``ids``, [K] or [K, B]; None is 0 .. K-1."""
         context = sampling(samples, sample_ids=ids, first_example=self.first_example)
         context._origin = self.origin
         args, named = self.inputs
@@ -217,7 +217,7 @@ class _Step:
             return self.model(*args, **named)
 
     def log_likelihood(self, samples: int, ids: Tensor | None = None) -> Tensor:
-        """log_p [K, units] of one pass. Outer weight and denominator, the same for every pass, are kept."""
+        """log_p [K, units] of one pass. Keeps outer weight and denominator, which are the same for every pass."""
         terms = self.loss_fn.log_likelihood(self.outputs(samples, ids), self.targets, samples)
         if not isinstance(terms, tuple) or len(terms) != 3:
             raise TypeError(f"loss_fn: expected log_likelihood to return (log_p, outer weight, denominator), got {type(terms).__name__}")
@@ -229,10 +229,10 @@ class _Step:
         return log_p
 
     def first_pass(self, start: int, chunk: int, copies: "Buffers") -> Tensor:
-        """log_p of the samples from ``start`` on. First passes, in the samples' order, write the model's buffers.
+        """log_p of the samples from ``start`` on. First passes run in the samples' order, and write the model's buffers.
 
-        A BatchNorm with joint statistics stands before all noise here, so it sees the same rows in each: it writes once, as in one
-        pass over all samples.
+        A BatchNorm with joint statistics is before all noise here, so that it gets the same rows in each pass: only the first pass writes
+        its buffers, as one pass over all samples would.
         """
         self.states.append(RandomState(self.device))
         joint = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and not isinstance(m, _PerSample)]
@@ -243,20 +243,20 @@ class _Step:
         return log_p
 
     def samples_from(self, start: int, chunk: int) -> tuple[int, Tensor]:
-        """Their number, ``chunk`` or what is left, and their ids."""
+        """(number of the samples from ``start`` on, at most ``chunk``; their ids)."""
         end = min(start + chunk, self.samples)
         return end - start, torch.arange(start, end, device=self.device)
 
     @contextmanager
     def batch_norm_watched(self):
-        """Refuses statistics of a batch that would hold other rows than in one pass over all samples."""
+        """A block in which a BatchNorm raises where its statistics would be those of other rows than in one pass over all samples."""
         resampled = self.strategy == "resampled"
         names = {m: name for name, m in self.model.named_modules() if isinstance(m, _BatchNorm)}
         conversions = ((m, conversion_of(m)) for m in self.model.modules())
         on_axis = {inner for m, conversion in conversions if conversion and conversion.expand == "axis" for inner in m.modules()}
 
         def is_noisy(module: nn.Module, args: tuple, context: sampling) -> bool:
-            if module in on_axis:  # (of one sample there is no axis)
+            if module in on_axis:  # (a pass of one sample has no axis)
                 return context.stream > 0 if context.axis is None else context.axis.holds(args[0])
             return context.stream > 0 or context.expand == "none"
 
@@ -265,8 +265,8 @@ class _Step:
             of_batch = module.training or module.running_mean is None
             if of_batch and context is not None and is_noisy(module, args, context):
                 raise ValueError(
-                    f"strategy={self.strategy!r}: the BatchNorm {names[module]!r} normalises noisy rows by their own statistics, which "
-                    "here would be those of other rows than in 'batched'. Convert the model with batch_norm='frozen'"
+                    f"strategy={self.strategy!r}: the BatchNorm {names[module]!r} normalises noisy rows by their own statistics, and here "
+                    "these would be of other rows than in 'batched'. Convert the model with batch_norm='frozen'"
                     + (", or take 'streamed' and batch_norm='per_sample'" if resampled else " or 'per_sample'")
                 )
 
@@ -278,7 +278,7 @@ class _Step:
                 hook.remove()
 
     def terms(self, log_p: Tensor) -> tuple[Tensor, Tensor, IWStats]:
-        """Loss [], its derivative with respect to log_p [S, units], and the statistics."""
+        """(loss [], its derivative with respect to log_p [S, units], the statistics)."""
         alpha = getattr(self.loss_fn, "alpha", 1.0)
         bound, weights = reference.logmeanexp(log_p, alpha), reference.importance_weights(log_p, alpha)
         outer = self.outer * reference.reciprocal(self.denominator)
@@ -297,13 +297,13 @@ class _Step:
     # Strategies: (loss, statistics)
 
     def fused(self) -> tuple[Tensor, IWStats]:
-        """Batched with the op that computes loss and gradient at once."""
+        """The "batched" strategy, by the op that computes loss and gradient at once."""
         args, named = as_arguments(self.targets)
         criterion = copy(self.loss_fn)
         criterion.samples, criterion.training, criterion.return_stats = self.samples, True, True
         outputs, target = self.outputs(self.samples), args[0] if args else named.get("target")
         if all(isinstance(v, Tensor) and v.dim() for v in (outputs, target)):
-            check_rows("outputs", len(outputs), self.samples, len(target))  # a step is no evaluation
+            check_rows("outputs", len(outputs), self.samples, len(target))  # the loss alone would take B rows for an evaluation
         loss, stats = criterion(outputs, *args, **named)
         self.scaled(loss).backward()
         return loss.detach(), stats
@@ -324,13 +324,13 @@ class _Step:
     def streamed(self, chunk: int) -> tuple[Tensor, IWStats]:
         copies, leaves = Buffers(self.model), Leaves()
         self.inputs, self.targets = leaves.of(self.inputs), leaves.of(self.targets)
-        no_sync = getattr(self.model, "no_sync", nullcontext)  # DistributedDataParallel's: gradients travel once, with the last backward
+        no_sync = getattr(self.model, "no_sync", nullcontext)  # DistributedDataParallel's: ranks add gradients once, in the last backward
         *starts, last = range(0, self.samples, chunk)
         with torch.no_grad():
             log_p = [self.first_pass(start, chunk, copies) for start in starts]
         torch.clear_autocast_cache()  # where torch has not pytorch#165068: casts of weights that were made without a graph
         with no_sync():
-            of_last = self.first_pass(last, chunk, copies)  # with its graph: it need not be replayed
+            of_last = self.first_pass(last, chunk, copies)  # with its graph, so that it needs no replay
             loss, dlog_p, stats = self.terms(torch.cat([*log_p, of_last.detach()]))
             *gradients, gradient = self.scaled(dlog_p).split(chunk)
             *counts, last_counts = torch.stack([(d != 0).any() for d in dlog_p.split(chunk)]).tolist()  # the one wait for the device
@@ -368,12 +368,12 @@ class _Step:
         with copies.used():
             log_p = self.log_likelihood(keep, ids)
         self.check_kept(first, log_p.detach(), ids)
-        # The sum over s of w is 1, or NaN where it should be seen.
+        # dlog_p summed over s is -outer, as the weights sum to 1; NaN in them stays NaN in the gradient.
         log_p.backward(self.scaled(dlog_p.sum(0) / keep).expand_as(log_p))
         return loss, stats
 
     def check_kept(self, first: Tensor, kept: Tensor, ids: Tensor) -> None:
-        """In a model's first step: an example has the same log-likelihood under a noise sample, whatever samples its neighbours have."""
+        """Raises, in a model's first step, where an example's log-likelihood under a sample depends on the samples of other examples."""
         if self.model in _kept_alike:
             return
         expected = first.gather(0, ids)
@@ -382,8 +382,8 @@ class _Step:
         half = torch.is_autocast_enabled(self.device.type) or any(p.dtype.itemsize == 2 for p in self.model.parameters())
         if bool(off[finite].mean() > (0.1 if half else 1e-3) * spread + 1e-4 * expected[finite].abs().mean()):
             raise ValueError(
-                "strategy='resampled': expected a model whose rows do not look at one another, but the log-likelihoods of examples change "
-                "with the noise samples of the other examples in the batch; 'batched', 'streamed' and 'loop' are right for it"
+                "strategy='resampled': expected a model that treats each row by itself, but the log-likelihoods of examples change with "
+                "the noise samples of the other examples in the batch; 'batched', 'streamed' and 'loop' are right for it"
             )
         _kept_alike.add(self.model)
 
@@ -399,18 +399,18 @@ class _Step:
         return (cumulative[:, None] <= uniform * cumulative[-1]).sum(0)
 
 
-_kept_alike: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose rows were seen not to look at one another
+_kept_alike: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models that were seen to treat each row by itself
 
 
 def _backward(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-    """Of those that depend on a parameter: a sample may leave out all that does (layer drop)."""
+    """Goes backward from the outputs that depend on a parameter: those of a sample may not (layer drop)."""
     pairs = [(y, g) for y, g in zip(outputs, gradients, strict=True) if y.requires_grad]
     if pairs:
         torch.autograd.backward(*zip(*pairs, strict=True))
 
 
 def _unit_shape(loss_fn: IWCrossEntropyLoss, args: tuple, named: dict) -> tuple[int, ...]:
-    """The shape of the loss' units: [B], or [B, d1, ...] at level "position"."""
+    """The shape of the loss's units: [B], or [B, d1, ...] at level "position"."""
     target = named["target"] if named else args[0]
     positions = target.shape[2 if target.is_floating_point() else 1 :] if loss_fn.level == "position" else ()
     return (target.shape[0], *positions)
