@@ -1,1 +1,1 @@
-"""Models of others made to run S noise samples: what is swapped, how it runs, and the check that it is right."""
+"""The conversion of users' models: their noise is swapped, their training forward runs S noise samples, and runs check the results."""

@@ -127,7 +127,7 @@ def _verified(model: nn.Module, args: tuple, kwargs: dict, verify: bool, gradien
     if not args and not kwargs:
         return conversion.verification
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the audit lists what they say
+        warnings.simplefilter("ignore")  # the audit lists the same
         conversion.verification = verify_conversion(model, conversion.samples, args, kwargs, compare=verify, gradients=gradients)
     return conversion.verification
 

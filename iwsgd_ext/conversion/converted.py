@@ -1,4 +1,4 @@
-"""A converted model: what runs have shown of its noise, and the training forward that draws S noise samples."""
+"""A converted model: the noise that runs have shown, and the training forward that draws S noise samples."""
 
 import functools
 import threading
@@ -17,7 +17,7 @@ from . import class_swap
 from .axis_outputs import check_not_later
 from .axis_rules import AxisRules
 from .class_swap import Behaviour
-from .functional_dropout import Call, FunctionalDropout, Watch, _model_forward_is
+from .functional_dropout import Call, FunctionalDropout, Watch
 from .one_by_one import OneByOne, blamed, loop, reason_of
 from .pass_state import RandomState, Snapshot
 from .swaps import draws, idle_modules, rate_of, unreached_modules
@@ -55,7 +55,7 @@ class Converted(Behaviour):
 
 @dataclass(eq=False)
 class Conversion:
-    """How the samples of a converted model run, and what runs have shown of its noise.
+    """The settings of a converted model, the noise that runs have shown, and its training forward.
 
     Attributes:
         samples, expand, batch_norm, batch_dim, strict, verify: as :func:`iwsgd_ext.convert` was given them.
@@ -187,7 +187,6 @@ class Conversion:
         self.calls, self.looked, self.drew = calls, True, drew
         self.generators = [g for g in moved if g != "torch" or not any(call.kind != "replaced" for call in calls)]
 
-    @_model_forward_is
     def _expanded(self, model, own, args, kwargs, context: sampling, watch: Watch | None) -> Any:
         """The output of all samples."""
         dim = context.batch_dim if self.batch_dim is None else self.batch_dim

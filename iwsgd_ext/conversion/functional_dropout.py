@@ -229,7 +229,8 @@ def _check_not_recomputed(func: Callable) -> None:
     if is_compiling() or torch.is_grad_enabled():  # a Function's forward runs without grad
         return
     frame = sys._getframe(2)
-    while frame is not None and frame.f_code is not _MODEL_FORWARD:
+    # Beyond the converted model's own frames, a Function holds the whole model, and calls it again as a whole.
+    while frame is not None and frame.f_globals.get("__name__") != f"{__package__}.converted":
         names = frame.f_code.co_varnames[:1]
         first = frame.f_locals.get(names[0]) if names and frame.f_code.co_name == "forward" else None
         ours = isinstance(frame.f_locals.get("run_function"), _Replayed)  # iw.checkpoint's reentrant form draws the same noise again
@@ -240,16 +241,6 @@ def _check_not_recomputed(func: Callable) -> None:
                 "use_reentrant=False; or draw the noise outside of the Function."
             )
         frame = frame.f_back
-
-
-def _model_forward_is(function: Callable) -> Callable:
-    """Marks the function that calls a converted model's own forward: a Function around the whole model calls the model again."""
-    global _MODEL_FORWARD
-    _MODEL_FORWARD = function.__code__
-    return function
-
-
-_MODEL_FORWARD = None
 
 
 def probability(func: Callable, args: tuple, kwargs: dict) -> float:

@@ -48,15 +48,22 @@ _SWAPPED_FROM = "_iw_swapped_from"  # the attribute of a swapped layer that hold
 
 def swapped_to(module: nn.Module) -> type[nn.Module] | None:
     """The class of this package that takes the place of a noise layer's, or None."""
-    kind = type(module)
-    if kind in SWAPS:
-        return SWAPS[kind]
-    # Other libraries' stochastic depth is found by its class names.
-    if kind.__name__.endswith("DropPath") and hasattr(module, "drop_prob") and not isinstance(module, IWDropPath):
-        return _NamedRate if _drops_rows(module, "drop_prob") else None
-    if kind.__name__ == "StochasticDepth" and hasattr(module, "p"):
-        return IWDropPath if _drops_rows(module, "p") else None
-    return None
+    if type(module) in SWAPS:
+        return SWAPS[type(module)]
+    rate = _rate_of_depth(module)
+    if rate is None or not _drops_rows(module, rate):
+        return None
+    return IWDropPath if rate == "p" else _NamedRate
+
+
+def _rate_of_depth(module: nn.Module) -> str | None:
+    """The name of the attribute that holds the rate of another library's stochastic depth, which the class name tells; None for others."""
+    kind = type(module).__name__
+    if isinstance(module, IWDropPath):
+        return None
+    if kind.endswith("DropPath") and hasattr(module, "drop_prob"):
+        return "drop_prob"
+    return "p" if kind == "StochasticDepth" else None
 
 
 def _drops_rows(module: nn.Module, rate: str) -> bool:
@@ -151,7 +158,7 @@ def unreached_modules(model: nn.Module) -> list[tuple[str, str, float | None]]:
         if draws(module) or original_class(module) is not None or swapped_to(module) is not None:
             continue
         inside = isinstance(module, nn.MultiheadAttention) or (isinstance(module, nn.RNNBase) and module.num_layers > 1)
-        depth = kind == "StochasticDepth" or (kind.endswith("DropPath") and hasattr(module, "drop_prob"))
+        depth = _rate_of_depth(module) is not None
         if (inside or depth) and p:
             why = ", which on rows of ones does not drop rows and divide the others by 1 - p, as iw.IWDropPath does" if depth else ""
             found.append((name, kind + why, p))

@@ -101,7 +101,7 @@ def verify_conversion(
                     result.verdict, result.message = "unclear", reason
                 else:
                     _compare(model, result, conversion.batch_dim or 0, together, one_pass, gradients, inputs)
-    except Exception as error:  # whatever a model raises
+    except Exception as error:  # a model may raise anything
         result.verdict, result.message, result.error = "stopped", f"the model stops on these inputs: {_text(error)}", error
     finally:
         snapshot.restore()

@@ -1,1 +1,1 @@
-"""Layers that draw noise, and the context that tells them how many noise samples of which address."""
+"""Layers that draw noise, and the context that gives them the number of noise samples and their address."""

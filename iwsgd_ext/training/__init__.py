@@ -1,1 +1,1 @@
-"""Losses over noise samples, the ways to run their backward pass, and what to log of them."""
+"""Losses over noise samples, strategies for their backward pass, and a logger of their statistics."""
