@@ -105,7 +105,7 @@ def test_function_that_is_replaced(case):
     assert converted(x).shape == (S * B, 4)
     audit = iw.audit(converted)
     assert [v.function for v in audit.replaced] == [name] and audit.unreached == []
-    assert not audit.complete and "the first training forward was looked at" in audit.unchecked[0]
+    assert not audit.complete and "the first training forward has shown the noise" in audit.unchecked[0]
     for expand in ("axis", "first"):
         iw.convert(iw.revert(model), S, expand=expand, example_inputs=x, strict=True)
         assert iw.audit(model).complete
@@ -145,7 +145,7 @@ def test_what_is_below_python():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what vmap cannot do is called one by one
             audit = iw.audit(Calls(call), torch.randn(B, 4))
-        assert audit.unreached == ["random numbers of torch's, by no function that is looked for"] and not audit.complete
+        assert audit.unreached == ["torch's random numbers, through a function that iw.convert does not know"] and not audit.complete
 
 
 def lambda_with_noise(x: torch.Tensor) -> torch.Tensor:

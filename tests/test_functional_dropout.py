@@ -326,7 +326,7 @@ def test_evaluation_with_noise():
     iw.predict(model, x, S, seed=SEED)
     torch.testing.assert_close(drawn[0], naive.naive_noise(x, 0.5, samples=S, seed=SEED))
     assert torch.equal(model(x), x)
-    assert not model._iw_conversion.looked
+    assert not model._iw_conversion.watched
 
 
 @pytest.mark.parametrize("expand", ["axis", "first"])

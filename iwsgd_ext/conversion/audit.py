@@ -142,8 +142,8 @@ def _report(model: nn.Module, converted: bool, verification: Verification | None
             layers.append(Layer(name, was.__name__ if was else type(module).__name__, type(module).__name__))
     unchecked = []
     if verification is None:
-        looked = " (the first training forward was looked at for noise)" if conversion.looked else ""
-        unchecked.append(f"no example inputs: nothing was compared{looked}")
+        watched = " (the first training forward has shown the noise)" if conversion.watched else ""
+        unchecked.append(f"no example inputs: nothing was compared{watched}")
     elif verification.verdict not in ("equal", "different"):
         unchecked.append(verification.message)
     for name, module in model.named_modules():

@@ -147,7 +147,7 @@ torch.library.register_vmap("iwsgd_graph::all_samples", lambda info, dims, x, sa
 
 
 def run(model: nn.Module, forward: Callable, args: tuple, kwargs: dict, context: sampling, mode: Any, batch_dim: int, batch: int | None):
-    """Calls ``forward(*args, **kwargs)`` once for the context's K samples. Returns its output with K times the rows, sample-major.
+    """The output of one call ``forward(*args, **kwargs)`` for all of the context's K samples, with K times the rows, sample-major.
 
     Rows are in dimension ``batch_dim`` of an output. Where that dimension does not have ``batch`` entries, they are in the first one that
     has and is not the last, else in dimension 0. A scalar becomes [K].

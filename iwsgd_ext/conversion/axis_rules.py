@@ -37,7 +37,7 @@ class AxisRules(FunctionalDropout):
     def __init__(self, watch: Watch | None = None, model: nn.Module | None = None, inputs: Sequence[Any] = (), kept: Sequence[Tensor] = ()):
         super().__init__(watch)
         self.model, self.inputs, self.kept = model, inputs, kept
-        # memory of a tensor -> (its values [K, ...], the base of its former views, where that begins in memory)
+        # memory of a widened tensor -> (its values [K, ...], the base of its older views, where that begins in memory)
         self.widened: dict[int, tuple[Tensor, Tensor, int]] = {}
 
     def unwatched(self) -> "AxisRules":

@@ -93,7 +93,7 @@ def convert(
             args, kwargs = as_arguments(example_inputs)
             conversion.verification = run = verify_conversion(model, samples, args, kwargs, compare=verify)
             _report(model, conversion, run)
-        if conversion.looked and (alike := conversion.samples_alike(model)):
+        if conversion.watched and (alike := conversion.samples_alike(model)):
             warnings.warn(f"iw.convert: {alike}", stacklevel=2)
     except (ValueError, RuntimeError):
         revert(model)

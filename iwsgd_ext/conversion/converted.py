@@ -25,7 +25,7 @@ from .verify import Verification, verify_conversion
 
 CONVERSION = "_iw_conversion"  # the attribute of a converted model that holds its Conversion
 FORWARD = "_iw_forward"  # the attribute that keeps a forward which the model had beside its class'
-_first_look = threading.RLock()
+_first_watch = threading.RLock()
 NOT_REACHED = "iw.convert leaves this noise as it is: it is no function of seed and sample, and no replay repeats it: "
 SCALAR_OUTPUT = (
     "the model returns a number for each noise sample. If this is a loss that it computes from labels, the samples in it have no "
@@ -60,10 +60,10 @@ class Conversion:
     Attributes:
         samples, expand, batch_norm, batch_dim, strict, verify: as :func:`iwsgd_ext.convert` was given them.
         one_by_one: names of the submodules that are called once for each sample, with the reason.
-        calls: the function calls that drew noise in the forward that was looked at.
-        looked: True once a training forward was looked at.
+        calls: the function calls that drew noise in the forward that was watched.
+        watched: True once a training forward was watched (a compiled one is not).
         drew: True where that forward drew noise of this package.
-        generators: the generators that gave it numbers, by no function that is looked for.
+        generators: the generators that gave that forward numbers, through functions that iw.convert does not know.
         verification: the last comparison with samples alone, or None.
         told_of_scalars: True once the warning SCALAR_OUTPUT was given.
     """
@@ -76,7 +76,7 @@ class Conversion:
     verify: bool = True
     one_by_one: dict[str, str] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
-    looked: bool = False
+    watched: bool = False
     drew: bool = False
     generators: list[str] = field(default_factory=list)
     verification: Verification | None = None
@@ -84,7 +84,7 @@ class Conversion:
 
     @property
     def has_noise(self) -> bool:
-        """True where the forward that was looked at drew noise of the context."""
+        """True where the forward that was watched drew noise of the context."""
         return self.drew or any(call.kind == "replaced" for call in self.calls)
 
     def unreached(self, model: nn.Module) -> list[str]:
@@ -94,7 +94,7 @@ class Conversion:
         inside = {name for name, _, _ in found}
         calls = [str(call) for call in self.calls if call.kind != "replaced" and call.module not in inside]
         others = [
-            "random numbers of torch's, by no function that is looked for"
+            "torch's random numbers, through a function that iw.convert does not know"
             if g == "torch"
             else f"{g}'s random numbers (once for all samples of a pass, and again in each pass of a strategy of several)"
             for g in self.generators
@@ -102,7 +102,7 @@ class Conversion:
         return modules + calls + others
 
     def samples_alike(self, model: nn.Module) -> str | None:
-        """A message where the training forward that was looked at drew no noise, or only noise of rate 0; else None."""
+        """A message where the training forward that was watched drew no noise, or only noise of rate 0; else None."""
         drawn = any(call.kind != "replaced" or call.p != 0 for call in self.calls) or self.generators
         layers = [module for module in model.modules() if draws(module)]
         by_hand = self.drew and not layers and not self.calls  # the forward calls functions of this package
@@ -111,8 +111,6 @@ class Conversion:
         idle = "".join(f". {reason}" for reason in idle_modules(model))
         return f"a training forward drew no noise, so that all samples are alike{idle}"
 
-    # The forward
-
     def forward(self, model: nn.Module, own: Callable, args: tuple, kwargs: dict) -> Any:
         """The model's output in the sampling context around it, or in a new one."""
         if not model.training and not is_evaluating():
@@ -120,20 +118,20 @@ class Conversion:
         context = current()
         if context is None:
             with sampling(self.samples) as context:
-                return self._looked_at(model, own, args, kwargs, context)
-        return own(*args, **kwargs) if context.axis is not None else self._looked_at(model, own, args, kwargs, context)
+                return self._run(model, own, args, kwargs, context)
+        return own(*args, **kwargs) if context.axis is not None else self._run(model, own, args, kwargs, context)
 
-    def _looked_at(self, model: nn.Module, own: Callable, args: tuple, kwargs: dict, context: sampling) -> Any:
-        """The output of a forward, which is looked at until one has shown what noise the model draws."""
+    def _run(self, model: nn.Module, own: Callable, args: tuple, kwargs: dict, context: sampling) -> Any:
+        """The output of a forward, which is watched until one has shown the noise that the model draws."""
         compiling = torch.compiler.is_compiling()
         watch = None if compiling else context.watch  # the watch of a verification or of an evaluation
         if watch is not None:
-            watch.looks = True
+            watch.ran = True
             return self._expanded(model, own, args, kwargs, context, watch)
-        if compiling and self.strict and not self.looked and model.training:
+        if compiling and self.strict and not self.watched and model.training:
             raise RuntimeError(
-                "torch.compile: strict=True needs a look at the model's noise before; give iw.convert example_inputs, or run one training "
-                "forward before compiling"
+                "torch.compile: strict=True must see the model's noise in a training forward before; give iw.convert example_inputs, or "
+                "run one training forward before compiling"
             )
         rows = self.expand != "axis"  # on the axis samples cannot meet, and need no comparison
         verify = rows and self.verify and self.verification is None and context.samples > 1
@@ -142,23 +140,23 @@ class Conversion:
                 "torch.compile: rows were not yet compared with samples alone; give iw.convert example_inputs (or verify=False), or run "
                 "one training forward before compiling"
             )
-        if compiling or not model.training or (self.looked and not verify):
+        if compiling or not model.training or (self.watched and not verify):
             output = self._expanded(model, own, args, kwargs, context, None)
             if context.scalar_output and not compiling:
                 self._tell_of_scalars(5)
             return output
-        with _first_look:  # the look puts the model's state back, which no other thread may change meanwhile
+        with _first_watch:  # a first forward may put the model's state back, which no other thread may change meanwhile
             return self._first(model, own, args, kwargs, context, verify)
 
     def _first(self, model: nn.Module, own: Callable, args: tuple, kwargs: dict, context: sampling, verify: bool) -> Any:
-        """The output of a training forward that is looked at, and, where ``verify``, compared with samples alone before."""
+        """The output of a training forward that is watched, and, where ``verify``, compared with samples alone before."""
         if verify and self.verification is None:
-            looked = self.looked
+            watched = self.watched
             with outside_of_contexts():
                 run = verify_conversion(model, context.samples, args, kwargs)
             run.check(self.expand, "the first training forward")  # an error of the model ("stopped") is raised by the forward below
-            self.verification, self.looked = run, looked  # not looked yet: the forward below warns of noise that is not reached
-        if self.looked:
+            self.verification, self.watched = run, watched  # as before, so that the forward below warns of noise that is not reached
+        if self.watched:
             return self._expanded(model, own, args, kwargs, context, None)
         context.origin_for(tree_leaves((args, kwargs)), model)
         watch, first, random = Watch.of(model), context.stream, RandomState.of(model)
@@ -166,7 +164,7 @@ class Conversion:
         self.saw(list(watch.calls), context.stream > first, random.moved())
         unreached = self.unreached(model)
         if unreached and self.strict:
-            self.looked = False
+            self.watched = False
             raise RuntimeError("strict=True: this noise is not reached: " + "; ".join(unreached))
         if unreached:
             warnings.warn(NOT_REACHED + "; ".join(unreached), stacklevel=5)
@@ -184,7 +182,7 @@ class Conversion:
 
     def saw(self, calls: list[Call], drew: bool, moved: list[str]) -> None:
         """Keeps the noise that a training forward has drawn; ``moved`` are the generators that gave it numbers."""
-        self.calls, self.looked, self.drew = calls, True, drew
+        self.calls, self.watched, self.drew = calls, True, drew
         self.generators = [g for g in moved if g != "torch" or not any(call.kind != "replaced" for call in calls)]
 
     def _expanded(self, model, own, args, kwargs, context: sampling, watch: Watch | None) -> Any:
@@ -221,7 +219,7 @@ class Conversion:
                     "the model eagerly, or convert it with rows (expand='input') and compile that."
                 )
             return sample_axis.run(model, own, args, kwargs, context, AxisRules(), dim, batch)
-        before, stream, tried = None if self.looked else Snapshot(model, inputs), context.stream, []
+        before, stream, tried = None if self.watched else Snapshot(model, inputs), context.stream, []
         while True:
             try:
                 if "" in self.one_by_one:
@@ -262,8 +260,6 @@ class Conversion:
         """Undoes :meth:`run_one_by_one`."""
         if self.one_by_one.pop(name, None) is not None and name:
             class_swap.take(model.get_submodule(name))
-
-    # Rows
 
     def expand_inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """The forward pre-hook of the submodule at which rows expand."""

@@ -101,13 +101,13 @@ class Watch:
         names: names of the model's modules, by id.
         calls: the calls that drew noise, in order, each once.
         asks: the line at which the forward asked for the values of a tensor, or None.
-        looks: True once a forward was looked at; a compiled one is not.
+        ran: True once a forward ran under this watch; a compiled one does not.
     """
 
     names: dict[int, str]
     calls: dict[Call, None] = field(default_factory=dict)
     asks: str | None = None
-    looks: bool = False
+    ran: bool = False
 
     @classmethod
     def of(cls, model: nn.Module) -> "Watch":
@@ -201,7 +201,7 @@ class FunctionalDropout(TorchFunctionMode):
             self.watch.asks = self.watch.asks or (self.watch.place() or ("", None))[1]
         return func(*args, **kwargs)
 
-    def _look(self, func: Callable, args: tuple, kwargs: dict) -> Any:
+    def _note(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         if self.watch is not None:
             p = probability(func, args, kwargs)
             if p:
@@ -212,7 +212,7 @@ class FunctionalDropout(TorchFunctionMode):
 
 
 _HANDLERS: dict[Callable, Callable] = {
-    **dict.fromkeys((*RANDOM, *UNREACHED, *RECURRENT), FunctionalDropout._look),
+    **dict.fromkeys((*RANDOM, *UNREACHED, *RECURRENT), FunctionalDropout._note),
     **dict.fromkeys(LAYERS, FunctionalDropout._draw),
     **dict.fromkeys(IN_PLACE, FunctionalDropout._draw_in_place),
     ATTENTION: FunctionalDropout._attend,

@@ -224,7 +224,8 @@ def blamed(model: nn.Module, error: Exception, called: dict[str, str]) -> str | 
         traceback = traceback.tb_next
     if isinstance(error, NotOnAxis):
         return "" if "" not in called else None
-    if below and not isinstance(error, NotOneByOne) and "escaped from inside" not in str(error):  # (a noisy tensor that is no argument)
+    # "escaped from inside" is torch's message for a noisy tensor below the axis: the module gets it by another way than as an argument.
+    if below and not isinstance(error, NotOneByOne) and "escaped from inside" not in str(error):
         return None
     # A module that is called so already did not help: the error arose in a method of it other than forward.
     return next((name for name in reversed(path) if name not in called), None)

@@ -120,7 +120,7 @@ def bound_curve(
                 check(torch.allclose(sums, torch.ones_like(sums), atol=1e-2), "batches", f"targets that are {expected}", "other numbers")
             if seed is None:
                 seed = origin_of(model, inputs, None)[:1]
-            passes = passes_of(model, inputs, samples, chunk, seed, first, look=not curves)
+            passes = passes_of(model, inputs, samples, chunk, seed, first, warn=not curves)
             parts = [loss_fn.log_likelihood(outputs, targets, k) for k, outputs in passes]
             curves.append(subset_means(torch.cat([log_p for log_p, _, _ in parts]), alpha).cpu())
             weights.append(parts[0][1].double().cpu())

@@ -25,7 +25,7 @@ def noisy_evaluation(model: nn.Module) -> Iterator[None]:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     noisy = [module for module in model.modules() if _is_noise_layer(module)]
     conversions = [conversion for module in model.modules() if (conversion := conversion_of(module)) is not None]
-    functional = any(conversion.has_noise or not conversion.looked for conversion in conversions)  # a training forward shows it
+    functional = any(conversion.has_noise or not conversion.watched for conversion in conversions)  # a training forward shows it
     if not noisy and not functional:
         raise ValueError("model: expected one with noise layers of this package (iw.convert puts them in), got none")
     # In eval mode torch's encoder layer may take one fused call, which calls no layer inside of it.
@@ -49,8 +49,8 @@ def _is_noise_layer(module: nn.Module) -> bool:
     return any(cls.__module__.startswith(f"{PACKAGE}.layers.") for cls in kind.__mro__)
 
 
-def passes_of(model: nn.Module, inputs: Any, samples: int, chunk: int | None, seed, first_example, look: bool):
-    """(k, output of k*B rows) of each pass over at most ``chunk`` of the samples, with one seed; ``look``: warn of noise that is off."""
+def passes_of(model: nn.Module, inputs: Any, samples: int, chunk: int | None, seed, first_example, warn: bool):
+    """(k, output of k*B rows) of each pass over at most ``chunk`` of the samples, with one seed; ``warn``: warn of noise that is off."""
     samples, chunk = as_samples(samples), None if chunk is None else as_int("chunk", chunk)
     check(chunk is None or 1 <= chunk <= samples, "chunk", f"a number of samples in 1 .. samples={samples}", chunk)
     args, named = as_arguments(inputs)
@@ -62,7 +62,7 @@ def passes_of(model: nn.Module, inputs: Any, samples: int, chunk: int | None, se
         context = sampling(len(ids), sample_ids=ids, first_example=first_example)
         context.evaluating = True
         context._origin = origin
-        watched = _functional_noise(model) if look and first == 0 else None
+        watched = _functional_noise(model) if warn and first == 0 else None
         context.watch = watched and watched[0]
         with context:
             output = model(*args, **named)
@@ -90,7 +90,7 @@ def _functional_noise(model: nn.Module) -> tuple[Watch, list[Call]] | None:
 def _warn_of_noise_that_is_off(watch: Watch, trained: list[Call]) -> None:
     drawn = {(call.module, call.function, call.place) for call in watch.calls if call.p}
     missing = [str(call) for call in trained if (call.module, call.function, call.place) not in drawn]
-    if missing and watch.looks:
+    if missing and watch.ran:
         warnings.warn(
             "in eval mode the model's own code turns off noise of its training, so that this evaluation does not draw it: "
             + "; ".join(missing),
