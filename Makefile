@@ -24,11 +24,11 @@ NATIVE_SOURCES := $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/* csrc/python/*)
 FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE_SOURCES) $(wildcard csrc/test/* tools/*.cu))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo demo-short test test-fast test-models ctest bench gpu gpu-first gpu-second lint format clean distclean FORCE
+.PHONY: help setup build demo demo-short test test-machine-code test-fast test-models ctest bench gpu gpu-first gpu-second lint format clean distclean FORCE
 .DELETE_ON_ERROR:
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo 'ARGS="..."        further arguments of the program that the target runs: make demo-short ARGS="--help"'
 	@echo 'PYTHON=python3.12 the interpreter that .venv is made from; its torch is used if it has one (2.11 or later)'
@@ -63,12 +63,15 @@ demo: $(VENV)/.built  ## train on handwritten digits with several noise samples 
 demo-short: $(VENV)/.built  ## the same, small
 	$(PY) examples/digits.py --quick $(ARGS)
 
-test: $(VENV)/.built  ## all tests, in Python and in C++
-	OMP_NUM_THREADS=1 $(PYTEST) $(ARGS)
+test: $(VENV)/.built  ## the tests in Python and in C++, without those of test-machine-code
+	OMP_NUM_THREADS=1 $(PYTEST) -m 'not machine_code' $(ARGS)
 	@if ! command -v cmake > /dev/null; then echo 'C++ tests left out: there is no cmake'; \
 	elif ! { $(foreach compiler,$(COMPILERS),command -v $(compiler) ||) false; } > /dev/null; then \
 	  echo 'C++ tests left out: there is no C++ compiler ($(COMPILERS))'; \
 	else $(MAKE) --no-print-directory ctest; fi
+
+test-machine-code: $(VENV)/.built  ## compile the GPU kernels for each architecture and read what comes out; plant faults in them
+	OMP_NUM_THREADS=1 $(PYTEST) -m machine_code $(ARGS)
 
 test-fast: $(VENV)/.built  ## the Python tests without the slow ones, and without the reference backend where kernels are built
 	OMP_NUM_THREADS=1 $(PYTEST) -m 'not slow' $(if $(wildcard iwsgd_ext/_ops*),-k 'not cpu-reference') $(ARGS)

@@ -21,6 +21,7 @@ OLDEST = "75"  # Turing: of few registers for each thread, so that some spill
 ARCHITECTURES = (*ptxas_report.ARCHITECTURES, OLDEST)
 MARKS = [
     pytest.mark.slow,
+    pytest.mark.machine_code,
     pytest.mark.one_process("compiled_kernels"),
     pytest.mark.skipif(ptxas_report.find_nvcc() is None, reason="no nvcc: not in CUDA_HOME, /usr/local/cuda or on the PATH"),
     pytest.mark.skipif(shutil.which("g++") is None, reason="no g++, which nvcc needs"),

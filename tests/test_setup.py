@@ -341,6 +341,7 @@ def test_make_in_a_path_with_spaces(tmp_path):
     for target, plan in {"gpu": "full", "gpu-first": "first", "gpu-second": "second"}.items():
         assert make(target) == [f"python tools/gpu.py {plan} --out {tmp_path / 'out of it'}"]
     assert make("test-fast")[-1].startswith("python -m pytest ")
+    assert make("test-machine-code")[-1].endswith(" -m machine_code")
     started = [line.split()[0] for line in make("test")]
     assert started == ["python", "python", "cmake", "cmake", "ctest"] if shutil.which("c++") else ["python", "python"]
     make("clean")

@@ -66,6 +66,7 @@ def test_some_kernels(only):
 
 
 @pytest.mark.slow
+@pytest.mark.machine_code
 @pytest.mark.parametrize("arch", triton_report.ARCHITECTURES)
 def test_every_kernel(arch):
     kernels = compiled(arch)
