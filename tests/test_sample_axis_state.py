@@ -126,6 +126,7 @@ def test_running_statistics(name):
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 @pytest.mark.parametrize("name", ["a layer before and behind the noise", "a layer three times", "momentum 0 and 1"])
 def test_compiled_running_statistics(name, compiler):
+    torch._dynamo.reset()  # it remembers graph breaks of other tests
     assert_is_loop(STATISTICS[name]().double(), X, forward=lambda m: torch.compile(m, backend=compiler, fullgraph=True))
 
 
@@ -156,6 +157,7 @@ def test_an_earlier_eval_forward_can_still_go_backward():
 
 
 def test_average_in_a_compiled_model_is_refused():
+    torch._dynamo.reset()
     model = iw.convert(nn.Sequential(nn.Linear(W, W), nn.Dropout(0.5), nn.BatchNorm1d(W, momentum=None)).double(), S)
     with pytest.raises(Exception, match="momentum=None reads its number of batches"):
         torch.compile(model, backend="eager", fullgraph=True)(X)
