@@ -152,7 +152,7 @@ def test_attention(backend, expand):
 
 @pytest.mark.parametrize("expand", ["axis", "input"])
 def test_in_place_with_the_result_dropped(backend, expand):
-    """``F.dropout(h, inplace=True)`` as a statement: h itself is noisy; on the axis it gets lanes."""
+    """``F.dropout(h, inplace=True)`` as a statement: h itself is noisy; on the axis it becomes a noisy tensor."""
 
     def call(h, model):
         h = h + 0

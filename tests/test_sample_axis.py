@@ -393,7 +393,7 @@ def test_time_major_outputs():
 
 
 def test_attributes_left_on_modules():
-    """An auxiliary loss, attention weights: rows or [S] afterwards, with gradients, and nothing has lanes."""
+    """An auxiliary loss, attention weights: rows or [S] afterwards, with gradients, and no tensor of the axis is left."""
 
     class Keeps(nn.Module):
         def forward(self, h):
