@@ -128,8 +128,10 @@ def _verified(model: nn.Module, args: tuple, kwargs: dict, verify: bool, gradien
         return conversion.verification
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the audit lists the same
-        conversion.verification = verify_conversion(model, conversion.samples, args, kwargs, compare=verify, gradients=gradients)
-    return conversion.verification
+        run = verify_conversion(model, conversion.samples, args, kwargs, compare=verify, gradients=gradients)
+    if verify:  # else the first training forward has still to compare
+        conversion.verification = run
+    return run
 
 
 def _report(model: nn.Module, converted: bool, verification: Verification | None) -> Audit:
