@@ -211,7 +211,7 @@ def dropouts(model: nn.Module) -> dict[str, nn.Module]:
 def kept(out: Tensor) -> Tensor:
     """Where noise has let values through, in rows [S*B, ...].
 
-    On the sample axis a hook sees one sample's tensor, whose memory holds all noise samples in dimension 0: these are the rows, sample-major.
+    On the sample axis a hook sees one sample's tensor: its memory holds all samples in dimension 0, which are the rows, sample-major.
     """
     if is_batchedtensor(out):
         out = get_unwrapped(out).movedim(maybe_get_bdim(out), 0).flatten(0, 1)

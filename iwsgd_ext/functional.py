@@ -1,4 +1,4 @@
-"""Noise at an address that is given: no context, no state. The same address gives the same noise on every backend."""
+"""Noise (Noh et al. 2017, eq 1) at an address that is given: no context, no state. An address gives the same noise on every backend."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol

@@ -216,7 +216,7 @@ def test_samples_that_do_not_give_what_they_give_alone():
 def test_an_audit_without_comparison_leaves_it_to_the_first_forward():
     model, x = iw.convert(Calls(minus_mean), S, expand="input"), torch.randn(B, 4)
     assert iw.audit(model, x, verify=False).verification.verdict == "not compared"
-    with pytest.raises(ValueError, match="the first training forward: .* do not give what each gives alone"):
+    with pytest.raises(ValueError, match=r"the first training forward: .* do not give what each gives alone"):
         model(x)
 
 

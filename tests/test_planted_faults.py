@@ -10,7 +10,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TOOL = ROOT / "tools" / "plant_faults.py"
 
-pytestmark = [pytest.mark.slow, pytest.mark.machine_code, pytest.mark.one_process, pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.machine_code,
+    pytest.mark.one_process,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="no g++"),
+]
 
 
 def test_faults_of_each_kind_are_found():

@@ -14,7 +14,7 @@ from .context import ambient
 class IWMultinomialDropout(nn.modules.dropout._DropoutNd):
     """Multinomial dropout (Li, Gong and Yang 2016) with S noise samples per example: k draws of features, with replacement.
 
-        y[s, b, f] = x[b, f] * n[s, b, f] / (k q[f])        n ~ Mult(k; q), k = round((1 - p) F)   (eq 1)
+        y[s, b, f] = x[b, f] * n[s, b, f] / (k q[f])        n ~ Mult(k; q), k = round((1 - p) F)   (Noh et al. 2017, eq 1)
 
     F is the number of elements of one example, whose probabilities q sum up to 1. Activations are unbiased; a feature of larger q is
     dropped more rarely and scaled less. In eval mode the layer is the identity. In training outside of any context: one fresh sample,

@@ -10,7 +10,7 @@ from .context import ambient
 class IWGaussianDropout(nn.modules.dropout._DropoutNd):
     """Gaussian dropout with S noise samples per example: multiplication by N(1, p / (1 - p)), as much noise as dropout's.
 
-        y[s, b] = x[b] * (1 + sqrt(p / (1 - p)) z[s, b])        z ~ N(0, 1), independent elements (eq 1)
+        y[s, b] = x[b] * (1 + sqrt(p / (1 - p)) z[s, b])        z ~ N(0, 1), independent elements (Noh et al. 2017, eq 1)
 
     Activations are unbiased. In eval mode the layer is the identity. In training outside of any context: one fresh sample, no expansion.
     There are no parameters and no buffers. (Srivastava et al., JMLR 2014, section 10; Keras' GaussianDropout.)
@@ -109,7 +109,8 @@ class IWGaussianNoise(_RealNoise):
 
 
 class IWLaplaceNoise(_RealNoise):
-    """Laplace noise with S noise samples per example: as :class:`IWGaussianNoise`, with z of density exp(-sqrt(2) |z|) / sqrt(2).
+    """Laplace noise with S noise samples per example: as :class:`IWGaussianNoise` (Noh et al. 2017, eq 1), with z of density
+    exp(-sqrt(2) |z|) / sqrt(2).
 
     Its tails are heavier than a Gaussian's: of equal std, four standard deviations are passed 55 times as often. A scale parameter b is
     std = sqrt(2) b.
@@ -126,7 +127,8 @@ class IWLaplaceNoise(_RealNoise):
 
 
 class IWUniformNoise(_RealNoise):
-    """Uniform noise with S noise samples per example: as :class:`IWGaussianNoise`, with z uniform in [-sqrt(3), sqrt(3)].
+    """Uniform noise with S noise samples per example: as :class:`IWGaussianNoise` (Noh et al. 2017, eq 1), with z uniform in
+    [-sqrt(3), sqrt(3)].
 
     It is bounded: noise in [-a, a] is std = a / sqrt(3).
 
