@@ -7,6 +7,8 @@
 //   unit = example:   l[s] = sum_t u[s,t] / cbar,  outer weight cbar = sum_t c / (number of positions not ignored)
 //   L = (1/alpha) (logsumexp_s(alpha l) - log S),  w = softmax_s(alpha l),  loss = -sum outer L / sum d
 //   dloss / dlogits[s] = w[s] / (sum d) * (c softmax(logits[s]) - q v)
+// With lse_square_scale k, lse[s] = log sum_c exp(logits[s]), e and m the weights of example and position, a position that is not ignored
+// adds k |e m| / S sum_s lse[s]^2 / (sum d) to its unit's loss, whatever the importance weights.
 #pragma once
 #include <cmath>
 
@@ -30,6 +32,7 @@ struct LossArguments {
   const A* probabilities;  // [B, C, T], or null
   int64_t ignore_index;
   A smoothing;
+  A lse_square_scale;
   const A* class_weight;     // [C] or null
   const A* example_weight;   // [B] or null
   const A* position_weight;  // [B, T] or null
@@ -64,6 +67,8 @@ struct LossArguments {
   IWSGD_HD A example_weight_of(int64_t position) const {
     return example_weight == nullptr ? A(1) : example_weight[positions_each == 1 ? position : position / positions_each];
   }
+  IWSGD_HD A position_weight_of(int64_t position) const { return position_weight == nullptr ? A(1) : position_weight[position]; }
+  IWSGD_HD A lse_square_share() const { return lse_square_scale / static_cast<A>(S); }  // of a row
   IWSGD_HD bool ignored(int64_t position) const { return labels != nullptr && labels[position] == ignore_index; }
 };
 

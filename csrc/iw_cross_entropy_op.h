@@ -23,7 +23,7 @@ template <class Device>
 LossOutputs loss_forward(const Tensor& logits, const std::optional<Tensor>& dlogits, const Tensor& target, int64_t samples,
                          const std::optional<Tensor>& class_weight, const std::optional<Tensor>& example_weight,
                          const std::optional<Tensor>& position_weight, const std::optional<Tensor>& normalizer, int64_t ignore_index,
-                         double smoothing, double alpha, bool per_position, int64_t reduction) {
+                         double smoothing, double lse_square_scale, double alpha, bool per_position, int64_t reduction) {
   const int64_t B = logits.size(0) / samples, units = per_position ? B * logits.size(2) : B;
   STD_TORCH_CHECK(logits.size(1) < int64_t(1) << 30, "logits: expected fewer than 2^30 classes, got ", logits.size(1));
   const auto type = logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -50,6 +50,7 @@ LossOutputs loss_forward(const Tensor& logits, const std::optional<Tensor>& dlog
     a.probabilities = labels ? nullptr : data<A>(target);
     a.ignore_index = ignore_index;
     a.smoothing = static_cast<A>(smoothing);
+    a.lse_square_scale = static_cast<A>(lse_square_scale);
     a.class_weight = data_or_null<A>(class_weight);
     a.example_weight = data_or_null<A>(example_weight);
     a.position_weight = data_or_null<A>(position_weight);

@@ -55,8 +55,12 @@ def check_rate(p: float) -> None:
 
 
 def check_std(std: float) -> None:
-    check_number("std", std)
-    check(0.0 <= std < float("inf"), "std", "a finite number >= 0", std)
+    check_size("std", std)
+
+
+def check_size(name: str, value: float) -> None:
+    check_number(name, value)
+    check(0.0 <= value < float("inf"), name, "a finite number >= 0", value)
 
 
 def check_probabilities(probabilities: Tensor, shape: torch.Size | None = None) -> None:
@@ -150,12 +154,15 @@ def check_rows(name: str, rows: int, samples: int, batch: int) -> None:
     raise ValueError(f"{name}: expected {samples} samples * {batch} targets = {samples * batch} rows, got {rows}. {diagnosis}")
 
 
-def check_loss_options(ignore_index: int, reduction: str, label_smoothing: float, alpha: float, level: str) -> None:
+def check_loss_options(
+    ignore_index: int, reduction: str, label_smoothing: float, lse_square_scale: float, alpha: float, level: str
+) -> None:
     as_int("ignore_index", ignore_index)
     check(reduction in REDUCTIONS, "reduction", "'none', 'mean' or 'sum'", repr(reduction))
     check(level in ("example", "position"), "level", "'example' or 'position'", repr(level))
     check_number("label_smoothing", label_smoothing)
     check(0.0 <= label_smoothing <= 1.0, "label_smoothing", "a number in [0, 1]", label_smoothing)
+    check_size("lse_square_scale", lse_square_scale)
     check_alpha(alpha)
 
 

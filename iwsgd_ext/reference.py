@@ -385,9 +385,29 @@ class LossArguments(NamedTuple):
     normalizer: Tensor | None = None  # one value that takes the place of the sum of d
     ignore_index: int | torch.SymInt = -100
     smoothing: float = 0.0
+    lse_square_scale: float = 0.0
     alpha: float = 1.0
     per_position: bool = False  # the unit that has importance weights of its own is the position, else the example
     reduction: int = 1  # 0 none, 1 mean, 2 sum
+
+
+def log_sum_exp(logits: Tensor, a: LossArguments) -> tuple[Tensor, Tensor]:
+    """log sum_c exp(z) of rows [S, B, T], and by what its square comes into the sum over the samples, before the denominator [B, T]:
+    lse_square_scale |e m|, 0 where ignored.
+    """
+    acc = _accumulated(logits.dtype)
+    batch, positions = logits.shape[0] // a.samples, logits.shape[2]
+    strength = torch.full((batch, positions), a.lse_square_scale, dtype=acc, device=logits.device)
+    if a.position_weight is not None:
+        strength = strength * a.position_weight.abs()
+    if a.example_weight is not None:
+        strength = strength * a.example_weight.abs()[:, None]
+    if a.target.dtype == torch.int64:
+        counted = a.target != a.ignore_index
+        strength = torch.where(counted, strength, 0)
+        # Replaced here: an ignored row of NaN that is replaced behind the logarithm would have a derivative of NaN.
+        logits = torch.where(counted.repeat(a.samples, 1)[:, None], logits, 0)
+    return torch.logsumexp(logits.to(acc), 1).view(a.samples, batch, positions), strength
 
 
 def iw_cross_entropy(logits: Tensor, *arguments) -> tuple[Tensor, ...]:
@@ -399,7 +419,8 @@ def iw_cross_entropy(logits: Tensor, *arguments) -> tuple[Tensor, ...]:
 
     Returns:
         loss (one value, or [units]), log-likelihoods [S, units], importance weights [S, units], bound L [units], outer
-        weight over the denominator [units] (loss = -sum outer L), and dlogits [S*B, C, T] (or [0]) for an upstream gradient of one.
+        weight over the denominator [units] (loss = -sum outer L, and lse_square_scale's part), and dlogits [S*B, C, T] (or [0]) for an
+        upstream gradient of one.
     """
     *given, need_gradient = arguments
     a = LossArguments(*given)
@@ -460,6 +481,11 @@ def iw_cross_entropy(logits: Tensor, *arguments) -> tuple[Tensor, ...]:
     scale = reciprocal(denominator)
     outer = outer * outer_example * scale
     of_unit = costs(outer, bound)
+    if a.lse_square_scale:
+        lse, strength = log_sum_exp(logits, a)
+        strength = strength * (scale / samples)
+        penalty = (strength * lse.square()).sum(0)
+        of_unit = of_unit + (penalty.flatten() if a.per_position else penalty.sum(1))
     loss = of_unit if a.reduction == 0 else of_unit.sum()
     if not need_gradient:
         return loss, l, w, bound, outer, logits.new_empty(0)
@@ -470,7 +496,10 @@ def iw_cross_entropy(logits: Tensor, *arguments) -> tuple[Tensor, ...]:
         dlogits = dlogits - m[:, None] * soft
     if hot is not None:
         dlogits = dlogits - torch.zeros_like(p[0]).scatter_(1, label[:, None], (m * hot)[:, None])
-    dlogits = torch.where(counted[:, None], inner[:, :, None] * dlogits, zero)
+    dlogits = inner[:, :, None] * dlogits
+    if a.lse_square_scale:
+        dlogits = dlogits + (2 * strength * lse)[:, :, None] * p
+    dlogits = torch.where(counted[:, None], dlogits, zero)
     return loss, l, w, bound, outer, dlogits.view(rows, classes, positions).to(logits.dtype)
 
 

@@ -95,6 +95,7 @@ def test_loss(regime, size, kind):
         logits, target, options = data(SIZES[size], dtype, kind)
         for level in ["example", "position"] if SIZES[size][3] else ["example"]:
             check(logits, target, SIZES[size][0], level=level, **options)
+            check(logits, target, SIZES[size][0], level=level, lse_square_scale=0.3, **options)
 
 
 OPTIONS = {
@@ -104,6 +105,8 @@ OPTIONS = {
     "example-weight": {"example_weight": torch.tensor([0.0, 0.5, 2.0]), "alpha": 0.3},
     "position-weight": {"example_weight": torch.rand(3, 4), "reduction": "none"},
     "normalizer": {"normalizer": 7.0, "upstream": -2.0},
+    "lse-square": {"lse_square_scale": 0.3, "example_weight": torch.tensor([0.0, 0.5, -2.0]), "reduction": "sum"},
+    "lse-square-best": {"lse_square_scale": 0.3, "example_weight": torch.rand(3, 4), "alpha": math.inf, "reduction": "none"},
 }
 
 
@@ -140,6 +143,7 @@ def test_layouts(regime, layout):
 def test_inplace(regime):
     logits, target, options = data((2, 3, 20, (3,)), torch.float32, "smoothed")
     for level in ("example", "position"):
+        options["lse_square_scale"] = 0.3 if level == "position" else 0.0
         expected = result_of(iw.iw_cross_entropy, logits, target, 2, level=level, **options)
         leaf = logits.clone().requires_grad_()
         model = leaf * 1

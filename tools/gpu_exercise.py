@@ -215,6 +215,10 @@ LOSSES = [
     (2, 2, 1000, 40, {"alpha": 0.5}),
     (64, 1, 65536, 1, {}),
     (1, 5000, 3, 1, {}),
+    (8, 37, 256, 1, {"lse_square_scale": 0.1}),
+    (8, 2, 4096, 1, {"lse_square_scale": 0.1, "label_smoothing": 0.1}),
+    (8, 2, 20011, 1, {"lse_square_scale": 0.1}),
+    (2, 3, 17, 9, {"lse_square_scale": 0.1}),
 ]
 TRITON_LOSSES = [(4, 160, 6000, 1, {})]  # more examples than multiprocessors, each too large to be held: read twice by one program
 

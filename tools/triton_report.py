@@ -219,6 +219,9 @@ def loss_cases() -> dict:
         "ones-loss": call(1, 1, 1, kind="all"),
         "ones-positions": call(1, 1, 1, (2,), kind="probabilities"),
         "ones-reread": call(1, 200, 40001, reduction="none"),
+        "lse-square": call(8, 256, 1000, lse_square_scale=1e-4),
+        "lse-square-split": call(4, 4, 8000, (17,), kind="all", lse_square_scale=1e-4),
+        "lse-square-reread": call(4, 160, 6000, lse_square_scale=1e-4),
         "best": call(4, 8, 10, alpha=float("inf"), reduction="none"),
         "mean": call(4, 8, 10, alpha=0.0, reduction="sum"),
     }

@@ -136,7 +136,7 @@ void run(const LossArguments<T, A>& a) {
     torch::stable::parallel_for(0, positions, grain,
                                 [&](int64_t first, int64_t last) { IWSGD_ISA_CALL(statistics, a, c, stats, first, last); });
     IWSGD_ISA_CALL(join_positions, a, outer, stats, 0, units);
-    IWSGD_ISA_CALL(weigh, a, 0, units);
+    IWSGD_ISA_CALL(weigh, a, stats, 0, units);
     if (a.dlogits != nullptr)
       torch::stable::parallel_for(
           0, positions, grain, [&](int64_t first, int64_t last) { IWSGD_ISA_CALL(gradients, a, c, gradient_scale, stats, first, last); });
@@ -150,7 +150,8 @@ void run(const LossArguments<T, A>& a) {
   for (int64_t unit = 0; unit < units; ++unit) {
     const double example = a.example_weight != nullptr ? a.example_weight[a.per_position ? unit / a.positions_each : unit] : 1.0;
     const double outer = example * terms.outer[unit] * scale;
-    const double of_unit = unit_cost<double>(outer, a.bound[unit]);
+    double of_unit = unit_cost<double>(outer, a.bound[unit]);
+    if (a.lse_square_scale != A(0)) of_unit += scale * a.lse_square_share() * std::fabs(example) * a.outer[unit];
     a.outer[unit] = static_cast<A>(outer);
     if (a.reduction == Reduction::none) a.loss[unit] = static_cast<A>(of_unit);
     loss += of_unit;

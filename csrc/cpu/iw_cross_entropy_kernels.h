@@ -63,11 +63,17 @@ inline bool has_soft_target(const LossArguments<T, A>& a) {
   return a.probabilities != nullptr || a.smoothing > 0;
 }
 
+// Of a row, where vlog() is of the lanes of a panel.
+inline float vlog(float x) { return std::log(x); }
+inline double vlog(double x) { return std::log(x); }
+
 // What exp(z - max) is multiplied by in the gradient of a row, or of the lanes of a panel. weight: the importance weight over the
-// denominator, times the example weight.
-template <class V>
-inline V row_factor(V weight, V c, V sum) {
-  return weight * c / sum;
+// denominator, times the example weight; given: the weights of example and position.
+template <class T, class A, class V>
+inline V row_factor(const LossArguments<T, A>& a, V weight, V c, V given, A scale, V most, V sum) {
+  if (a.lse_square_scale == A(0)) return weight * c / sum;
+  const V pull = (2 * a.lse_square_share() * scale) * (given < V{} ? -given : given) * (most + vlog(sum));
+  return (weight * c + pull) / sum;
 }
 
 // Calls body(i, n) for the vectors of a row: classes i .. i + L, of which n are there.
@@ -187,10 +193,30 @@ inline void store_lanes(A* p, vec<A> v, int64_t n) {
   for (int64_t j = 0; j < n; ++j) p[j] = v[j];
 }
 
+// Of each unit the sum of |m| lse^2 over its rows that are not ignored. It stands in a.outer until the loss is added up.
 template <class T, class A>
-void weigh(const LossArguments<T, A>& a, int64_t first, int64_t last) {
+void add_squares(const LossArguments<T, A>& a, const Statistics<A>& stats, int64_t first, int64_t last) {
+  const int64_t each = a.shares_weights() ? a.positions_each : 1;
+  for (int64_t unit = first; unit < last; ++unit) {
+    double sum = 0;
+    for (int64_t p = unit * each; p < (unit + 1) * each; ++p) {
+      if (a.ignored(p)) continue;
+      double squares = 0;
+      for (int64_t s = 0; s < a.S; ++s) {
+        const A lse = stats.max[stats.at(s, p)] + std::log(stats.sum[stats.at(s, p)]);
+        squares += static_cast<double>(lse) * lse;
+      }
+      sum += std::fabs(a.position_weight_of(p)) * squares;
+    }
+    a.outer[unit] = static_cast<A>(sum);
+  }
+}
+
+template <class T, class A>
+void weigh(const LossArguments<T, A>& a, const Statistics<A>& stats, int64_t first, int64_t last) {
   using V = vec<A>;
   constexpr int64_t L = lanes<A>;
+  if (a.lse_square_scale != A(0)) add_squares(a, stats, first, last);
   if (a.alpha != 1.0) {
     for (int64_t unit = first; unit < last; ++unit) weigh_unit(a, unit);
     return;
@@ -227,7 +253,7 @@ void solve_rows(const LossArguments<T, A>& a, const A* c, const A* outer, A scal
     const RowBlock<A> next{p, p + count, stats};
     row_pass(a, c, scale, next, gradient ? now : RowBlock<A>{});
     if (joint) join_positions(a, outer, stats, unit, stop);
-    weigh(a, unit, stop);
+    weigh(a, stats, unit, stop);
     now = next, unit = stop;
   }
 }
@@ -254,12 +280,12 @@ void solve_panels(const LossArguments<T, A>& a, const A* c, const A* outer, A sc
       const Panel<T, A> panel(a, c, p, stop);
       stop = unit + panel.n;
       for (int64_t s = 0; s < a.S; ++s) panel_statistics(a, panel, stats, s, kept + s * tile);
-      weigh(a, unit, stop);
+      weigh(a, stats, unit, stop);
       for (int64_t s = 0; gradient && s < a.S; ++s) panel_gradient(a, panel, scale, stats, s, kept + s * tile);
     } else {
       statistics(a, c, stats, p, p + count);
       if (joint) join_positions(a, outer, stats, unit, stop);
-      weigh(a, unit, stop);
+      weigh(a, stats, unit, stop);
       if (gradient) gradients(a, c, scale, stats, p, p + count);
     }
     unit = stop;

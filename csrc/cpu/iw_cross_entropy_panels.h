@@ -133,7 +133,9 @@ void panel_gradient(const LossArguments<T, A>& a, const Panel<T, A>& panel, A sc
   const A* w = a.weights + s * a.units();
   const V weight = a.shares_weights() ? splat<V>(w[panel.first / a.positions_each]) : load_some(w + panel.first, panel.n, A(0));
   const V k = weight * splat<V>(scale) * load(panel.example_weight), of_label = k * load(panel.hot);
-  const V factor = row_factor(k, load(panel.c), panel.lanes_of(stats.sum + stats.at(s, panel.first)));
+  const int64_t at = stats.at(s, panel.first);
+  const V factor = row_factor(a, k, load(panel.c), load(panel.example_weight) * load(panel.weight), scale, panel.lanes_of(stats.max + at),
+                              panel.lanes_of(stats.sum + at));
   for (int64_t i = 0; i < a.C; ++i) store(tile + i * L, load(tile + i * L) * factor - masked<A>(panel.at_label(i), of_label));
   if (has_soft_target(a))
     for (int64_t i = 0; i < a.C; ++i)

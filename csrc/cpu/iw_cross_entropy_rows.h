@@ -203,13 +203,13 @@ Softmax<A> row_gradient(const LossArguments<T, A>& a, const A* c, A scale, const
   T* dz = a.drow(s, p);
   const Target<A> target = target_of(a, c, p);
   const A w = a.weight(s, p);
-  if (target.ignored || w == A(0)) {  // a row of no weight is finite: NaN would have made the weight NaN
+  if (target.ignored || (w == A(0) && a.lse_square_scale == A(0))) {  // a row of no weight is finite: NaN would have made the weight NaN
     std::fill(dz, dz + a.C, T{});
     return row_softmax<T, A>(other);
   }
   const T* z = a.row(s, p);
-  const A most = stats.max[stats.at(s, p)], outside = w * scale * a.example_weight_of(p), k = outside * target.weight;
-  const A factor = row_factor(outside, target.c, stats.sum[stats.at(s, p)]);
+  const A most = stats.max[stats.at(s, p)], example = a.example_weight_of(p), outside = w * scale * example, k = outside * target.weight;
+  const A factor = row_factor(a, outside, target.c, example * target.weight, scale, most, stats.sum[stats.at(s, p)]);
   A at_label = A(0);
   if (target.label >= 0) {  // before dz, which may be the same memory, is written
     at_label = vexp(splat<V>(to_acc(z[target.label]) - most))[0] * factor - k * target.hot;

@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kPlainThreads)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kPlainThreads)
+__global__ void __launch_bounds__(kPlainThreads, kRowBlocks<T>)
     iw_cross_entropy_weights_kernel(const __grid_constant__ Arguments<T> a, const __grid_constant__ Work<T> work, int lanes) {
   loss_weights(this_block(), a, work, lanes);
 }

@@ -73,7 +73,8 @@ IWSGD_HD void loss_cluster(const Block& block, const LossArguments<T, A>& a, con
   A* l = sum + S;  // then the weights
   A* c = l + S;    // []
   char* held = block.shared() + plan.rows_at;
-  double loss = 0;
+  double* loss = scale - 1;  // of the first thread: in each thread's registers it would leave too few for the rows
+  if (block.thread() == 0) *loss = 0;
 
   const auto row_in_memory = [&](int s, int64_t unit) { return a.logits + (s * a.B * a.row_stride + unit * a.lane_stride() + from); };
   const auto row_in_shared = [&](int s) { return reinterpret_cast<T*>(held + s * plan.row_bytes); };  // granule j at j * V
@@ -181,14 +182,15 @@ IWSGD_HD void loss_cluster(const Block& block, const LossArguments<T, A>& a, con
         l[s] = w;
       };
       const A bound = weigh_unit(block, static_cast<A>(a.alpha), S, block.thread(), kWarpLanes, true, [&](int s) { return l[s]; }, put);
-      if (rank == 0 && block.thread() == 0) loss += finish_unit(a, unit, bound, *c, *scale);
+      const auto lse = [&](int s) { return log_sum_exp(max[s], sum[s]); };
+      const A squares = unit_squares(block, a, unit, block.thread(), kWarpLanes, rank == 0, lse);
+      if (rank == 0 && block.thread() == 0) *loss += finish_unit(a, unit, bound, *c, squares, *scale);
     }
     block.sync();
 
     const ClusterPlace writer(block, plan);
     for (int s = writer.team; s < S; s += teams) {
-      const A upstream = static_cast<A>(*scale) * a.example_weight_of(unit);
-      const RowFactors<A> factors = row_factors(target.ignored, l[s], upstream, *c, sum[s]);
+      const RowFactors<A> factors = row_factors(a, unit, target.ignored, l[s], *scale, *c, max[s], sum[s]);
       const RowGradient<kSoft, A> gradient(mine, max[s], factors);
       const Granules<T> granules(row_in_memory(s, unit), n), nexts(row_in_memory(s, next), n);
       const T* const next_row = row_in_memory(s, next) - nexts.before;
@@ -196,7 +198,7 @@ IWSGD_HD void loss_cluster(const Block& block, const LossArguments<T, A>& a, con
       T* const dz = a.dlogits + (s * a.B * a.drow_stride + unit * a.dlane_stride() + from - granules.before);
       const int next_count = next_label != kNone ? nexts.count : 0;
       // Granules of the gradient, too, unless it lies otherwise in memory.
-      const bool alike = a.dlogits != nullptr && !factors.zero && reinterpret_cast<uintptr_t>(dz) % 16 == 0;
+      const bool writes = a.dlogits != nullptr && !factors.zero, alike = writes && reinterpret_cast<uintptr_t>(dz) % 16 == 0;
       if (a.dlogits != nullptr && factors.zero) zero_row(dz + granules.before, 1, n, writer.lane, plan.lanes);
       int j = granules.begin(writer.lane, plan.lanes);
       IWSGD_UNROLL_BY(1)
@@ -207,7 +209,7 @@ IWSGD_HD void loss_cluster(const Block& block, const LossArguments<T, A>& a, con
       }
       const auto finish = [&](int which) {  // one element at a time
         const int first = which * V - granules.before;
-        if (a.dlogits != nullptr && !factors.zero) {
+        if (writes) {
           IWSGD_UNROLL_BY(1)
           for (int i = first < 0 ? 0 : first; i < first + V && i < n; ++i)
             dz[granules.before + i] = gradient.of(i, here[granules.before + i]);
@@ -221,7 +223,7 @@ IWSGD_HD void loss_cluster(const Block& block, const LossArguments<T, A>& a, con
     label = next_label;
   }
   // A block may end before the others: what is pushed to it has come, as it has waited for the parts of each of its units.
-  if (work.losses != nullptr && rank == 0 && block.thread() == 0) work.losses[cluster] = loss;
+  if (work.losses != nullptr && rank == 0 && block.thread() == 0) work.losses[cluster] = *loss;
 }
 
 }  // namespace iwsgd

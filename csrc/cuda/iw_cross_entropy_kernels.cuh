@@ -109,12 +109,30 @@ IWSGD_HD A weigh_unit(const Block& block, A alpha, int S, int lane, int lanes, b
   return single ? most : most + log1p(excess / samples) / alpha;
 }
 
-// Writes what one unit is to the loss, and returns it. outer: its weight, before example weight and denominator.
+// The sum of |m| lse^2 over the rows of a unit of one position, from lse(s); 0 without lse_square_scale.
+template <class T, class A, class Block, class Lse>
+IWSGD_HD A unit_squares(const Block& block, const LossArguments<T, A>& a, int64_t position, int lane, int lanes, bool there,
+                        const Lse& lse) {
+  A sum = A(0);
+  if (a.lse_square_scale == A(0)) return sum;
+  if (there && !a.ignored(position)) {
+    for (int s = lane; s < a.S; s += lanes) sum += lse(s) * lse(s);
+    sum *= std::fabs(a.position_weight_of(position));
+  }
+  for (int bits = 1; bits < lanes; bits *= 2) sum += block.swap(sum, bits);
+  return sum;
+}
+
+// Writes what one unit is to the loss, and returns it. outer: its weight, before example weight and denominator; squares: of unit_squares.
 template <class T, class A>
-IWSGD_HD double finish_unit(const LossArguments<T, A>& a, int64_t unit, A bound, A outer, double scale) {
-  if (a.example_weight != nullptr) outer *= a.example_weight[a.per_position && a.positions_each != 1 ? unit / a.positions_each : unit];
+IWSGD_HD double finish_unit(const LossArguments<T, A>& a, int64_t unit, A bound, A outer, A squares, double scale) {
+  if (a.example_weight != nullptr) {
+    const A example = a.example_weight[a.per_position && a.positions_each != 1 ? unit / a.positions_each : unit];
+    outer *= example, squares *= std::fabs(example);
+  }
   const A weight = static_cast<A>(outer * scale);
-  const A loss = unit_cost(weight, bound);
+  A loss = unit_cost(weight, bound);
+  if (a.lse_square_scale != A(0)) loss += a.lse_square_share() * squares * static_cast<A>(scale);
   a.bound[unit] = bound;
   a.outer[unit] = weight;
   if (a.reduction == Reduction::none) a.loss[unit] = loss;
@@ -274,8 +292,10 @@ IWSGD_HD void loss_tile(const Block& block, const LossArguments<T, A>& a, const 
         a.weights[s * units + unit] = w;
         l[s * n + j] = w;
       };
+      const auto lse = [&](int s) { return log_sum_exp(max[s * n + j], sum[s * n + j]); };
       const A bound = weigh_unit(block, static_cast<A>(a.alpha), S, weigh_lane, plan.weigh_lanes, j < count, likelihood, put);
-      if (j < count && weigh_lane == 0) loss += finish_unit(a, unit, bound, c[j], *scale);
+      const A squares = unit_squares(block, a, unit, weigh_lane, plan.weigh_lanes, j < count, lse);
+      if (j < count && weigh_lane == 0) loss += finish_unit(a, unit, bound, c[j], squares, *scale);
     }
     block.sync();
 
@@ -285,8 +305,7 @@ IWSGD_HD void loss_tile(const Block& block, const LossArguments<T, A>& a, const 
         for (TileRow row(block, plan); row.r < rows; row.next(plan)) {
           if (row.j >= count) continue;
           const RowTarget<A> target = row_target<false>(a, first + row.j);
-          const A upstream = static_cast<A>(*scale) * a.example_weight_of(first + row.j);
-          const RowFactors<A> factors = row_factors(target.ignored, l[row.r], upstream, c[row.j], sum[row.r]);
+          const RowFactors<A> factors = row_factors(a, first + row.j, target.ignored, l[row.r], *scale, c[row.j], max[row.r], sum[row.r]);
           T* const dz = gradient_at(row.s, row.j);
           if (factors.zero) {
             zero_row<kSpace>(dz, 1, C, row.lane, plan.lanes);
@@ -393,6 +412,7 @@ IWSGD_HD void loss_parts(const Block& block, const LossArguments<T, A>& a, const
 // The weights of units of one position.
 template <class T, class A, class Block>
 IWSGD_HD void loss_weights(const Block& block, const LossArguments<T, A>& a, const LossWork<A>& work, int lanes) {
+  const Slice<T, A> slice(a, work);
   double* scratch = reinterpret_cast<double*>(block.shared());
   double* scale = scratch + kScratchBytes / 8 - 1;
   find_scale(block, a, work, scratch, scale);
@@ -406,7 +426,10 @@ IWSGD_HD void loss_weights(const Block& block, const LossArguments<T, A>& a, con
     const A bound = weigh_unit(
         block, static_cast<A>(a.alpha), static_cast<int>(a.S), lane, lanes, there, [&](int s) { return a.log_p[s * units + unit]; },
         [&](int s, A w) { a.weights[s * units + unit] = w; });
-    if (there && lane == 0) loss += finish_unit(a, unit, bound, work.c[i], *scale);
+    const A squares = unit_squares(block, a, unit, lane, lanes, there, [&](int s) {
+      return log_sum_exp(work.max[s * slice.positions + i], work.sum[s * slice.positions + i]);
+    });
+    if (there && lane == 0) loss += finish_unit(a, unit, bound, work.c[i], squares, *scale);
   }
   if (work.losses == nullptr) return;
   loss = block_sum(block, loss, scratch);
@@ -446,12 +469,25 @@ IWSGD_HD void loss_join(const Block& block, const LossArguments<T, A>& a, const 
       l = block_sum(block, l, scratch);
       if (block.thread() == 0) a.log_p[s * a.B + unit] = static_cast<A>(unit_log_likelihood<double>(l, *shared_outer));
     }
+    double squares = 0;  // of |m| lse^2
+    if (a.lse_square_scale != A(0)) {
+      for (int64_t t = block.thread(); t < slice.each; t += block.threads()) {
+        if (a.ignored(slice.first + from + t)) continue;
+        double its = 0;
+        for (int64_t s = 0; s < a.S; ++s) {
+          const A lse = log_sum_exp(work.max[s * slice.positions + from + t], work.sum[s * slice.positions + from + t]);
+          its += static_cast<double>(lse) * lse;
+        }
+        squares += std::fabs(a.position_weight_of(slice.first + from + t)) * its;
+      }
+      squares = block_sum(block, squares, scratch);
+    }
     block.sync();
     if (block.thread() < 32) {
       const A bound = weigh_unit(
           block, static_cast<A>(a.alpha), static_cast<int>(a.S), block.thread(), 32, true, [&](int s) { return a.log_p[s * a.B + unit]; },
           [&](int s, A w) { a.weights[s * a.B + unit] = w; });
-      if (block.thread() == 0) loss += finish_unit(a, unit, bound, static_cast<A>(*shared_outer), *scale);
+      if (block.thread() == 0) loss += finish_unit(a, unit, bound, static_cast<A>(*shared_outer), static_cast<A>(squares), *scale);
     }
   }
   if (work.losses != nullptr && block.thread() == 0) work.losses[block.index()] = loss;
@@ -469,8 +505,7 @@ IWSGD_HD void loss_gradient(const Block& block, const LossArguments<T, A>& a, co
     const int64_t r = work.parts == 1 ? q : q / work.parts, s = r / slice.positions, i = r - s * slice.positions, p = slice.first + i;
     const Part<A> part(work, a.C, q - r * work.parts);
     const RowTarget<A> target = row_target<false>(a, p).from(part.first);
-    const A upstream = static_cast<A>(*scale) * a.example_weight_of(p);
-    const RowFactors<A> factors = row_factors(target.ignored, a.weight(s, p), upstream, work.c[i], work.sum[r]);
+    const RowFactors<A> factors = row_factors(a, p, target.ignored, a.weight(s, p), *scale, work.c[i], work.max[r], work.sum[r]);
     T* const dz = a.drow(s, p) + part.first * a.dclass_stride;
     if (factors.zero) {
       zero_row(dz, a.dclass_stride, part.classes, lane, lanes);

@@ -252,18 +252,20 @@ IWSGD_HD void loss_registers(const Block& block, const LossArguments<T, float>& 
         RowSlot* const its = slots(at) + row_0;  // row s at s * groups
         const float* const l = likelihoods(at) + row_0;
         const float c = there ? outer(at)[row_0] : 0.f;
-        const float upstream = there ? static_cast<float>(*scale) * a.example_weight_of(unit) : 0.f;
+        // Before put writes over the sums.
+        const float squares = unit_squares(block, a, unit, weigh_lane, weigh_lanes, there,
+                                           [&](int s) { return log_sum_exp(its[s * at.groups].max, its[s * at.groups].factor); });
         const auto put = [&](int s, float w) {
           RowSlot& slot = its[s * at.groups];
           a.log_p[s * units + unit] = l[s * at.groups];
           a.weights[s * units + unit] = w;
-          const RowFactors<float> factors = row_factors(slot.label < 0, w, upstream, c, slot.factor);
+          const RowFactors<float> factors = row_factors(a, unit, slot.label < 0, w, *scale, c, slot.max, slot.factor);
           if (factors.zero) slot.label = -1;
           slot.factor = factors.factor, slot.own = factors.factor * slot.own - factors.weight * c;
         };
         const float bound =
             weigh_unit(block, static_cast<float>(a.alpha), S, weigh_lane, weigh_lanes, there, [&](int s) { return l[s * at.groups]; }, put);
-        if (there && weigh_lane == 0) loss += finish_unit(a, unit, bound, c, *scale);
+        if (there && weigh_lane == 0) loss += finish_unit(a, unit, bound, c, squares, *scale);
       }
     }
     sync_team(block, plan.warps == 1);

@@ -236,12 +236,21 @@ struct RowFactors {
   A factor, weight;
 };
 
-// w: the importance weight of the row; upstream: 1 over the denominator, times the example weight; c and sum: the row's.
 template <class A>
-IWSGD_HD RowFactors<A> row_factors(bool ignored, A w, A upstream, A c, A sum) {
-  const A weight = w * upstream;
+IWSGD_HD A log_sum_exp(A max, A sum) {
+  return max + log(sum);
+}
+
+// Of a row of this position: w, its importance weight; scale, 1 over the denominator; c, max and sum.
+template <class T, class A>
+IWSGD_HD RowFactors<A> row_factors(const LossArguments<T, A>& a, int64_t position, bool ignored, A w, double scale, A c, A max, A sum) {
+  const A example = a.example_weight_of(position), weight = w * static_cast<A>(scale) * example;
+  A pull = weight * c;  // of the softmax
+  if (a.lse_square_scale != A(0))
+    pull +=
+        A(2) * a.lse_square_share() * static_cast<A>(scale) * std::fabs(example * a.position_weight_of(position)) * log_sum_exp(max, sum);
   // Of weight 0 zeros, whatever the logits are: NaN would have made the weight NaN.
-  return {ignored || w == A(0), weight * c * fast_reciprocal(sum), weight};
+  return {ignored || (w == A(0) && a.lse_square_scale == A(0)), pull * fast_reciprocal(sum), weight};
 }
 
 template <bool kSoft, class A>

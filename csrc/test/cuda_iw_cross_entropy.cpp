@@ -14,9 +14,11 @@ void sizes() {
         device.registers = k.device.shared_per_block == grouped.shared_per_block ? 1 << 16 : 0;  // the last one's
         k.device = device;
         run<float>(k), run<bf16>(k);
-        k.smoothing = 0.125, k.class_weight = true;
+        k.smoothing = 0.125, k.class_weight = true, k.lse_square_scale = 0.3;
         run<float>(k);
         k.smoothing = 0, k.class_weight = false;
+        if (C % 5 == 0) run<bf16>(k);
+        k.lse_square_scale = 0;
       }
     }
   Case most{5, 9, 10, 1};  // the likeliest sample alone has the weight
@@ -61,6 +63,7 @@ void clusters() {
         k.device.shared_per_block = cluster_with(shape, ranks).shared_bytes;
         k.device.shared_per_multiprocessor = 2 * (k.device.shared_per_block + 1024);
         if (soft) k.smoothing = 0.1, k.class_weight = true, k.in_place = true;
+        if (C % 2 == 1) k.lse_square_scale = 0.3;
         const int before = counts.clusters;
         run<bf16>(k);
         CHECK((counts.clusters > before) == !tile_plan(shape, k.device).use, k);
@@ -85,7 +88,7 @@ void registers() {
       const int before = counts.registers;
       run<bf16>(k);
       CHECK(counts.registers > before, k, "not in registers");
-      k.resident_blocks = 4 - k.resident_blocks;
+      k.resident_blocks = 4 - k.resident_blocks, k.lse_square_scale = 0.3;
       k.reduction = S % 2 == 1 ? Reduction::sum : Reduction::none, k.class_weight = k.example_weight = true, k.alpha = 0.5,
       k.in_place = true;
       run<fp16>(k);
@@ -115,7 +118,7 @@ void parts() {
         k.device = {2, 300, 600, 100}, k.device.registers = 0, k.device.part_bytes = 64;
         k.offset = option, k.class_weight = option == 1, k.smoothing = option == 2 ? 0.1 : 0, k.probabilities = option == 2,
         k.per_position = option == 1;
-        k.layout = option == 2 ? kPadded : kClassLast, k.in_place = option == 1;
+        k.layout = option == 2 ? kPadded : kClassLast, k.in_place = option == 1, k.lse_square_scale = option == 1 ? 0 : 0.3;
         const int before = counts.parts;
         run_all(k);
         CHECK(counts.parts > before, k, "not in parts");
@@ -136,7 +139,7 @@ void options() {
     k.apart = k.apart && !k.in_place;
     k.per_position = coin(), k.probabilities = random.below(3) == 0, k.class_weight = coin(), k.example_weight = random.below(3) == 0;
     k.position_weight = random.below(3) == 0, k.normalizer = random.below(4) == 0;
-    k.smoothing = coin() ? 0 : 0.1;
+    k.smoothing = coin() ? 0 : 0.1, k.lse_square_scale = coin() ? 0 : 0.3;
     k.alpha = k.S == 1 ? 1 : alphas[random.below(9)];
     k.reduction = static_cast<Reduction>(random.below(3));
     k.special = random.below(3) > 0 ? kOrdinary : static_cast<Special>(random.below(5));

@@ -122,7 +122,7 @@ struct Case {
   int offset = 0;  // elements from alignment; one more for the gradient where `apart`
   bool apart = false, in_place = false, gradient = true, per_position = false;
   bool probabilities = false, class_weight = false, example_weight = false, position_weight = false, normalizer = false;
-  double smoothing = 0, alpha = 1;
+  double smoothing = 0, lse_square_scale = 0, alpha = 1;
   Reduction reduction = Reduction::mean;
   Special special = kOrdinary;
   Signs signs = kPositive;
@@ -133,10 +133,10 @@ struct Case {
 inline std::ostream& operator<<(std::ostream& out, const Case& k) {
   return out << "S " << k.S << " B " << k.B << " C " << k.C << " T " << k.T << " layout " << k.layout << " offset " << k.offset << k.apart
              << " in place " << k.in_place << " position " << k.per_position << " probabilities " << k.probabilities << " weights "
-             << k.class_weight << k.example_weight << k.position_weight << k.normalizer << " smoothing " << k.smoothing << " alpha "
-             << k.alpha << " reduction " << static_cast<int>(k.reduction) << " special " << k.special << " signs " << k.signs << " shared "
-             << k.device.shared_per_block << " ranks " << k.device.most_ranks << " resident " << k.resident_blocks << ' '
-             << k.resident_clusters << ": ";
+             << k.class_weight << k.example_weight << k.position_weight << k.normalizer << " smoothing " << k.smoothing << " lse "
+             << k.lse_square_scale << " alpha " << k.alpha << " reduction " << static_cast<int>(k.reduction) << " special " << k.special
+             << " signs " << k.signs << " shared " << k.device.shared_per_block << " ranks " << k.device.most_ranks << " resident "
+             << k.resident_blocks << ' ' << k.resident_clusters << ": ";
 }
 
 template <class A>
@@ -211,7 +211,7 @@ class Problem {
     a.labels = k_.probabilities ? nullptr : labels.data();
     a.probabilities = k_.probabilities ? probabilities.data() : nullptr;
     a.ignore_index = -100;
-    a.smoothing = static_cast<A>(k_.smoothing);
+    a.smoothing = static_cast<A>(k_.smoothing), a.lse_square_scale = static_cast<A>(k_.lse_square_scale);
     a.class_weight = k_.class_weight ? class_weight.data() : nullptr;
     a.example_weight = k_.example_weight ? example_weight.data() : nullptr;
     a.position_weight = k_.position_weight ? position_weight.data() : nullptr;
@@ -268,7 +268,7 @@ template <class T>
 void Problem<T>::compare(const Results<A>& got) const {
   const int64_t S = k_.S, C = k_.C, P = k_.B * k_.T, each = k_.per_position ? 1 : k_.T, units = k_.per_position ? P : k_.B;
   const Wide eps = std::numeric_limits<A>::epsilon();
-  std::vector<Wide> log_p(S * P * C), u(S * P), c(P), d(P);
+  std::vector<Wide> log_p(S * P * C), u(S * P), c(P), d(P), lse(S * P);
   const auto counted = [&](int64_t p) { return k_.probabilities || labels[p] != -100; };
   const auto qv = [&](int64_t p, int64_t i) {
     const A q = k_.probabilities ? probabilities[(p / k_.T * C + i) * k_.T + p % k_.T] : A(labels[p] == i);
@@ -285,6 +285,7 @@ void Problem<T>::compare(const Results<A>& got) const {
       Wide most = -std::numeric_limits<Wide>::infinity(), sum = 0;
       for (int64_t i = 0; i < C; ++i) most = std::fmax(most, Wide(to_acc(logits[index(s, p, i)])));
       for (int64_t i = 0; i < C; ++i) sum += std::exp(to_acc(logits[index(s, p, i)]) - most);
+      lse[s * P + p] = most + std::log(sum);
       for (int64_t i = 0; i < C; ++i) {
         const Wide x = log_p[(s * P + p) * C + i] = to_acc(logits[index(s, p, i)]) - most - std::log(sum);
         if (k_.probabilities || k_.smoothing > 0 || labels[p] == i) u[s * P + p] += qv(p, i) * x;
@@ -322,7 +323,16 @@ void Problem<T>::compare(const Results<A>& got) const {
       }
     }
     const Wide example = k_.example_weight ? example_weight[unit * each / std::max<int64_t>(k_.T, 1)] : 1.0;
-    const Wide weight = outer * example * scale, of_unit = weight == 0 && !std::isnan(bound) ? 0 : -weight * bound;
+    // Of a row, by what lse^2 comes into the loss.
+    const auto strength = [&](int64_t p) {
+      const Wide m = k_.position_weight ? position_weight[p] : A(1);
+      return counted(p) ? static_cast<Wide>(k_.lse_square_scale) / static_cast<Wide>(S) * std::abs(example * m) * scale : 0;
+    };
+    Wide penalty = 0;
+    for (int64_t p = unit * each; p < (unit + 1) * each; ++p)
+      for (int64_t s = 0; s < S; ++s)
+        if (strength(p) != 0) penalty += strength(p) * lse[s * P + p] * lse[s * P + p];
+    const Wide weight = outer * example * scale, of_unit = (weight == 0 && !std::isnan(bound) ? 0 : -weight * bound) + penalty;
     Wide size = 1, whole = 0;
     for (int64_t p = unit * each; p < (unit + 1) * each; ++p) whole += std::abs(c[p]);
     for (Wide x : l) size = std::isfinite(x) ? std::max<Wide>(size, std::abs(x)) : size;
@@ -336,17 +346,19 @@ void Problem<T>::compare(const Results<A>& got) const {
     CHECK(near(got.bound[unit], bound, 8 * eps, 8 * eps * size), k_, "bound ", unit, ": ", got.bound[unit], " ", bound);
     CHECK(near(got.outer[unit], weight, 32 * eps, 0), k_, "outer ", unit, ": ", got.outer[unit], " ", weight);
     if (k_.reduction == Reduction::none)
-      CHECK(near(got.loss[unit], of_unit, 40 * eps, 8 * eps * size * std::abs(weight)), k_, "loss ", unit, ": ", got.loss[unit], " ",
-            of_unit);
+      CHECK(near(got.loss[unit], of_unit, 40 * eps, 8 * eps * size * std::abs(weight) + 40 * eps * std::abs(penalty)), k_, "loss ", unit,
+            ": ", got.loss[unit], " ", of_unit);
     loss += of_unit;
-    losses += std::isfinite(of_unit) ? std::abs(of_unit) : 0;
+    losses += std::isfinite(of_unit) ? std::abs(of_unit) + 2 * std::abs(penalty) : 0;
     for (int64_t p = unit * each; p < (unit + 1) * each; ++p)
       for (int64_t s = 0; s < S; ++s)
         for (int64_t i = 0; i < C; ++i) {
           Wide g = 0;
           if (counted(p) && w[s] != 0) g = w[s] * scale * example * (c[p] * std::exp(log_p[(s * P + p) * C + i]) - qv(p, i));
+          const Wide pull = 2 * strength(p) * lse[s * P + p];
+          if (strength(p) != 0) g += pull * std::exp(log_p[(s * P + p) * C + i]);
           gradient[index(s, p, i)] = g;
-          if (std::isfinite(g)) most_gradient = std::max(most_gradient, std::abs(w[s] * scale * example * c[p]));
+          if (std::isfinite(g)) most_gradient = std::max(most_gradient, std::abs(w[s] * scale * example * c[p]) + std::abs(pull));
         }
   }
   if (k_.reduction != Reduction::none)

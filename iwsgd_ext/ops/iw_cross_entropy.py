@@ -64,7 +64,7 @@ class _IWCrossEntropy(torch.autograd.Function):
         need_gradient = ctx.needs_input_grad[0]
         # A view that autograd tracks could not be unpacked after a change in place. Compilers see to that themselves, and torch 2.13's
         # inductor reads behind logits with gaps that are detached and changed (test_compile_loss.py).
-        rows = _with_positions(logits if torch.compiler.is_compiling() else logits.detach())
+        rows = with_positions(logits if torch.compiler.is_compiling() else logits.detach())
         if inplace and need_gradient and not backend.is_exporting():
             results, dlogits = backend.op("iw_cross_entropy_", logits.device)(rows, *a), rows
             torch.autograd.graph.increment_version(logits)
@@ -141,7 +141,7 @@ class _NoSecondDerivative(torch.autograd.Function):
         )
 
 
-def _with_positions(logits: Tensor) -> Tensor:
+def with_positions(logits: Tensor) -> Tensor:
     """[S*B, C, T] with T = 1 where there are no positions; a view where the strides allow."""
     return logits.unsqueeze(2) if logits.dim() == 2 else logits.flatten(2) if logits.dim() > 3 else logits
 
@@ -153,6 +153,7 @@ class Options(TypedDict, total=False):
     ignore_index: int
     reduction: Reduction
     label_smoothing: float
+    lse_square_scale: float
     alpha: float
     level: Level
     example_weight: Tensor | None
@@ -182,6 +183,7 @@ def iw_cross_entropy(
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
+    lse_square_scale: float = 0.0,
     alpha: float = 1.0,
     level: Level = "example",
     example_weight: Tensor | None = None,
@@ -223,6 +225,9 @@ def iw_cross_entropy(
         ignore_index: class index of positions that do not count. Their logits get a gradient of exactly 0.
         reduction: "mean" (divided by the sum of d), "sum", or "none" ([B], or [B, d1, ...] at level "position").
         label_smoothing: e in [0, 1]: q becomes (1 - e) q + e / C.
+        lse_square_scale: k >= 0, z-loss: k/S sum_s lse[s, t]^2, lse = log sum_c exp(logits), is added to the loss of every position that
+            is not ignored, times the size of its ``example_weight``, before the division by N. It keeps logits small, outside of the
+            importance weights and of the statistics; class weights play no part. With ``process_group`` it must be 0.
         alpha: 1 is IWSGD; 0 the plain mean over samples (eq 9, 10: multi-sample dropout); inf the best sample; in between, and
             above, a temperature on the likelihoods.
         level: "example" or "position", what has importance weights of its own.
@@ -260,6 +265,7 @@ def iw_cross_entropy(
         ignore_index=ignore_index,
         reduction=reduction,
         label_smoothing=label_smoothing,
+        lse_square_scale=lse_square_scale,
         alpha=alpha,
         level=level,
         example_weight=example_weight,
@@ -268,6 +274,9 @@ def iw_cross_entropy(
     samples, acc = a.samples, torch.promote_types(logits.dtype, torch.float32)
     if inplace:
         check_inplace(logits)
+    if process_group is not None:
+        instead = "0 with a process_group (add the squares of torch.logsumexp(logits, 1) to the loss)"
+        check(lse_square_scale == 0, "lse_square_scale", instead, lse_square_scale)
     # NOTE [float16 gradients]
     # dlogits is made in forward, before the upstream gradient is known. Over a large denominator float16 would lose it (below 6e-8),
     # and a loss scale in the upstream gradient could not bring it back: so the denominator is left to backward too.
@@ -282,7 +291,7 @@ def iw_cross_entropy(
         check(process_group is None and not inplace, "inplace, process_group", "neither inside of torch.func's transforms", "one")
         if a.target.dtype == torch.int64 and a.target.device.type == "cpu":
             reference.check_labels(transforms.plain(a.target).flatten(0, -2), a.ignore_index, logits.shape[1])
-        loss, *statistics, _ = reference.iw_cross_entropy(_with_positions(logits), *a, False)
+        loss, *statistics, _ = reference.iw_cross_entropy(with_positions(logits), *a, False)
         log_p, w, bound, outer = (v.detach() for v in statistics)
     else:
         loss, log_p, w, bound, outer, _ = backend.apply(_IWCrossEntropy, given, a, inplace, process_group)
@@ -297,10 +306,22 @@ def iw_cross_entropy(
 
 
 def arguments_of(
-    logits, target, samples, *, weight, ignore_index, reduction, label_smoothing, alpha, level, example_weight, normalizer
+    logits,
+    target,
+    samples,
+    *,
+    weight,
+    ignore_index,
+    reduction,
+    label_smoothing,
+    lse_square_scale,
+    alpha,
+    level,
+    example_weight,
+    normalizer,
 ) -> LossArguments:
     """The op's arguments of what a user gave to :func:`iw_cross_entropy`, checked and in the precision of the loss."""
-    check_loss_options(ignore_index, reduction, label_smoothing, alpha, level)
+    check_loss_options(ignore_index, reduction, label_smoothing, lse_square_scale, alpha, level)
     samples = as_samples(samples)
     check(normalizer is None or reduction == "mean", "normalizer", "None unless reduction is 'mean'", f"one with {reduction!r}")
     check_logits(logits, target, samples)
@@ -332,6 +353,7 @@ def arguments_of(
         normalizer=normalizer,
         ignore_index=int(ignore_index),
         smoothing=float(label_smoothing),
+        lse_square_scale=float(lse_square_scale),
         alpha=float(alpha),
         per_position=level == "position",
         reduction=REDUCTIONS.index(reduction),

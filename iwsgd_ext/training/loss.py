@@ -6,11 +6,12 @@ from torch import Tensor
 
 from .. import reference
 from ..checks import as_arguments, check_loss_options
-from ..ops.iw_cross_entropy import Level, Reduction, arguments_of, denominator_of, iw_cross_entropy, position_weights_of
+from ..ops.iw_cross_entropy import Level, Reduction, arguments_of, denominator_of, iw_cross_entropy, position_weights_of, with_positions
+from ..reference import LossArguments
 from ..stats import IWStats
 from .likelihood import _IWLoss
 
-_OP_OPTIONS = ("ignore_index", "reduction", "label_smoothing", "alpha", "level")
+_OP_OPTIONS = ("ignore_index", "reduction", "label_smoothing", "lse_square_scale", "alpha", "level")
 _OPTIONS = (*_OP_OPTIONS, "inplace", "process_group", "return_stats")
 
 
@@ -43,6 +44,7 @@ class IWCrossEntropyLoss(_IWLoss):
         ignore_index: int = -100,
         reduction: Reduction = "mean",
         label_smoothing: float = 0.0,
+        lse_square_scale: float = 0.0,
         alpha: float = 1.0,
         level: Level = "example",
         inplace: bool = False,
@@ -54,6 +56,7 @@ class IWCrossEntropyLoss(_IWLoss):
         self.ignore_index = ignore_index
         self.reduction = reduction
         self.label_smoothing = label_smoothing
+        self.lse_square_scale = lse_square_scale
         self.level = level
         self.inplace = inplace
         self.process_group = process_group
@@ -61,7 +64,7 @@ class IWCrossEntropyLoss(_IWLoss):
 
     def check_options(self) -> None:
         super().check_options()
-        check_loss_options(self.ignore_index, self.reduction, self.label_smoothing, self.alpha, self.level)
+        check_loss_options(self.ignore_index, self.reduction, self.label_smoothing, self.lse_square_scale, self.alpha, self.level)
 
     def forward(
         self, logits: Tensor, target: Tensor, *, example_weight: Tensor | None = None, normalizer: float | Tensor | None = None
@@ -76,7 +79,8 @@ class IWCrossEntropyLoss(_IWLoss):
         return self._tell(*iw_cross_entropy(logits, target, samples, **(options | {"return_stats": True})))
 
     def log_likelihood(self, outputs: Tensor, targets: Any, samples: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What the loss is made of: loss = -sum(outer * L) / denominator with L the bound of log_p (see :func:`iw_logmeanexp`).
+        """What the loss is made of: loss = -sum(outer * L) / denominator with L the bound of log_p (see :func:`iw_logmeanexp`). Where
+        there is a ``lse_square_scale``, :meth:`penalty` / denominator is added, the mean of it over passes of equal K.
 
         Args:
             outputs: logits [K*B, C, ...]; log_p has one derivative with respect to them.
@@ -91,14 +95,28 @@ class IWCrossEntropyLoss(_IWLoss):
         args, named = as_arguments(targets)
         return self._log_likelihood(outputs, samples, *args, **named)
 
+    def penalty(self, outputs: Tensor, targets: Any, samples: int) -> Tensor:
+        """What ``lse_square_scale`` adds to the loss before the denominator, []: the sum of lse_square_scale / K |example weight| lse^2
+        over the rows that are not ignored. In plain torch.
+
+        Args:
+            outputs, targets, samples: as :meth:`log_likelihood` takes them.
+        """
+        args, named = as_arguments(targets)
+        lse, strength = reference.log_sum_exp(with_positions(outputs), self._arguments(outputs, samples, *args, **named)[0])
+        return (strength * lse.square()).sum() / samples
+
+    def _arguments(self, logits, samples, target, *, example_weight=None, normalizer=None) -> tuple[LossArguments, dict[str, Any]]:
+        """The op's arguments, and the options that they are made of."""
+        options = {name: getattr(self, name) for name in _OP_OPTIONS} | {"weight": self.weight}
+        return arguments_of(logits, target, samples, example_weight=example_weight, normalizer=normalizer, **options), options
+
     def _log_likelihood(self, logits, samples, target, *, example_weight=None, normalizer=None):
-        options = {name: getattr(self, name) for name in _OP_OPTIONS}
-        a = arguments_of(logits, target, samples, weight=self.weight, example_weight=example_weight, normalizer=normalizer, **options)
+        a, options = self._arguments(logits, samples, target, example_weight=example_weight, normalizer=normalizer)
         samples, of_positions = a.samples, example_weight if a.position_weight is not None else None
         rows, of_positions = (None if x is None else x.expand(samples, *x.shape).flatten(0, 1) for x in (target, of_positions))
         # Every row for itself, as an example with one sample: its cost is -outer * log p.
-        options |= {"reduction": "none"}
-        cost = iw_cross_entropy(logits, rows, 1, weight=self.weight, example_weight=of_positions, **options)
+        cost = iw_cross_entropy(logits, rows, 1, example_weight=of_positions, **(options | {"reduction": "none", "lse_square_scale": 0.0}))
         c, counted = position_weights_of(a, cost.dtype)
         if not a.per_position and self.samples > 1 and self.alpha != 0:
             reference.check_signs(c)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from itertools import accumulate
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -152,6 +152,12 @@ def backward(
         loss_fn = copy(loss_fn)
         loss_fn.samples = samples
     step = _Step(model, loss_fn, inputs, targets, samples, strategy, seed, first_example, grad_scale)
+    check(
+        strategy != "resampled" or not step.penalised,
+        "lse_square_scale",
+        "0 with strategy='resampled', which goes backward through the kept samples alone ('batched', 'streamed' and 'loop' take it)",
+        getattr(loss_fn, "lse_square_scale", 0),
+    )
     fused = strategy == "batched" and type(loss_fn) is IWCrossEntropyLoss
     if fused:
         loss, stats = step.fused()
@@ -193,12 +199,20 @@ def _check_loss(loss_fn: Any) -> None:
         check(group is None, "loss_fn", "process_group=None (samples over ranks: call the loss inside iw.sampling(sample_ids=...))", group)
 
 
+class Pass(NamedTuple):
+    """One forward under some of the noise samples."""
+
+    log_p: Tensor  # [K, units]
+    penalty: Tensor | None  # []: its part of what the loss has outside of the bound
+
+
 class _Step:
     """One call of ``backward``: its arguments, the passes, and the strategies that are made of these."""
 
     def __init__(self, model, loss_fn, inputs, targets, samples: int, strategy: str, seed, first_example, grad_scale):
         self.model, self.loss_fn, self.inputs, self.targets, self.samples = model, loss_fn, as_arguments(inputs), targets, samples
         self.strategy, self.first_example, self.grad_scale = strategy, first_example, grad_scale
+        self.penalised = isinstance(loss_fn, IWCrossEntropyLoss) and loss_fn.lse_square_scale > 0
         self.given = [v for v in tree_leaves((self.inputs, targets)) if isinstance(v, Tensor) and not v.is_inference()]
         self.versions = [v._version for v in self.given]
         # one seed for all passes
@@ -216,9 +230,10 @@ class _Step:
         with context:
             return self.model(*args, **named)
 
-    def log_likelihood(self, samples: int, ids: Tensor | None = None) -> Tensor:
-        """log_p [K, units] of one pass. Keeps outer weight and denominator, which are the same for every pass."""
-        terms = self.loss_fn.log_likelihood(self.outputs(samples, ids), self.targets, samples)
+    def log_likelihood(self, samples: int, ids: Tensor | None = None) -> Pass:
+        """One pass. Outer weight and denominator, the same for every pass, are kept."""
+        outputs = self.outputs(samples, ids)
+        terms = self.loss_fn.log_likelihood(outputs, self.targets, samples)
         if not isinstance(terms, tuple) or len(terms) != 3:
             raise TypeError(f"loss_fn: expected log_likelihood to return (log_p, outer weight, denominator), got {type(terms).__name__}")
         log_p, outer, denominator = terms
@@ -226,10 +241,13 @@ class _Step:
             got = f"{tuple(log_p.shape)} and {tuple(outer.shape)}"
             raise ValueError(f"loss_fn: expected log_likelihood to return log_p [{samples}, units] and outer weight [units], got {got}")
         self.outer, self.denominator = outer.detach(), torch.as_tensor(denominator, dtype=log_p.dtype, device=log_p.device).detach()
-        return log_p
+        if not self.penalised:
+            return Pass(log_p, None)
+        part = self.loss_fn.penalty(outputs, self.targets, samples) * (samples / self.samples)
+        return Pass(log_p, part * reference.reciprocal(self.denominator))
 
-    def first_pass(self, start: int, chunk: int, copies: "Buffers") -> Tensor:
-        """log_p of the samples from ``start`` on. First passes run in the samples' order, and write the model's buffers.
+    def first_pass(self, start: int, chunk: int, copies: "Buffers") -> Pass:
+        """The samples from ``start`` on. First passes, in the samples' order, write the model's buffers.
 
         A BatchNorm with joint statistics is before all noise here, so that it gets the same rows in each pass: only the first pass writes
         its buffers, as one pass over all samples would.
@@ -237,10 +255,10 @@ class _Step:
         self.states.append(RandomState(self.device))
         joint = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and not isinstance(m, _PerSample)]
         with copies.used(joint) if start else self.batch_norm_watched():
-            log_p = self.log_likelihood(*self.samples_from(start, chunk))
+            result = self.log_likelihood(*self.samples_from(start, chunk))
         if [v._version for v in self.given] != self.versions:
             raise ValueError(f"inputs: strategy={self.strategy!r} reads them again, but the model or the loss changes them in place")
-        return log_p
+        return result
 
     def samples_from(self, start: int, chunk: int) -> tuple[int, Tensor]:
         """(number of the samples from ``start`` on, at most ``chunk``; their ids)."""
@@ -277,12 +295,15 @@ class _Step:
             for hook in hooks:
                 hook.remove()
 
-    def terms(self, log_p: Tensor) -> tuple[Tensor, Tensor, IWStats]:
-        """(loss [], its derivative with respect to log_p [S, units], the statistics)."""
+    def terms(self, passes: Sequence[Pass]) -> tuple[Tensor, Tensor, IWStats]:
+        """Of all samples: loss [], its derivative with respect to log_p [S, units], and the statistics."""
+        log_p = torch.cat([p.log_p.detach() for p in passes])
         alpha = getattr(self.loss_fn, "alpha", 1.0)
         bound, weights = reference.logmeanexp(log_p, alpha), reference.importance_weights(log_p, alpha)
         outer = self.outer * reference.reciprocal(self.denominator)
         loss = reference.costs(outer, bound).sum()
+        if self.penalised:
+            loss = loss + torch.stack([p.penalty.detach() for p in passes]).sum()
         shape = _unit_shape(self.loss_fn, *as_arguments(self.targets)) if type(self.loss_fn) is IWCrossEntropyLoss else bound.shape
         return loss, -outer * weights, IWStats(*(v.unflatten(-1, shape) for v in (log_p, weights, bound, outer != 0)))
 
@@ -293,6 +314,15 @@ class _Step:
         if isinstance(scale, Tensor):
             scale = scale.detach().reshape(()).to(gradient.dtype)
         return gradient if scale is None else gradient * scale
+
+    def go_backward(self, passes: Sequence[Pass], gradients: Sequence[Tensor]) -> None:
+        """From log-likelihoods, with their gradients before ``grad_scale``, and from penalties."""
+        pairs = [(p.log_p, self.scaled(g)) for p, g in zip(passes, gradients, strict=True)]
+        pairs += [(p.penalty, self.scaled(torch.ones_like(p.penalty))) for p in passes if p.penalty is not None]
+        if self.strategy in ("loop", "streamed"):  # a sample may leave out all that depends on a parameter (layer drop)
+            pairs = [pair for pair in pairs if pair[0].requires_grad]
+        if pairs:
+            torch.autograd.backward(*zip(*pairs, strict=True))
 
     # Strategies: (loss, statistics)
 
@@ -309,16 +339,16 @@ class _Step:
         return loss.detach(), stats
 
     def batched(self) -> tuple[Tensor, IWStats]:
-        log_p = self.log_likelihood(self.samples)
-        loss, dlog_p, stats = self.terms(log_p.detach())
-        log_p.backward(self.scaled(dlog_p))
+        result = self.log_likelihood(self.samples)
+        loss, dlog_p, stats = self.terms([result])
+        self.go_backward([result], [dlog_p])
         return loss, stats
 
     def loop(self) -> tuple[Tensor, IWStats]:
         copies = Buffers(self.model)
-        log_p = [self.first_pass(s, 1, copies) for s in range(self.samples)]
-        loss, dlog_p, stats = self.terms(torch.cat(log_p).detach())
-        _backward(log_p, self.scaled(dlog_p).split(1))
+        passes = [self.first_pass(s, 1, copies) for s in range(self.samples)]
+        loss, dlog_p, stats = self.terms(passes)
+        self.go_backward(passes, dlog_p.split(1))
         return loss, stats
 
     def streamed(self, chunk: int) -> tuple[Tensor, IWStats]:
@@ -327,15 +357,16 @@ class _Step:
         no_sync = getattr(self.model, "no_sync", nullcontext)  # DistributedDataParallel's: ranks add gradients once, in the last backward
         *starts, last = range(0, self.samples, chunk)
         with torch.no_grad():
-            log_p = [self.first_pass(start, chunk, copies) for start in starts]
+            passes = [self.first_pass(start, chunk, copies) for start in starts]
         torch.clear_autocast_cache()  # where torch has not pytorch#165068: casts of weights that were made without a graph
         with no_sync():
-            of_last = self.first_pass(last, chunk, copies)  # with its graph, so that it needs no replay
-            loss, dlog_p, stats = self.terms(torch.cat([*log_p, of_last.detach()]))
-            *gradients, gradient = self.scaled(dlog_p).split(chunk)
-            *counts, last_counts = torch.stack([(d != 0).any() for d in dlog_p.split(chunk)]).tolist()  # the one wait for the device
+            of_last = self.first_pass(last, chunk, copies)  # with its graph: it need not be replayed
+            loss, dlog_p, stats = self.terms([*passes, of_last])
+            *gradients, gradient = dlog_p.split(chunk)
+            counts = torch.stack([(d != 0).any() | self.penalised for d in dlog_p.split(chunk)])
+            *counts, last_counts = counts.tolist()  # the one wait for the device
             if last_counts or not any(counts):
-                _backward([of_last], [gradient])
+                self.go_backward([of_last], [gradient])
             del of_last
         if no_sync is not nullcontext:
             counts[-1] = True
@@ -346,7 +377,7 @@ class _Step:
                 for i in replays:
                     self.states[i].restore()
                     with nullcontext() if i == replays[-1] else no_sync():
-                        _backward([self.log_likelihood(*self.samples_from(starts[i], chunk))], [gradients[i]])
+                        self.go_backward([self.log_likelihood(*self.samples_from(starts[i], chunk))], [gradients[i]])
         finally:
             after.restore()
         leaves.pass_on()
@@ -355,21 +386,21 @@ class _Step:
     def resampled(self, chunk: int, keep: int) -> tuple[Tensor, IWStats]:
         copies = Buffers(self.model)
         with torch.no_grad():
-            log_p = torch.cat([self.first_pass(start, chunk, copies) for start in range(0, self.samples, chunk)])
+            passes = [self.first_pass(start, chunk, copies) for start in range(0, self.samples, chunk)]
         torch.clear_autocast_cache()  # where torch has not pytorch#165068: casts of weights that were made without a graph
         if not self.states[0].is_current():
             raise ValueError(
                 "strategy='resampled': the model drew torch's random numbers, which a second pass cannot draw again; see iw.audit"
             )
-        loss, dlog_p, stats = self.terms(log_p)
+        loss, dlog_p, stats = self.terms(passes)
         if stats.bound.dim() > 1:
             raise ValueError("strategy='resampled': expected a loss of level='example', as an example keeps one noise sample whole")
-        first, ids = log_p, self.drawn(stats.weights, keep)
+        ids = self.drawn(stats.weights, keep)
         with copies.used():
-            log_p = self.log_likelihood(keep, ids)
-        self.check_kept(first, log_p.detach(), ids)
-        # dlog_p summed over s is -outer, as the weights sum to 1; NaN in them stays NaN in the gradient.
-        log_p.backward(self.scaled(dlog_p.sum(0) / keep).expand_as(log_p))
+            kept = self.log_likelihood(keep, ids)
+        self.check_kept(stats.log_p, kept.log_p.detach(), ids)
+        # The sum over s of w is 1, or NaN where it should be seen.
+        self.go_backward([kept], [(dlog_p.sum(0) / keep).expand_as(kept.log_p)])
         return loss, stats
 
     def check_kept(self, first: Tensor, kept: Tensor, ids: Tensor) -> None:
@@ -400,13 +431,6 @@ class _Step:
 
 
 _kept_alike: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models that were seen to treat each row by itself
-
-
-def _backward(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-    """Goes backward from the outputs that depend on a parameter: those of a sample may not (layer drop)."""
-    pairs = [(y, g) for y, g in zip(outputs, gradients, strict=True) if y.requires_grad]
-    if pairs:
-        torch.autograd.backward(*zip(*pairs, strict=True))
 
 
 def _unit_shape(loss_fn: IWCrossEntropyLoss, args: tuple, named: dict) -> tuple[int, ...]:

@@ -53,6 +53,7 @@ def loss_and_terms(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    lse_square_scale: float = 0.0,
     alpha: float = 1.0,
     level: str = "example",
     example_weight: Tensor | None = None,
@@ -60,7 +61,7 @@ def loss_and_terms(
     upstream: float | Tensor = 1.0,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Naive, float]:
-    """Also the largest of the terms c p and q v whose difference is dlogits: its rounding stays where they cancel."""
+    """Also the largest of the terms c p, q v and 2 lse p whose sum is dlogits: its rounding stays where they cancel."""
 
     def number(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.detach().cpu().to(dtype)
@@ -73,18 +74,23 @@ def loss_and_terms(
     v = torch.ones(classes, dtype=dtype) if weight is None else weight
     zero = torch.zeros((), dtype=dtype)
 
-    units, denominator = [], zero  # units: (outer weight, [l of each sample])
+    units, denominator = [], zero  # units: (outer weight, [l of each sample], what is added to outer * L)
+    most_penalty = 0.0  # of a row's derivative
     for b in range(batch):
         e = example_weight[b] if example_weight is not None and example_weight.dim() == 1 else zero + 1
-        u_of_example, c_of_example, counted = [zero] * samples, zero, 0
+        u_of_example, c_of_example, penalty_of_example, counted = [zero] * samples, zero, zero, 0
         for t in range(positions):
             m = example_weight[b].flatten()[t] if example_weight is not None and example_weight.dim() > 1 else zero + 1
             labels = not target.is_floating_point()
             y = int(target[b].flatten()[t]) if labels else None
             if labels and y == ignore_index:
-                u, c, d = [zero] * samples, zero, zero
+                u, c, d, penalty = [zero] * samples, zero, zero, zero
             else:
                 counted += 1
+                lse = [torch.logsumexp(rows[(s * batch + b) * positions + t], 0) for s in range(samples)]
+                strength = abs(e) * abs(m) * lse_square_scale / samples
+                penalty = sum(strength * x**2 for x in lse) if lse_square_scale else zero
+                most_penalty = max([most_penalty, *(float(2 * strength * x.detach().abs()) for x in lse)])
                 log_p = [torch.log_softmax(rows[(s * batch + b) * positions + t], 0) for s in range(samples)]
                 if labels and label_smoothing == 0:  # not a sum over classes: 0 * log 0 is not meant
                     c = d = m * v[y]
@@ -96,12 +102,12 @@ def loss_and_terms(
                     u = [(qv * l).sum() for l in log_p]
             denominator = denominator + e * d
             if level == "position":
-                units.append((e * c, [u_s / c if c != 0 else u_s for u_s in u]))
+                units.append((e * c, [u_s / c if c != 0 else u_s for u_s in u], penalty))
             u_of_example = [a + u_s for a, u_s in zip(u_of_example, u, strict=True)]
-            c_of_example = c_of_example + c
+            c_of_example, penalty_of_example = c_of_example + c, penalty_of_example + penalty
         if level == "example":
             cbar = c_of_example / max(counted, 1)
-            units.append((e * cbar, [u_s / cbar if cbar != 0 else u_s for u_s in u_of_example]))
+            units.append((e * cbar, [u_s / cbar if cbar != 0 else u_s for u_s in u_of_example], penalty_of_example))
 
     given = denominator if normalizer is None else torch.as_tensor(normalizer).cpu().to(dtype).reshape(())
     n = given if reduction == "mean" else zero + 1
@@ -109,20 +115,21 @@ def loss_and_terms(
     if not units:
         empty = torch.zeros(samples, *unit_shape, dtype=dtype)
         return Naive(empty[0] if reduction == "none" else zero, empty, empty, empty[0], torch.zeros_like(z)), 0.0
-    bounds = torch.stack([bound_of(l, alpha) for _, l in units])
-    outer = torch.stack([c for c, _ in units])
-    costs = (-outer * bounds / n if n != 0 else 0 * bounds) + z[:0].sum()  # so that there is a gradient where nothing counts
+    bounds = torch.stack([bound_of(l, alpha) for _, l, _ in units])
+    outer, penalties = torch.stack([c for c, _, _ in units]), torch.stack([penalty for _, _, penalty in units])
+    costs = ((penalties - outer * bounds) / n if n != 0 else 0 * bounds) + z[:0].sum()  # so that there is a gradient where nothing counts
     loss = costs if reduction == "none" else costs.sum()
     upstream = number(torch.as_tensor(upstream)).expand(unit_shape if reduction == "none" else ()).reshape(loss.shape)
     (dlogits,) = torch.autograd.grad((loss * upstream).sum(), z)
     result = Naive(
         loss.detach().reshape(unit_shape if reduction == "none" else ()),
-        torch.stack([torch.stack(l) for _, l in units], 1).detach().reshape(samples, *unit_shape),
-        torch.stack([torch.stack(weights_of(l, alpha)) for _, l in units], 1).detach().reshape(samples, *unit_shape),
+        torch.stack([torch.stack(l) for _, l, _ in units], 1).detach().reshape(samples, *unit_shape),
+        torch.stack([torch.stack(weights_of(l, alpha)) for _, l, _ in units], 1).detach().reshape(samples, *unit_shape),
         bounds.detach().reshape(unit_shape),
         dlogits,
     )
-    return result, (upstream * outer / n).abs().max().item() if n != 0 else 0.0
+    terms = (upstream * outer).abs().max().item() + upstream.abs().max().item() * most_penalty
+    return result, terms / abs(n.item()) if n != 0 else 0.0
 
 
 def assert_within_budget(name: str, got: Tensor, exact: Tensor, rough: Tensor, amplified: float = 0.0, floor: float = 0.0) -> None:

@@ -68,7 +68,8 @@ def iw_cross_entropy_fwd_triton(
     loss = empty(units) if a.reduction == NONE else empty()
     denominators = empty(PARTIALS, dtype=torch.float64)
     inputs = {"logits": logits, "labels": target if has_labels else None, "probabilities": None if has_labels else target}
-    numbers = {"smoothing": float_bits(a.smoothing), "alpha": float_bits(max(a.alpha, LEAST_ALPHA[acc]))}
+    share = float_bits(a.lse_square_scale / samples) if a.lse_square_scale else None  # None: without the instructions for it
+    numbers = {"lse_square_share": share, "smoothing": float_bits(a.smoothing), "alpha": float_bits(max(a.alpha, LEAST_ALPHA[acc]))}
     results = {"dlogits": dlogits, "log_p": log_p, "weights": weights, "bound": bound, "outer": outer, "loss": loss}
     sizes = {"S": samples, "L": lanes, "T": T, "P": P, "B": B, "C": C, "C_units": C // align, "units": units, "groups": groups}
     forms = {"ACC": TYPES[acc], "SOFT": soft, "SHARED": shared, "MODE": alpha_mode(a.alpha)}
@@ -101,6 +102,9 @@ def _split(shape: Shape, values: dict, empty) -> Tensor:
     likelihoods = empty(S, P) if shape.shared else values["log_p"]
     losses, cs = empty(weigh.programs, dtype=torch.float64), empty(P)
     outers = empty(units) if shape.shared else cs
+    squares = empty(S, P) if values["lse_square_share"] is not None else None
+    unit_squares = empty(S, units) if squares is not None and shape.shared else squares
+    values |= {"squares": squares, "unit_squares": unit_squares}
     values |= {"tops": empty(S, P), "totals": empty(S, P), "likelihoods": likelihoods, "cs": cs, "outers": outers, "losses": losses}
     values |= {"lane_blocks": rows.lane_blocks, "class_blocks": rows.class_blocks, "BLOCK_L": rows.block_l, "BLOCK_C": rows.block_c}
     row_blocks = S * shape.groups * rows.lane_blocks

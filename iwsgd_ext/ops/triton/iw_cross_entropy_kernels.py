@@ -14,6 +14,7 @@ from .iw_cross_entropy_rows import (
     INFINITY,
     MEAN_ALPHA,
     cancelled,
+    example_weight_of,
     exp_below,
     factors_of,
     gradient_of,
@@ -22,24 +23,29 @@ from .iw_cross_entropy_rows import (
     row_statistics,
     scale_of,
     soft_of,
+    squares_of,
     target_of,
     unit_cost,
     unit_log_likelihood,
-    upstream_of,
     weigh,
 )
 from .launch import number, wide
 
-EXACT = ["smoothing", "alpha", "ignore_index"]  # arguments of which no value is special to the compiler
+EXACT = ["smoothing", "alpha", "lse_square_share", "ignore_index"]  # arguments of which no value is special to the compiler
 
 
 @triton.jit
-def finish_units(unit, there, bound, outer, scale, example_weight, T, bound_out, outer_out, loss_out, EACH: tl.constexpr):
-    """Writes what units [N] are to the loss, and returns it, float64. outer: before example weight and denominator."""
-    if example_weight is not None:
-        outer *= tl.load(example_weight + unit // T, there, 0.0)
-    weight = (outer * scale).to(bound.dtype)
+def finish_units(
+    unit, there, bound, outer, squares, scale, example_weight, T, lse_square_share, bound_out, outer_out, loss_out, EACH: tl.constexpr
+):  # fmt: skip
+    """Writes what units [N] are to the loss, and returns it, float64. outer: before example weight and denominator; squares: the sum of
+    :func:`squares_of`.
+    """
+    e = example_weight_of(example_weight, unit, T, there, bound.dtype)
+    weight = (outer * e * scale).to(bound.dtype)
     loss = unit_cost(weight, bound)
+    if lse_square_share is not None:
+        loss += (number(lse_square_share, bound.dtype) * squares * tl.abs(e) * scale).to(bound.dtype)
     tl.store(bound_out + unit, bound, there)
     tl.store(outer_out + unit, weight, there)
     if EACH:
@@ -135,6 +141,7 @@ def iw_cross_entropy_fwd_kernel(
     ignore_index,
     smoothing,
     alpha,
+    lse_square_share,  # lse_square_scale / S, or None
     ACC: tl.constexpr,
     SOFT: tl.constexpr,
     MODE: tl.constexpr,
@@ -190,11 +197,14 @@ def iw_cross_entropy_fwd_kernel(
         at = s.to(tl.int64)[:, None] * units + p[None, :]
         tl.store(log_p + at, l_unit, (s < S)[:, None] & there[None, :])
         tl.store(weights + at, w, (s < S)[:, None] & there[None, :])
-        total += finish_units(p, there, its_bound, its_c, scale, example_weight, T, bound, outer, loss, EACH)
+        its_squares = tl.sum(squares_of(m[None, :], top, row_total, inside, lse_square_share), 0)
+        total += finish_units(p, there, its_bound, its_c, its_squares, scale, example_weight, T, lse_square_share, bound, outer, loss, EACH)
 
         if dlogits is not None:
-            upstream = upstream_of(scale, example_weight, p, T, there, ACC)
-            factor, k, live = factors_of(w, upstream, its_c[None, :], m[None, :], top, row_total, counted[None, :])
+            e_unit = example_weight_of(example_weight, p, T, there, ACC)[None, :]
+            factor, k, live = factors_of(
+                w, scale.to(ACC), e_unit, its_c[None, :], m[None, :], top, row_total, counted[None, :], lse_square_share
+            )
             factor, k = tl.where(live, factor, 0.0), tl.where(live, k, 0.0)  # e is finite there, so that 0 * e is 0
             gradient = factor[:, :, None] * e
             if SOFT:
@@ -224,7 +234,7 @@ def iw_cross_entropy_fwd_kernel(
 def iw_cross_entropy_reread_kernel(
     logits, dlogits, labels, probabilities, class_weight, example_weight, position_weight, normalizer, denominators, log_p, weights,
     bound, outer, loss, losses, S, L, T, C_units, units, lane_blocks, tiles, sample_stride, group_stride, lane_stride, class_stride,
-    sample_dstride, group_dstride, lane_dstride, class_dstride, ignore_index, smoothing, alpha,
+    sample_dstride, group_dstride, lane_dstride, class_dstride, ignore_index, smoothing, alpha, lse_square_share,
     ACC: tl.constexpr, SOFT: tl.constexpr, MODE: tl.constexpr, MEAN: tl.constexpr, EACH: tl.constexpr, ALIGN: tl.constexpr,
     PARTIALS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -257,11 +267,14 @@ def iw_cross_entropy_reread_kernel(
         at = s.to(tl.int64) * units + p
         tl.store(log_p + at, l_unit, s < S)
         tl.store(weights + at, w, s < S)
-        total += finish_units(p, one == 0, its_bound, its_c, scale, example_weight, T, bound, outer, loss, EACH)
+        its_squares = tl.sum(squares_of(m, top, row_total, inside, lse_square_share), 0)
+        total += finish_units(
+            p, one == 0, its_bound, its_c, its_squares, scale, example_weight, T, lse_square_share, bound, outer, loss, EACH
+        )
 
         if dlogits is not None:
-            upstream = upstream_of(scale, example_weight, p, T, one == 0, ACC)
-            factor, k, live = factors_of(w, upstream, its_c, m, top, row_total, counted)
+            e_unit = example_weight_of(example_weight, p, T, one == 0, ACC)
+            factor, k, live = factors_of(w, scale.to(ACC), e_unit, its_c, m, top, row_total, counted, lse_square_share)
             drow = s.to(tl.int64) * wide(sample_dstride, ALIGN) + (g * wide(group_dstride, ALIGN) + l * wide(lane_dstride, ALIGN))
             for first in range(0, C, BLOCK_C):
                 c = first + tl.arange(0, BLOCK_C)
@@ -303,7 +316,9 @@ def iw_cross_entropy_statistics_kernel(
     totals,  # [S, P]
     likelihoods,  # [S, P]: u where units share positions, else l
     cs,  # [P]
+    squares,  # [S, P], or None: |m| lse^2 of a row
     L, groups, lane_blocks, T, P, C_units, sample_stride, group_stride, lane_stride, class_stride, ignore_index, smoothing,
+    lse_square_share,
     ACC: tl.constexpr, SOFT: tl.constexpr, SHARED: tl.constexpr, ALIGN: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     C = C_units * ALIGN
@@ -322,6 +337,8 @@ def iw_cross_entropy_statistics_kernel(
     tl.store(tops + s * P + p, top, there)
     tl.store(totals + s * P + p, total, there)
     tl.store(likelihoods + s * P + p, u, there)
+    if squares is not None:
+        tl.store(squares + s * P + p, squares_of(m, top, total, counted, lse_square_share), there)
     if s == 0:
         tl.store(cs + p, c, there)
 
@@ -331,18 +348,22 @@ def iw_cross_entropy_join_kernel(
     labels,
     likelihoods,  # u [S, B * T]
     cs,  # [B * T]
+    squares,  # [S, B * T], or None
     log_p,  # [S, B]
+    unit_squares,  # [S, B], or None
     outers,  # [B]: cbar
     S, B, T, ignore_index, ACC: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """An example's log-likelihood under one sample, from its positions."""
+    """An example's log-likelihood under one sample, and its sum of squares, from its positions."""
     s, b = (tl.program_id(0) // B).to(tl.int64), (tl.program_id(0) % B).to(tl.int64)
     u, c, counted = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
-    positive, negative = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int32)
+    positive, negative, squared = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.float64)
     for first in range(0, T, BLOCK):
         t = first + tl.arange(0, BLOCK)
         there = t < T
         u += tl.load(likelihoods + (s * B + b) * T + t, there, 0.0).to(tl.float64)
+        if squares is not None:
+            squared += tl.load(squares + (s * B + b) * T + t, there, 0.0).to(tl.float64)
         its_c = tl.load(cs + b * T + t, there, 0.0).to(tl.float64)
         c += its_c
         positive |= (its_c > 0).to(tl.int32)
@@ -357,6 +378,8 @@ def iw_cross_entropy_join_kernel(
     n, cbar = tl.sum(counted, 0), tl.sum(c, 0)
     cbar = tl.where(n > 0, cbar / tl.where(n > 0, n, 1.0), 0.0)
     tl.store(log_p + s * B + b, unit_log_likelihood(tl.sum(u, 0), cbar, tl.float64).to(ACC))
+    if squares is not None:
+        tl.store(unit_squares + s * B + b, tl.sum(squared, 0).to(ACC))
     if s == 0:
         tl.store(outers + b, cbar.to(ACC))
 
@@ -365,9 +388,10 @@ def iw_cross_entropy_join_kernel(
 def iw_cross_entropy_weights_kernel(
     log_p,  # [S, units]
     outers,  # [units], before example weight and denominator
+    unit_squares,  # [S, units], or None
     example_weight, normalizer, denominators, weights, bound, outer, loss, losses,
     S, T,  # T: units of an example
-    units, alpha,
+    units, alpha, lse_square_share,
     ACC: tl.constexpr, MODE: tl.constexpr, MEAN: tl.constexpr, EACH: tl.constexpr, PARTIALS: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):  # fmt: skip
@@ -379,7 +403,12 @@ def iw_cross_entropy_weights_kernel(
     w, its_bound = weigh(tl.load(log_p + at, mask, 0.0), s[:, None], S, alpha, ACC, MODE)
     tl.store(weights + at, w, mask)
     its_outer = tl.load(outers + unit, there, 0.0)
-    total = finish_units(unit, there, its_bound, its_outer, scale, example_weight, T, bound, outer, loss, EACH)
+    its_squares = tl.zeros_like(its_bound)
+    if unit_squares is not None:
+        its_squares = tl.sum(tl.load(unit_squares + at, mask, 0.0), 0)
+    total = finish_units(
+        unit, there, its_bound, its_outer, its_squares, scale, example_weight, T, lse_square_share, bound, outer, loss, EACH
+    )
     if not EACH:
         tl.store(losses + tl.program_id(0), tl.sum(total, 0))
 
@@ -390,7 +419,7 @@ def iw_cross_entropy_gradient_kernel(
     weights,  # [S, units]
     tops, totals, cs,
     L, groups, lane_blocks, class_blocks, T, P, C_units, units, sample_stride, group_stride, lane_stride, class_stride,
-    sample_dstride, group_dstride, lane_dstride, class_dstride, ignore_index, smoothing,
+    sample_dstride, group_dstride, lane_dstride, class_dstride, ignore_index, smoothing, lse_square_share,
     ACC: tl.constexpr, SOFT: tl.constexpr, SHARED: tl.constexpr, MEAN: tl.constexpr, ALIGN: tl.constexpr, PARTIALS: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -401,10 +430,10 @@ def iw_cross_entropy_gradient_kernel(
     there, p = l < L, g * L + l
     counted, label, hot, m = target_of(labels, class_weight, position_weight, p, there, C, ignore_index, smoothing, ACC)
     w = tl.load(weights + s * units + (p // T if SHARED else p), there, 0.0)
-    upstream = upstream_of(scale, example_weight, p, T, there, ACC)
+    e_unit = example_weight_of(example_weight, p, T, there, ACC)
     top = tl.load(tops + s * P + p, there, 0.0)
     total, its_c = tl.load(totals + s * P + p, there, 1.0), tl.load(cs + p, there, 0.0)
-    factor, k, live = factors_of(w, upstream, its_c, m, top, total, counted)
+    factor, k, live = factors_of(w, scale.to(ACC), e_unit, its_c, m, top, total, counted, lse_square_share)
 
     c = (tl.program_id(0) % class_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = counted[:, None] & (c < C)[None, :]

@@ -5,7 +5,7 @@ import math
 import triton
 import triton.language as tl
 
-from .launch import quotient
+from .launch import number, quotient
 
 MEAN_ALPHA, FINITE_ALPHA, BEST_ALPHA = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 INFINITY = tl.constexpr(float("inf"))
@@ -164,23 +164,38 @@ def gradient_of(e, factor, k, soft, hot, is_label, live, LABELS: tl.constexpr, S
 
 
 @triton.jit
-def upstream_of(scale, example_weight, p, T, there, ACC: tl.constexpr):
-    """1 over the denominator, times the example weight, of positions p."""
-    upstream = scale.to(ACC)
+def example_weight_of(example_weight, p, T, there, ACC: tl.constexpr):
+    """Of positions p [N]."""
+    e = tl.full(p.shape, 1.0, ACC)
     if example_weight is not None:
-        upstream *= tl.load(example_weight + p // T, there, 0.0)
-    return upstream
+        e = tl.load(example_weight + p // T, there, 0.0)
+    return e
 
 
 @triton.jit
-def factors_of(w, upstream, c, m, top, total, counted):
+def factors_of(w, scale, e, c, m, top, total, counted, lse_square_share):
     """Factor and k of the gradient of rows under importance weights w (:func:`gradient_of`), and where it is not zeros.
 
     Where all logits are -infinity the softmax is NaN, as torch's. Of weight 0 the gradient is zeros, whatever the logits are: NaN would
-    have made the weight NaN.
+    have made the weight NaN. scale: 1 over the denominator, in the precision of w.
     """
-    weight = w * upstream
-    return tl.where(top == -INFINITY, float("nan"), weight * c / total), weight * m, counted & (w != 0)
+    weight = w * scale * e
+    pull, live = weight * c, counted
+    if lse_square_share is not None:
+        pull += 2.0 * number(lse_square_share, w.dtype) * scale * tl.abs(e * m) * (top + tl.log(total))
+    else:
+        live = counted & (w != 0)
+    return tl.where(top == -INFINITY, float("nan"), pull / total), weight * m, live
+
+
+@triton.jit
+def squares_of(m, top, total, counted, lse_square_share):
+    """lse^2 of rows times the size of their position's weight; 0 where it is not wanted."""
+    squares = tl.zeros_like(top)
+    if lse_square_share is not None:
+        lse = top + tl.log(total)
+        squares = tl.where(counted, tl.abs(m) * lse * lse, 0.0)
+    return squares
 
 
 @triton.jit
