@@ -32,6 +32,7 @@ def test_every_public_name_has_an_example(name):
     assert thing.__doc__
     if name not in ("functional", "IWStats", "Audit"):  # a module of functions with examples, and what the examples of two functions return
         assert ">>> " in thing.__doc__
+    assert "Noh et al. 2017" in thing.__doc__, "where its equation is from"
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -9,10 +9,11 @@
 
 #include "common.cuh"
 #include "../iw_cross_entropy_op.h"
-#include "iw_cross_entropy_block.cuh"
+#include "block.cuh"
 #include "iw_cross_entropy_cluster.cuh"
 #include "iw_cross_entropy_registers.h"
 #include "iw_cross_entropy_scale.cuh"
+#include "iw_cross_entropy_slices.cuh"
 
 namespace iwsgd {
 namespace {

@@ -1,7 +1,7 @@
 // The importance weighted cross-entropy of units that fit into registers: a kernel for each form of iw_cross_entropy_launch.h. A file of
 // its own, so that its kernels compile beside the others.
 #include "common.cuh"
-#include "iw_cross_entropy_block.cuh"
+#include "block.cuh"
 #include "iw_cross_entropy_registers.cuh"
 #include "iw_cross_entropy_registers.h"
 

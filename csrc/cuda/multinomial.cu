@@ -2,7 +2,7 @@
 // addition. The kernel's body is in multinomial_kernels.cuh, which compiles for the host too.
 #include "common.cuh"
 #include "../multinomial_op.h"
-#include "iw_cross_entropy_block.cuh"
+#include "block.cuh"
 #include "multinomial_kernels.cuh"
 
 namespace iwsgd {

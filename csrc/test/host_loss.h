@@ -7,6 +7,7 @@
 
 #include "../cuda/iw_cross_entropy_cluster.cuh"
 #include "../cuda/iw_cross_entropy_registers.cuh"
+#include "../cuda/iw_cross_entropy_slices.cuh"
 #include "check.h"
 #include "host_block.h"
 

@@ -192,7 +192,7 @@ def iw_cross_entropy(
     process_group: Any = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, IWStats]:
-    r"""Importance weighted cross-entropy: the loss whose gradient weights S noise samples by their likelihoods.
+    r"""Importance weighted cross-entropy (Noh et al. 2017): the loss whose gradient weights S noise samples by their likelihoods.
 
     With the log-likelihood l[s, b] = log p(y_b | x_b, noise_s) of example b under noise sample s,
 

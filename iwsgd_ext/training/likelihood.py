@@ -14,7 +14,7 @@ from ..stats import IWStats
 
 
 def iw_logmeanexp(log_p: Tensor, samples: int, alpha: float = 1.0) -> Tensor:
-    """The bound of any likelihood: L[b] = (1/alpha) (logsumexp_s(alpha log_p[s, b]) - log S), eq 4.
+    """The bound of any likelihood: L[b] = (1/alpha) (logsumexp_s(alpha log_p[s, b]) - log S) (Noh et al. 2017, eq 4).
 
     Its gradient is the importance weights softmax_s(alpha log_p) (eq 8); plain torch, any number of derivatives.
 
@@ -95,7 +95,8 @@ class _IWLoss(nn.Module):
 
 
 class IWLoss(_IWLoss):
-    """Importance weighting around any criterion of torch with ``reduction="none"``: minus the mean over the batch of the bound.
+    """Importance weighting around any criterion of torch with ``reduction="none"``: minus the mean over the batch of the bound
+    (Noh et al. 2017, eq 4).
 
         log p(y_b | x_b, noise_s) = - sum over the elements of example b of criterion(output[s*B + b], target[b])
 

@@ -16,7 +16,7 @@ _OPTIONS = (*_OP_OPTIONS, "inplace", "process_group", "return_stats")
 
 
 class IWCrossEntropyLoss(_IWLoss):
-    """Importance weighted cross-entropy as a module; see :func:`iw_cross_entropy` for the formula and the options.
+    """Importance weighted cross-entropy (Noh et al. 2017, eq 4) as a module; see :func:`iw_cross_entropy` for the formula and the options.
 
     S is read off the rows: S*B in training, and B as a model in eval mode returns them, which are one sample's. Other numbers raise, and
     the loss's own mode plays no part.
