@@ -104,7 +104,8 @@ def cuda_toolkit(torch, cpp_extension) -> str | None:
 
 
 def refused(home: str, cpp_extension) -> str:
-    """What torch's build would stop at: an nvcc of another major version than torch's CUDA, a C++ compiler that the nvcc does not take."""
+    """The reason why torch's build would stop, or "": an nvcc of another major version than torch's CUDA, or a C++ compiler that the nvcc
+    does not take."""
     cpp_extension.CUDA_HOME = home  # torch looks for one only where it has CUDA itself
     compiler = cpp_extension.get_cxx_compiler()
     try:

@@ -1,4 +1,4 @@
-"""What S noise samples cost, with this library and without it.
+"""The cost of S noise samples, with this library and without it.
 
 python -m bench --quick                       a look, under 2 minutes on 2 cores
 python -m bench --out out/bench               everything; JSON, CSV, figures and an HTML report in out/bench

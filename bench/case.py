@@ -1,4 +1,4 @@
-"""What is measured: cases of work, and for each provider the variant that does it. One provider is the baseline of all ratios."""
+"""The things that are measured: cases of work, and for each provider the variant that does it. One provider is the baseline of all ratios."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -99,7 +99,7 @@ KEY = ("level", "op", "size", "work", "samples", "dtype", "device", "threads")  
 
 @dataclass(frozen=True)
 class Grid:
-    """What a run is to cover: sizes given by the user take the place of each module's own."""
+    """The scope of a run: sizes given by the user take the place of each module's own."""
 
     device: torch.device
     quick: bool = False

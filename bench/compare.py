@@ -1,4 +1,4 @@
-"""What changed between two runs, beyond their noise."""
+"""The differences between two runs, beyond their noise."""
 
 from typing import Any, NamedTuple
 

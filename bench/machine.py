@@ -17,7 +17,7 @@ PEERS = ("triton", "liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What a reader needs to judge and to repeat a measurement."""
+    """The facts that a reader needs to judge and to repeat a measurement."""
     info = iw.backend_info()
     about = {
         "date": time.strftime("%Y-%m-%d"),

@@ -49,7 +49,7 @@ class Timing:
 
 
 def drifted(at_start: float, at_end: float) -> str | None:
-    """Whether the machine changed during the run, in words, or None."""
+    """A sentence where the machine changed during the run, or None."""
     change = at_end / at_start
     if 1 / DRIFT <= change <= DRIFT:
         return None

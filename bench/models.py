@@ -16,7 +16,7 @@ def mlp(inputs: int, hidden: int, classes: int, p: float = 0.5) -> nn.Module:
 
 
 def head(features: int, classes: int, p: float = 0.5) -> nn.Module:
-    """What stands before the loss in most classifiers, alone."""
+    """The last layers of most classifiers, alone."""
     return nn.Sequential(nn.Dropout(p), nn.Linear(features, classes))
 
 

@@ -163,7 +163,7 @@ def variant_of(
 
 
 def of_backend(name: str, count: Count) -> Count | None:
-    """What a backend's kernels move. The reference makes its random numbers by many operations of torch, which nobody has counted."""
+    """The bytes that a backend's kernels move. The reference's are not known: it makes random numbers by many operations of torch."""
     return None if name == "reference" else count
 
 

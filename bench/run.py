@@ -38,7 +38,7 @@ FIELDS = (
 
 @dataclass(frozen=True)
 class Selection:
-    """What the user asked for; empty means everything. Names match where they contain a given word, upper and lower case alike."""
+    """The user's choice; empty means everything. Names match where they contain a given word, upper and lower case alike."""
 
     levels: tuple[str, ...] = ()
     ops: tuple[str, ...] = ()
@@ -64,7 +64,7 @@ def cases(grid: Grid, selection: Selection) -> list[Case]:
 
 @dataclass
 class Run:
-    """What a run has measured so far.
+    """The measurements of a run so far.
 
     Attributes:
         seconds: time given to each provider of a case, if it is not too slow for that.
@@ -178,7 +178,7 @@ class Run:
         return None
 
     def _in_time(self, provider: str) -> None:
-        """What is begun should end in time, also where it is a compiler."""
+        """A case that has begun should end in time, a compiled one too."""
         left = self.deadline - time.monotonic()
         if left <= 0:
             raise Skip(NO_TIME)

@@ -1,4 +1,4 @@
-// What the importance weighted cross-entropy computes and how its tensors are laid out. Plain C++17, no torch.
+// The importance weighted cross-entropy: its formulas, and the layout of its tensors. Plain C++17, no torch.
 //
 // logits [S*B, C, T], row s*B + b; a unit is what has importance weights of its own: an example, or a position of one.
 // For a position: u[s] = sum_c q[c] v[c] log p[s, c],  c = sum_c q[c] v[c],  d = v[y] (1 for probabilities); a position weight
@@ -82,7 +82,7 @@ IWSGD_HD A unit_log_likelihood(A u, A c) {
   return u == A(0) ? u : static_cast<A>(NAN);
 }
 
-// What a unit adds to the loss, its outer weight being over the denominator: 0, not 0 * infinity, where the weight is 0.
+// The term of a unit in the loss, its outer weight divided by the denominator: 0, not 0 * infinity, where the weight is 0.
 template <class A>
 IWSGD_HD A unit_cost(A outer, A bound) {
   return outer == A(0) && bound == bound ? A(0) : -outer * bound;
@@ -99,7 +99,7 @@ IWSGD_HD A below(A l, A most) {
 constexpr double kCancelled = 4.9e-324;
 IWSGD_HD double reciprocal(double denominator) { return denominator == 0 ? 0.0 : 1.0 / denominator; }
 
-// What is kept of every row between the steps. max and sum, for softmax = exp(z - max) / sum: [S, positions of a block], the
+// The numbers of every row that are kept between the steps. max and sum, for softmax = exp(z - max) / sum: [S, positions of a block], the
 // block beginning at position `first`. u: [S, ...] likewise, with its own beginning, because where the unit is the position it is
 // log_p itself.
 template <class A>

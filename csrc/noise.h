@@ -36,7 +36,7 @@ IWSGD_HD uint32_t keep_group(const RowAddress& row, uint32_t group, uint32_t thr
   return bits;
 }
 
-// What becomes of an element: scale * x + shift where it is kept, fill where it is dropped.
+// An element becomes scale * x + shift where it is kept, fill where it is dropped.
 struct Rule {
   uint32_t threshold;
   double scale, shift, fill;

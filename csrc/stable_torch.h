@@ -1,4 +1,4 @@
-// What the ops need of torch's stable ABI, under short names, and the dispatch over the floating-point types.
+// The parts of torch's stable ABI that the ops use, under short names, and the dispatch over the floating-point types.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -174,7 +174,7 @@ def print_table(console: Console, results: dict, times: dict, seeds: int) -> Non
 
 
 def compare(results: dict, ours: str, other: str) -> str:
-    """What is seen, in words: at which rates a method's test NLL and error are clearly under or over another's, paired over seeds."""
+    """The results in words: at which rates a method's test NLL and error are clearly under or over another's, paired over seeds."""
     parts = []
     for field, name in (("nll", "test NLL"), ("error", "test error")):
         where = {"lower": [], "higher": [], "not clearly different": []}

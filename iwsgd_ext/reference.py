@@ -1,4 +1,4 @@
-"""What the library computes, in plain PyTorch: the definition that every kernel is held to. Read this first.
+"""The library's computations in plain PyTorch: the definition that every kernel is tested against. Read this first.
 
 Notation, here and everywhere: B examples, S (or K, in one pass) noise samples, T positions, C classes. Expanded tensors are
 sample-major: row s*B + b is example b under noise sample s.
@@ -266,7 +266,7 @@ def multinomial(
 
 
 def _accumulated(dtype: torch.dtype) -> torch.dtype:
-    """What is computed in: float32, and float64 for float64."""
+    """The type of computations: float32, and float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -322,7 +322,7 @@ def costs(outer: Tensor, bound: Tensor) -> Tensor:
 
 
 def total_of(d: Tensor) -> Tensor:
-    """What a mean is divided by: the sum of d, and where terms that are not 0 add up to 0 the smallest number there is."""
+    """The denominator of a mean: the sum of d, or the smallest number there is where terms that are not 0 add up to 0."""
     total = d.sum()
     return torch.where((total == 0) & (d != 0).any(), 5e-324 if d.dtype == torch.float64 else 1.4e-45, total)
 

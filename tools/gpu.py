@@ -102,7 +102,7 @@ def cases_of(run: Run) -> Cases:
 
 
 def to_cases(run: Run) -> dict[str, str]:
-    """What makes tests and the exercise write down their cases: tools/gpu_cases.py."""
+    """Environment variables by which tests and the exercise write down their cases (tools/gpu_cases.py)."""
     return {"IWSGD_CASES": str(run.session.out / "cases.jsonl"), "IWSGD_STAGE": run.name}
 
 
@@ -123,7 +123,7 @@ def exercised(run: Run, before: Callable[[int], list], *words: object, **environ
 
 
 def judged(run: Run, ends: list[tuple[int, str] | Failed], why: list[str]) -> str:
-    """What the stage's cases and the ends of its processes come to; ``why``: what else failed."""
+    """The verdict on a stage by its cases and the ends of its processes; ``why``: other failures."""
     found = cases_of(run)
     run.session.facts[run.name] = {"passed": found.passed, "failures": found.failed, "skipped": found.skipped}
     why += sorted({str(end) for end in ends if isinstance(end, Failed)})
@@ -349,7 +349,8 @@ def profile(run: Run) -> str:
 
 
 def launches(output: str) -> list[dict]:
-    """What ncu --csv --page raw says: a header, a line of units, and a line for each launch, with commas in the numbers."""
+    """The launches in the output of ncu --csv --page raw, which has a header, a line of units, and a line for each launch, with commas in
+    the numbers."""
     rows = list(csv.reader(line for line in output.splitlines() if line.startswith('"')))
     if not rows or "Kernel Name" not in rows[0]:
         return []

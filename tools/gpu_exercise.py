@@ -271,7 +271,7 @@ def exercise_scale(cases: Cases, dtypes: list[torch.dtype]) -> None:
         cases.run(f"scale {dtype} shift {shift} by {factor}", work)
 
 
-# What each launches: of CUDA's kernels and of Triton's, which have the same names where they do the same.
+# The kernels that each launches: of CUDA's kernels and of Triton's, which have the same names where they do the same.
 EXERCISES = {
     exercise_noise: {"noise_fwd_kernel", "noise_bwd_kernel", "noise_rule_fwd_kernel", "noise_rule_bwd_kernel"},
     exercise_real_noise: {"real_noise_fwd_kernel", "real_noise_bwd_kernel"},

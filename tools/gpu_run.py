@@ -273,7 +273,7 @@ def exit_at(seconds: float) -> None:
 
 @dataclass
 class Cases:
-    """What cases.jsonl says of some stages."""
+    """The cases of some stages, from cases.jsonl."""
 
     passed: int = 0
     skipped: dict[str, int] = field(default_factory=dict)  # reason -> number of cases
@@ -365,7 +365,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def summary(session: Session) -> str:
-    """What is printed last: the report in at most MOST_PRINTED characters. Its last sections are the ones that stay whole."""
+    """The text that is printed last: the report in at most MOST_PRINTED characters. Its last sections are the ones that stay whole."""
     head, sections = report(session, most=2600)
     head, tail = _cut(head, 4000), [f"written to {session.out}"]
     for section in reversed(sections):

@@ -41,7 +41,7 @@ COPIED = 1 << 30  # bytes
 
 @dataclass
 class Work:
-    """What a case does once, the bytes that it must move, and a comparison that raises AssertionError where its results are wrong."""
+    """The work of a case, the bytes that it must move, and a comparison that raises AssertionError where its results are wrong."""
 
     call: Callable[[], object]
     bytes: int

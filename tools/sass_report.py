@@ -163,7 +163,7 @@ class Loop:
 
 @dataclass
 class Counts:
-    """What some blocks hold."""
+    """The instructions of some blocks, counted by kind."""
 
     instructions: int = 0
     classes: Counter = field(default_factory=Counter)

@@ -67,7 +67,7 @@ inline bool has_soft_target(const LossArguments<T, A>& a) {
 inline float vlog(float x) { return std::log(x); }
 inline double vlog(double x) { return std::log(x); }
 
-// What exp(z - max) is multiplied by in the gradient of a row, or of the lanes of a panel. weight: the importance weight over the
+// The factor of exp(z - max) in the gradient of a row, or of the lanes of a panel. weight: the importance weight over the
 // denominator, times the example weight; given: the weights of example and position.
 template <class T, class A, class V>
 inline V row_factor(const LossArguments<T, A>& a, V weight, V c, V given, A scale, V most, V sum) {
@@ -85,7 +85,7 @@ inline void for_each_vector(int64_t classes, Body&& body) {
   if (i < classes) body(i, static_cast<int>(classes - i));
 }
 
-// Whether the gradient goes past the caches: it is more than they hold beside the logits, and in other memory than these. With a
+// True where the gradient goes past the caches: it is more than they hold beside the logits, and in other memory than these. With a
 // reader behind it (2 cores of a Xeon) that took 1.2 times as long at 15 MB, 0.95 at 31 MB, 0.88 at 62 MB.
 constexpr int64_t kStreamBytes = 24 << 20;
 template <class T, class A>
@@ -101,7 +101,7 @@ constexpr int64_t kBlockBytes = 32 * 1024;
 
 // ---- the steps, on positions [first, last) and all noise samples ----
 
-// Whether rows are worked on in panels. Above this many classes a row of adjacent classes fills the lanes by itself.
+// True where rows are worked on in panels. Above this many classes a row of adjacent classes fills the lanes by itself.
 template <class T, class A>
 inline bool in_panels(const LossArguments<T, A>& a) {
   return a.class_stride != 1 || a.C < 64 || (a.dlogits != nullptr && a.dclass_stride != 1);

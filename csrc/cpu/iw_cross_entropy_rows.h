@@ -81,7 +81,7 @@ class SoftmaxSteps {
     total_ += horizontal_sum(sum_);
   }
 
-  // What is left, all at once.
+  // Adds up the rest, all at once.
   [[gnu::always_inline]] inline Softmax<A> finish() {
     while (!done()) open_chunk(), close_chunk();
     return {most_, static_cast<A>(total_)};

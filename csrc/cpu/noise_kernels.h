@@ -87,7 +87,7 @@ inline T keep_one(acc_t<T> x, uint64_t bit) {
   return from_acc<T>(bit_cast<A>(static_cast<U>(bit_cast<U>(x) & (U(0) - static_cast<U>(bit & 1u)))));
 }
 
-// What becomes of elements by the bits that keep them: scale * x, or 0.
+// Elements become scale * x, or 0, by the bits that keep them.
 template <class T>
 struct Scaled {
   using A = acc_t<T>;
@@ -127,7 +127,7 @@ inline void apply(uint64_t bits, const T* x, T* y, int64_t n, const Becomes& bec
       [&](int64_t i) { y[i] = becomes.one(x[i], bits >> i); });
 }
 
-// What becomes of 64 elements where they are kept, rounded: the same for every noise sample of an expansion, which only chooses.
+// 64 elements as they are where they are kept, rounded: the same for every noise sample of an expansion, which only chooses.
 template <class T>
 struct Kept64 {
   static constexpr int L = lanes<T>, kParts = L / lanes<acc_t<T>>;
@@ -153,7 +153,7 @@ struct Kept64 {
   }
 };
 
-// Whether outputs go past the caches: so large that they leave them long before anything reads them. With a reader behind it (2 cores
+// True where outputs go past the caches: so large that they leave them long before anything reads them. With a reader behind it (2 cores
 // of a Xeon) that took 1.5 times as long at 64 MB, 0.93 at 128 MB; alone 1.1 and 0.78. Whole lines only: `y` is a row of one sample.
 constexpr int64_t kStreamBytes = 96 << 20;
 template <class T>
@@ -249,7 +249,7 @@ inline void for_each_run(const Layout& layout, const RowAddress& row, uint32_t t
   }
 }
 
-// Whether the chunk's elements have consecutive positions from the start of a group on.
+// True where the chunk's elements have consecutive positions from the start of a group on.
 inline bool consecutive(const Layout& layout, int64_t o, int64_t begin, int64_t end) {
   const int64_t position = (o * layout.inner + begin) % layout.positions;
   return layout.share == 1 && position % kGroup == 0 && position + (end - begin) <= layout.positions;

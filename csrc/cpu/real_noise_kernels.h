@@ -85,7 +85,7 @@ inline void store_numbers(L, const Drawn& drawn, double* z) {  // float64 is for
 
 constexpr int64_t kChunk = 2048;  // elements, at most, of one piece of work
 
-// What the numbers of a chunk's elements are put into: room for a start inside a group, and for whole blocks of 32.
+// The memory for the numbers of a chunk's elements: room for a start inside a group, and for whole blocks of 32.
 template <class A>
 using Buffer = A[kChunk + 64];
 

@@ -48,12 +48,12 @@ struct DeviceBlock {
 
   // ---- between the blocks of a grid that was launched together ----
 
-  // What another block has written: not from this multiprocessor's own cache.
+  // A number that another block has written: not from this multiprocessor's own cache.
   __device__ double fresh(const double* x) const { return __ldcg(x); }
-  // What each thread of a block wrote before arriving is there for all after waiting.
+  // After waiting, all threads see what each thread of a block wrote before arriving.
   __device__ unsigned arrive_grid() const { return cooperative_groups::this_grid().barrier_arrive(); }
   __device__ void wait_grid(unsigned arrival) const { cooperative_groups::this_grid().barrier_wait(std::move(arrival)); }
-  // Whether all other blocks have been here, with what their first threads wrote before. flag: shared memory.
+  // True where all other blocks have been here, with what their first threads wrote before. flag: shared memory.
   __device__ bool last(unsigned* finished, int* flag) const {
     if (thread() == 0) {
       __threadfence();

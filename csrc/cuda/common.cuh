@@ -1,4 +1,4 @@
-// What every .cu file needs of torch and the CUDA runtime.
+// The parts of torch and of the CUDA runtime that every .cu file uses.
 #pragma once
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

@@ -50,7 +50,7 @@ IWSGD_HD double fast_reciprocal(double x) { return 1 / x; }
 template <class T>
 constexpr int kVector = 16 / sizeof(T);  // elements of one 16-byte access
 
-// Whether V elements are kept as words of two, the first one in the lower half.
+// True where V elements are kept as words of two, the first one in the lower half.
 template <class T, int V>
 constexpr bool kInWords = sizeof(T) == 2 && V > 1;
 

@@ -9,7 +9,7 @@
 
 namespace iwsgd {
 
-// What a warp knows of its part of a row, and the label's logit, which the warps of one rank know. In pieces of 16 bytes, of which hard
+// A warp's statistics of its part of a row, and the label's logit, which the warps of one rank have. In pieces of 16 bytes, of which hard
 // labels need the first ones only.
 template <class A>
 struct alignas(16) RowPart {

@@ -21,7 +21,7 @@
 
 namespace iwsgd {
 
-// What alpha is at least, unless it is 0: less would make alpha (l - max) a subnormal number, and the limit is long reached.
+// The least alpha, unless it is 0: less would make alpha (l - max) a subnormal number, and the limit is long reached.
 template <class A>
 constexpr double kLeastAlpha = sizeof(A) == 4 ? 1e-30 : 1e-290;
 
@@ -35,7 +35,7 @@ struct DeviceLimits {
   int64_t part_bytes = 1 << 14;                         // of a row that is worth a block of its own
 };
 
-// What the choice depends on.
+// The facts of a call that its plan depends on.
 struct LossShape {
   int64_t S, units, C;
   int64_t positions;  // of a unit: more than one only where an example's positions share their weights
@@ -166,7 +166,7 @@ struct RegisterForm {
 constexpr RegisterForm kWideForms[] = {{2, 8}, {4, 4}, {16, 1}};
 constexpr RegisterForm kShiftedForms[] = {{4, 4}, {16, 1}};
 constexpr RegisterForm kNarrowForms[] = {{8, 8}};
-// Whether a row takes all lanes of a warp, whose accesses are then a constant number of elements apart.
+// True where a row takes all lanes of a warp, whose accesses are then a constant number of elements apart.
 constexpr bool fills_warp(int64_t access_bytes, int accesses) { return access_bytes == 16 && accesses > 2; }
 constexpr int kTeamWarps = 16, kTeamRegisters = 128;  // of a team, and of a thread: at most
 
@@ -267,7 +267,7 @@ inline TilePlan tile_plan(const LossShape& shape, const DeviceLimits& device) {
   return plan;
 }
 
-// What a warp sends of its part of a row: five values, or three where the target is hard, in whole pieces of 16 bytes.
+// The bytes that a warp sends of its part of a row: five values, or three where the target is hard, in whole pieces of 16 bytes.
 IWSGD_HD constexpr int64_t part_bytes(bool soft, int64_t acc_bytes) { return ((soft ? 5 : 3) * acc_bytes + 15) / 16 * 16; }
 
 constexpr int kMostRanks = 16;  // of a cluster; more than 8 must be asked for

@@ -12,7 +12,7 @@
 
 namespace iwsgd {
 
-// What the lanes of a row and the threads that weigh its unit tell one another.
+// Values that the lanes of a row and the threads that weigh its unit exchange.
 struct alignas(16) RowSlot {
   float max;
   float factor;  // gradient = factor exp(z - max), but for the label; before the weights the sum

@@ -23,7 +23,7 @@ struct Part {
         classes(static_cast<int>(C - first < work.part_classes ? C - first : work.part_classes)) {}
 };
 
-// What the slice's position i has to say under sample s, from its row's statistics.
+// Writes the log-likelihood of the slice's position i under sample s, or its part of it, from its row's statistics.
 template <bool kSoft, class T, class A>
 IWSGD_HD void finish_row(const LossArguments<T, A>& a, const LossWork<A>& work, const Slice<T, A>& slice, int64_t s, int64_t i,
                          const RowTarget<A>& target, const RowSum<A>& row) {
@@ -66,7 +66,7 @@ IWSGD_HD void loss_statistics(const Block& block, const LossArguments<T, A>& a, 
   }
 }
 
-// What rows in parts have to say, a thread for each row.
+// The same for rows in parts, a thread for each row.
 template <bool kSoft, class T, class A, class Block>
 IWSGD_HD void loss_parts(const Block& block, const LossArguments<T, A>& a, const LossWork<A>& work) {
   const Slice<T, A> slice(a, work);

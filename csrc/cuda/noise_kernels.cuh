@@ -112,7 +112,7 @@ struct PackPlace {
   IWSGD_HD int64_t of_sample_0(const CallWork& work) const { return x + o * (work.call.samples - 1) * work.step; }
 };
 
-// What a thread draws: the keep bits of one pack, for one noise sample after the other.
+// The draws of a thread: the keep bits of one pack, for one noise sample after the other.
 // kGroups: packs are known to be groups of the generator, and the bits never leave the predicates that they are made in.
 template <bool kGroups>
 struct PackNoise {
@@ -198,9 +198,9 @@ struct Slots {
   IWSGD_HD int source(int k) const { return (k * kWarp + lane) * V / kGroup; }
   IWSGD_HD int first(int k) const { return (k * kWarp + lane) * V % kGroup; }
 
-  // Whether the thread has nothing to do: nothing to write, and no bits to draw for other lanes.
+  // True where the thread has nothing to do: nothing to write, and no bits to draw for other lanes.
   IWSGD_HD bool idle() const { return kSlots == 1 && !inside[0]; }
-  // Whether a thread that is not idle writes access k.
+  // True where a thread that is not idle writes access k.
   IWSGD_HD bool writes(int k) const { return kSlots == 1 || inside[k]; }
 
   // These two are for all lanes of a warp together.
@@ -248,7 +248,7 @@ IWSGD_HD void for_batches(int begin, int end, const Body& body) {
   }
 }
 
-// What becomes of an element: x * scale + shift where it is kept, fill where it is dropped.
+// An element becomes x * scale + shift where it is kept, fill where it is dropped.
 template <class T>
 struct Affine {
   acc_t<T> scale, shift;

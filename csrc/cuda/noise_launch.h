@@ -40,7 +40,7 @@ struct Divider {
   }
 };
 
-// Whether every pack is one group of the generator, or the first elements of one.
+// True where every pack is one group of the generator, or the first elements of one.
 inline bool packs_are_groups(const Layout& layout) {
   const bool start = layout.outer == 1 || layout.inner % kGroup == 0;
   const bool end = layout.positions % kGroup == 0 || layout.outer * layout.inner <= layout.positions;
@@ -74,14 +74,14 @@ struct NoiseWork : CallWork {
   explicit NoiseWork(const Noise& call) : CallWork(call), rule(call.rule) {}
 };
 
-// Whether every row of every tensor can be taken in accesses of 16 bytes.
+// True where every row of every tensor can be taken in accesses of 16 bytes.
 inline bool rows_are_aligned(const Layout& layout, int64_t element_bytes, std::initializer_list<const void*> tensors) {
   bool aligned = layout.inner * element_bytes % 16 == 0;
   for (const void* tensor : tensors) aligned = aligned && reinterpret_cast<uintptr_t>(tensor) % 16 == 0;
   return aligned;
 }
 
-// Whether every pack is a whole group of the generator, its thresholds two aligned accesses of 16 bytes.
+// True where every pack is a whole group of the generator, its thresholds two aligned accesses of 16 bytes.
 inline bool thresholds_are_groups(const NoiseWork& work) {
   const Layout& layout = work.call.layout;
   return work.groups && layout.inner % kGroup == 0 && layout.positions % kGroup == 0 &&

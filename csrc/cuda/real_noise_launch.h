@@ -12,7 +12,7 @@ namespace iwsgd {
 template <class T>
 constexpr int kPack = std::max<int>(kNumbers, 16 / sizeof(T));
 
-// Whether every pack of `pack` elements is made of whole groups and is one aligned access in every tensor.
+// True where every pack of `pack` elements is made of whole groups and is one aligned access in every tensor.
 inline bool packs_are_whole(const Layout& layout, int pack, int64_t element_bytes, std::initializer_list<const void*> tensors) {
   bool whole = layout.share == 1 && layout.inner % pack == 0;  // rows, and with them positions, begin at packs
   if (layout.outer * layout.inner > layout.positions) whole = whole && layout.positions % pack == 0;

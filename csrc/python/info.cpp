@@ -1,4 +1,4 @@
-// What was built and on what machine it runs, and Philox words as NumPy arrays for those who check the generator by hand.
+// Facts of the build and of the machine, and Philox words as NumPy arrays for those who check the generator by hand.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import backend
 
-# What shares one draw: nothing, a channel, a whole example, or what has the same last index (a feature at all positions).
+# The elements that share one draw: none, those of a channel, of a whole row, or of the same last index (a feature at all positions).
 Unit = Literal["element", "channel", "row", "feature"]
 
 ADDRESS = "Tensor origin, Tensor? sample_ids, SymInt samples, SymInt stream, SymInt first_example, SymInt positions, SymInt share"
@@ -19,7 +19,7 @@ torch.library.define("iwsgd_ext::draw_origin", "(int call, *, Device device) -> 
 
 
 def fake_rows(x, origin, sample_ids, samples, *arguments):
-    """What noise makes of fake rows x [O, B, I]; the last of the arguments says whether it expands them."""
+    """The result of noise on fake rows x [O, B, I]; the last argument is ``expand``."""
     return x.new_empty(x.shape[0], x.shape[1] * samples if arguments[-1] else x.shape[1], x.shape[2])
 
 
@@ -57,7 +57,7 @@ def draw_origin(device: torch.device) -> Tensor:
 
 @backend.constant_in_graphs
 def _draws_are_recomputed() -> bool:
-    """Whether the compiler may compute in backward again what it does not know to be cheap: a draw would give another seed there."""
+    """True where the compiler may compute any op again in backward: a draw would give another seed there."""
     config = torch._functorch.config
     return config.activation_memory_budget < 1 or config.aggressive_recomputation or not config.ban_recompute_not_in_allowlist
 
@@ -178,7 +178,7 @@ class Rows(NamedTuple):
 
 
 def _is_dense(x: Tensor, order: Sequence[int]) -> bool:
-    """Whether memory holds x without gaps, its dimensions from outermost to innermost in the given order."""
+    """True where memory holds x without gaps, its dimensions from outermost to innermost in the given order."""
     stride = 1
     for d in reversed(order):
         if x.shape[d] != 1:

@@ -85,7 +85,7 @@ class _IWCrossEntropy(torch.autograd.Function):
                 dlogits = _scale(dlogits, share, a.samples, out=dlogits)
         ctx.mark_non_differentiable(log_p, weights, bound, outer)
         ctx.set_materialize_grads(False)
-        # What a second derivative comes through: an output that nobody else sees, with the graph behind it.
+        # The anchor is an output that nobody else sees. It leads a second derivative to the graph behind the logits.
         anchor = loss.new_empty(0) if need_gradient and not torch.compiler.is_compiling() else None
         if need_gradient:
             ctx.save_for_backward(dlogits, anchor)
@@ -112,7 +112,7 @@ class _IWCrossEntropy(torch.autograd.Function):
 
 
 def _is_dense(x: Tensor) -> bool:
-    """Whether the elements fill their memory without gaps, in whatever order."""
+    """True where the elements fill their memory without gaps, in any order."""
     return sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) == x.numel() - 1
 
 
@@ -376,7 +376,7 @@ def position_weights_of(a: LossArguments, acc: torch.dtype) -> tuple[Tensor, Ten
 
 
 def denominator_of(a: LossArguments, acc: torch.dtype) -> Tensor:
-    """What the mean is divided by: the normalizer, or the sum of d, as the kernels have it."""
+    """The denominator of the mean: the normalizer, or the sum of d, as the kernels compute it."""
     if a.normalizer is not None:
         return a.normalizer
     if a.target.dtype == torch.int64:  # weights of the labels that are not ignored

@@ -50,7 +50,7 @@ def iw_logmeanexp(log_p: Tensor, samples: int, alpha: float = 1.0) -> Tensor:
 
 
 class _IWLoss(nn.Module):
-    """What the losses share: S, or 1 where a model drew no noise; alpha; and who is told of each training forward's statistics."""
+    """The base of the losses: S, or 1 where a model drew no noise; alpha; the observers of each training forward's statistics."""
 
     def __init__(self, samples: int, alpha: float, return_stats: bool):
         super().__init__()
@@ -90,7 +90,7 @@ class _IWLoss(nn.Module):
         return (loss, stats) if self.return_stats else loss
 
     def _observed(self, samples: int) -> bool:
-        """Whether a forward is one of training, that observers are told of."""
+        """True for a forward in training, whose statistics go to the observers."""
         return bool(self.observers) and self.training and samples == self.samples
 
 
@@ -139,7 +139,7 @@ class IWLoss(_IWLoss):
         return 1 if isinstance(self.criterion, nn.CTCLoss) else 0
 
     def log_likelihood(self, outputs: Any, targets: Any, samples: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What the loss is made of: loss = -sum(outer * L) / denominator with L the bound of log_p (see :func:`iw_logmeanexp`).
+        """The terms of the loss: loss = -sum(outer * L) / denominator with L the bound of log_p (see :func:`iw_logmeanexp`).
 
         Args:
             outputs: the criterion's first argument, of K*B rows.

@@ -79,7 +79,7 @@ class IWCrossEntropyLoss(_IWLoss):
         return self._tell(*iw_cross_entropy(logits, target, samples, **(options | {"return_stats": True})))
 
     def log_likelihood(self, outputs: Tensor, targets: Any, samples: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What the loss is made of: loss = -sum(outer * L) / denominator with L the bound of log_p (see :func:`iw_logmeanexp`). Where
+        """The terms of the loss: loss = -sum(outer * L) / denominator with L the bound of log_p (see :func:`iw_logmeanexp`). Where
         there is a ``lse_square_scale``, :meth:`penalty` / denominator is added, the mean of it over passes of equal K.
 
         Args:
@@ -96,7 +96,7 @@ class IWCrossEntropyLoss(_IWLoss):
         return self._log_likelihood(outputs, samples, *args, **named)
 
     def penalty(self, outputs: Tensor, targets: Any, samples: int) -> Tensor:
-        """What ``lse_square_scale`` adds to the loss before the denominator, []: the sum of lse_square_scale / K |example weight| lse^2
+        """The term of ``lse_square_scale`` in the loss, before the denominator, []: the sum of lse_square_scale / K |example weight| lse^2
         over the rows that are not ignored. In plain torch.
 
         Args:

@@ -71,7 +71,7 @@ def words_of_row(origin, stream, first_example, b):
 
 
 def address_values(x: Tensor, examples: int, address: tuple, size: int, divide_samples: bool) -> tuple[dict, Tiles]:
-    """What noise kernels take of a call on rows [O, examples, I], and its tiles.
+    """The arguments of noise kernels that say where a call on rows [O, examples, I] is, and its tiles.
 
     Args:
         address: the op's arguments from origin to share.

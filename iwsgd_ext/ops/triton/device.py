@@ -1,4 +1,4 @@
-"""What the plans of the Triton kernels may know of a device. Neither a GPU nor triton is needed to import it."""
+"""Facts of a device that the plans of the Triton kernels use. Neither a GPU nor triton is needed to import it."""
 
 import functools
 import math

@@ -20,7 +20,7 @@ SCALE_PROGRAMS = 2048  # fill a GPU of 132 multiprocessors twice; few, as mostly
 
 
 def lies_even(x: Tensor) -> bool:
-    """Whether the positions of one noise sample follow each other at one distance, from example to example too."""
+    """True where the positions of one noise sample follow each other at one distance, from example to example too."""
     return x.shape[2] == 1 or x.stride(0) == x.shape[2] * x.stride(2)
 
 

@@ -15,7 +15,7 @@ MAX_SAMPLES = 1 << 16  # of one unit: its log-likelihoods are in one program
 
 
 class Limits(NamedTuple):
-    """What the plans were chosen by, for one architecture.
+    """The limits by which plans are chosen, for one architecture.
 
     From the registers of the compiled kernels (tests/test_triton_compile.py holds them to no spills), not from times: none of it has
     been measured.

@@ -106,7 +106,7 @@ def cancelled(total, any_term):
 
 @triton.jit
 def reference_of(top):
-    """What logits are taken relative to: the largest, or 0 where all are -infinity."""
+    """The number that is subtracted from logits before exp: the largest, or 0 where all are -infinity."""
     return tl.where(top == -INFINITY, 0.0, top)
 
 
@@ -211,7 +211,7 @@ def unit_log_likelihood(u, c, ACC: tl.constexpr):
 
 @triton.jit
 def unit_cost(outer, bound):
-    """What units add to the loss, outer weights being over the denominator: 0, not 0 * infinity, where the weight is 0."""
+    """The terms of units in the loss, their outer weights divided by the denominator: 0, not 0 * infinity, where the weight is 0."""
     return tl.where((outer == 0) & (bound == bound), 0.0, -outer * bound)
 
 

@@ -32,7 +32,7 @@ def threshold_of(thresholds, threshold, position, b, s, there, row_stride, sampl
 
 @triton.jit
 def factor_of(threshold, ACC: tl.constexpr):
-    """What a kept element of its own threshold is multiplied by, beside the call's scale: 65536 / (65536 - threshold)."""
+    """The factor of a kept element that has its own threshold, beside the call's scale: 65536 / (65536 - threshold)."""
     left, whole = tl.maximum(65536 - threshold, 1).to(ACC), tl.full((), 65536.0, ACC)
     return quotient(whole, left, ACC)
 
@@ -120,7 +120,7 @@ def noise_bwd_kernel(
 
 
 def _values(x: Tensor, examples: int, arguments: tuple, divide_samples: bool) -> tuple[dict, Tiles]:
-    """What both kernels take of a call on rows [O, examples, I], and its tiles; arguments: the op's, from origin to scale."""
+    """The arguments that both kernels share, for rows [O, examples, I], and the tiles; arguments: the op's, from origin to scale."""
     *address, threshold, thresholds, scale = arguments
     values, tiles = address_values(x, examples, tuple(address), GROUP.value, divide_samples)
     samples, positions, rows = values["K"], values["positions"], 1 if thresholds is None else thresholds.shape[0]
