@@ -1,4 +1,4 @@
-"""The things that are measured: cases of work, and for each provider the variant that does it. One provider is the baseline of all ratios."""
+"""Measured things: cases of work, and for each provider the variant that does it. One provider is the baseline of all ratios."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
