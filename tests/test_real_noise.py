@@ -195,9 +195,10 @@ class TestValues:
 
 @pytest.mark.slow
 def test_extreme_words(device, backend):
-    """The largest and the smallest of 64 million numbers: right where a short formula gives an infinity, 0, or a coarse step."""
+    """The largest and the smallest of 64 million numbers: right where a short formula gives an infinity, 0, or a coarse step. (Of 16
+    million on the reference, which is slow, and has no short formula.)"""
     n = 1 << 22
-    for seed in range(4):
+    for seed in range(1 if backend == "reference" else 4):
         z = F.gaussian_noise(torch.zeros(4, n, device=device), seed=seed).cpu().double().numpy()
         assert abs(z).max() < 6.8
         for example in range(4):
