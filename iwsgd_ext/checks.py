@@ -54,6 +54,11 @@ def check_rate(p: float) -> None:
     check(p < 1.0, "p", "a probability in [0, 1)", p)
 
 
+def check_flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
+
+
 def check_std(std: float) -> None:
     check_size("std", std)
 

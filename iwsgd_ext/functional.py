@@ -13,6 +13,7 @@ from .checks import (
     as_samples,
     check,
     check_dtype,
+    check_flag,
     check_probabilities,
     check_probability,
     check_rate,
@@ -278,6 +279,7 @@ def _real_form(name: str, law: Law, summary: str) -> _RealForm:
     ) -> Tensor:
         _check_input(x)
         check_std(std)
+        check_flag("multiply", multiply)
         return real_noise(x, law, std, multiply, _place(x, samples, seed, stream, sample_ids, first_example, expand, batch_dim))
 
     form.__name__ = form.__qualname__ = name

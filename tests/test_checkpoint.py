@@ -424,3 +424,35 @@ class TestFunctionalDropout:
             torch.manual_seed(6)
             results.append(backward(ck(function, x), x, model))
         assert_equal(*results)
+
+
+class Checkpointed(nn.Module):
+    """Blocks that begin with a noise layer, each in torch's own checkpoint or in none."""
+
+    def __init__(self, layer, checkpointed):
+        super().__init__()
+        self.checkpointed = checkpointed
+        self.blocks = nn.ModuleList(nn.Sequential(layer(), nn.Linear(5, 5), nn.ReLU()) for _ in range(3))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = torch_checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x)
+        return x
+
+
+FIRST = [nn.Dropout, nn.AlphaDropout, iw.IWDropout, iw.IWDropPath, iw.IWGaussianDropout, iw.IWLaplaceNoise, iw.IWMultinomialDropout]
+
+
+@pytest.mark.parametrize("layer", FIRST, ids=lambda layer: layer.__name__)
+@pytest.mark.parametrize("expand", ["axis", "first"])
+def test_plain_checkpoint_that_begins_with_noise(expand, layer):
+    """The noise layer is the first function of the checkpoint: nothing before it shows the model's mode that one is running."""
+    x, y, results = torch.randn(4, 5), torch.randint(5, (4,)), []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model = iw.convert(Checkpointed(layer, checkpointed), 4, expand=expand)
+        torch.manual_seed(1)
+        loss = iw.iw_cross_entropy(model(x), y, 4)
+        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)

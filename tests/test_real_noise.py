@@ -328,6 +328,13 @@ def test_bad_noise(layer, value, error, message):
             call(value)
 
 
+@pytest.mark.parametrize("value", ["no", None, 1])
+def test_bad_multiply(value):
+    for call in (iw.IWLaplaceNoise, lambda std, multiply: F.uniform_noise(torch.ones(2, 3), std, multiply=multiply, seed=0)):
+        with pytest.raises(TypeError, match="multiply: expected True or False, got"):
+            call(0.5, multiply=value)
+
+
 BAD_ARGUMENTS = [
     (TypeError, "x: expected float32, .* or float16, got torch.int64", {"x": torch.ones(2, 3, dtype=torch.int64)}),
     (ValueError, "x: expected .*, got 0-D", {"x": torch.tensor(1.0)}),

@@ -103,6 +103,15 @@ def test_gradcheck_and_gradgradcheck(device, backend, form, expand):
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_batched_gradients(device, backend, form):
+    """Of torch.autograd's own batching (is_grads_batched), which knows fewer functions than torch.func."""
+    x = torch.randn(2, 5, device=device, dtype=torch.float64)
+    power = lambda v: call(form, v, samples=3, seed=1).pow(3).sum()  # noqa: E731
+    hessians = [torch.autograd.functional.hessian(power, x, vectorize=vectorize) for vectorize in (True, False)]
+    torch.testing.assert_close(*hessians)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_kept_for_backward_is_the_address(device, backend, form):
     """No noise and no input: 24 bytes of origin and the sample ids, for any size, and nothing for an addition."""
     for n in (8, 100_000):

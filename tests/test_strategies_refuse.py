@@ -71,6 +71,27 @@ def test_refuses_wrong_shapes(terms):
         iw.backward(MODEL, Loss(), X, Y, samples=4)
 
 
+class Tempered(iw.IWCrossEntropyLoss):
+    def log_likelihood(self, outputs, targets, samples):
+        return super().log_likelihood(outputs / 4, targets, samples)
+
+
+class TemperedWithPenalty(Tempered):
+    def penalty(self, outputs, targets, samples):
+        return super().penalty(outputs / 4, targets, samples)
+
+
+@pytest.mark.parametrize("strategy", ["batched", "streamed"])
+def test_refuses_a_penalty_of_other_logits(strategy):
+    """A class whose logits are not the model's outputs says so for both terms of the loss."""
+    with pytest.raises(ValueError, match=r"lse_square_scale: expected 0, or a class that overrides penalty, too.*got Tempered"):
+        iw.backward(MODEL, Tempered(4, lse_square_scale=0.1), X, Y, samples=4, strategy=strategy)
+    loss = iw.backward(MODEL, TemperedWithPenalty(4, lse_square_scale=0.1), X, Y, samples=4, strategy=strategy, seed=1)
+    with iw.sampling(4, seed=1):
+        outputs = MODEL(X)
+    torch.testing.assert_close(loss, iw.iw_cross_entropy(outputs / 4, Y, 4, lse_square_scale=0.1).detach())
+
+
 def test_refuses_an_open_context():
     with iw.sampling(4), pytest.raises(ValueError, match="opens its own sampling context"):
         iw.backward(MODEL, iw.IWCrossEntropyLoss(4), X, Y, samples=4)

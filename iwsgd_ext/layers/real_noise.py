@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from ..checks import check_layer_input, check_rate, check_std
+from ..checks import check_flag, check_layer_input, check_rate, check_std
 from ..ops.real_noise import Law, dropout_std, real_noise
 from .context import ambient
 
@@ -58,6 +58,7 @@ class _RealNoise(nn.Module):
 
     def __init__(self, std: float = 1.0, *, multiply: bool = False, batch_dim: int | None = None):
         check_std(std)
+        check_flag("multiply", multiply)
         super().__init__()
         self.std = std
         self.multiply = multiply

@@ -161,7 +161,8 @@ class Rows(NamedTuple):
 
     def summed(self, y: Tensor, samples: int) -> Tensor:
         """The sum over the samples of K*B rows."""
-        return y.unflatten(self.batch_dim, (samples, -1)).sum(self.batch_dim)
+        k = self.batch_dim  # reshape: torch has no batching rule for unflatten beneath autograd (is_grads_batched)
+        return y.reshape(*y.shape[:k], samples, y.shape[k] // samples, *y.shape[k + 1 :]).sum(k)
 
     def positions(self, shape: torch.Size, unit: Unit) -> tuple[int, int]:
         """(positions, share): element i of an example's memory order has noise position (i // share) % positions."""

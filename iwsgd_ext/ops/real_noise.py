@@ -22,7 +22,7 @@ def _derivative(gradients, others, _):
     *address, law, std, multiply, expand = others
     if not multiply:
         dy, samples = *gradients, address[2]
-        return dy.unflatten(1, (samples, -1)).sum(1) if expand else dy
+        return dy.reshape(dy.shape[0], samples, dy.shape[1] // samples, dy.shape[2]).sum(1) if expand else dy
     if expand:
         return torch.ops.iwsgd_graph.real_noise_sum(*gradients, *address, law, std)
     return torch.ops.iwsgd_graph.real_noise(*gradients, *address, law, std, True, False)

@@ -195,6 +195,10 @@ def _check_loss(loss_fn: Any) -> None:
         loss_fn.check_options()
     if isinstance(loss_fn, IWCrossEntropyLoss):
         check(loss_fn.reduction != "none", "loss_fn", "reduction 'mean' or 'sum', one number to go backward from", "'none'")
+        own = [getattr(type(loss_fn), name) is not getattr(IWCrossEntropyLoss, name) for name in ("log_likelihood", "penalty")]
+        fits = not loss_fn.lse_square_scale or own != [True, False]
+        expected = "0, or a class that overrides penalty, too, where it overrides log_likelihood"
+        check(fits, "lse_square_scale", expected, f"{type(loss_fn).__name__}, which overrides log_likelihood alone")
         group = loss_fn.process_group
         check(group is None, "loss_fn", "process_group=None (samples over ranks: call the loss inside iw.sampling(sample_ids=...))", group)
 
