@@ -8,14 +8,19 @@
 
 namespace iwsgd {
 
+inline Law law_of(int64_t number) {
+  STD_TORCH_CHECK(number >= 0 && number <= static_cast<int64_t>(Law::uniform), "law: expected the number of a law");
+  return static_cast<Law>(number);
+}
+
 template <class Device>
 struct RealNoiseOp {
   static Tensor real_noise(Tensor x, Tensor origin, std::optional<Tensor> sample_ids, int64_t samples, int64_t stream,
                            int64_t first_example, int64_t positions, int64_t share, int64_t law, double std, bool multiply, bool expand) {
     x = torch::stable::contiguous(x);
     Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1) * (expand ? samples : 1), x.size(2)});
-    const RealNoise call{call_of(x, origin, sample_ids, samples, stream, first_example, positions, share, expand), static_cast<Law>(law),
-                         std, multiply};
+    const RealNoise call{call_of(x, origin, sample_ids, samples, stream, first_example, positions, share, expand), law_of(law), std,
+                         multiply};
     dispatch_floating(x, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       Device::template forward<T>(call, data<T>(x), mutable_data<T>(y), x);
@@ -27,8 +32,7 @@ struct RealNoiseOp {
                                int64_t first_example, int64_t positions, int64_t share, int64_t law, double std) {
     dy = torch::stable::contiguous(dy);
     Tensor dx = torch::stable::new_empty(dy, {dy.size(0), dy.size(1) / samples, dy.size(2)});
-    const RealNoise call{sum_of(dy, origin, sample_ids, samples, stream, first_example, positions, share), static_cast<Law>(law), std,
-                         true};
+    const RealNoise call{sum_of(dy, origin, sample_ids, samples, stream, first_example, positions, share), law_of(law), std, true};
     dispatch_floating(dy, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       Device::template backward<T>(call, data<T>(dy), mutable_data<T>(dx), dy);

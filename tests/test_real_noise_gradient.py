@@ -218,3 +218,11 @@ def test_model_gradient_is_the_loops(device, backend):
                 total += g
     for got, want in zip(together, alone, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+
+
+def test_a_law_that_is_none():
+    """The bare op of the kernels writes no result of nothing."""
+    if not iw.backend_info()["built"]["cpu"]:
+        pytest.skip("no native build")
+    with pytest.raises(RuntimeError):
+        OPS.real_noise(torch.ones(1, 3, 5), torch.zeros(3, dtype=torch.int64), None, 2, 0, 0, 5, 1, 3, 0.5, True, True)

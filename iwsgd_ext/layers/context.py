@@ -386,7 +386,7 @@ def draw(
 ) -> Tensor:
     """x under a layer's dropout noise: S samples in a context, outside of any one fresh sample. ``check`` raises where x does not suit."""
     if not torch.compiler.is_compiling() and torch._C._len_torch_function_stack():
-        if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None and isinstance(x, Tensor):
             x.dim()  # a converted model's mode sees this call, so that a checkpoint that is running begins before this noise
         with torch._C.DisableTorchFunction():  # a converted model's rules are for the model's functions, not for those of the noise
             return _draw(x, rule, unit, batch_dim, layer, check)

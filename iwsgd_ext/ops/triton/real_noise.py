@@ -76,12 +76,13 @@ def one_number(word, LAW: tl.constexpr, ACC: tl.constexpr):
     if LAW == UNIFORM:
         z = (word.to(tl.int32, bitcast=True).to(ACC) + 0.5) * 8.065490087349327e-10  # sqrt(3) / 2^31
     else:
+        tl.static_assert(LAW == LAPLACE)
         lower = (word & 0x7FFFFFFF).to(tl.int32, bitcast=True)
         if tl.float64 == ACC:
             size = -tl.log((lower.to(tl.float64) + 0.5) * 4.656612873077393e-10)
         else:
             u = (lower.to(tl.float32) + 0.5) * 4.656612873077393e-10
-            size = minus_log(u, u > 1.0, u)
+            size = minus_log(u, u > 1.0, u)  # nothing is known better than u, which is at most 1
         size *= 0.7071067811865476
         z = tl.where((word >> 31) != 0, -size, size)
     return z
