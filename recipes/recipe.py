@@ -13,8 +13,12 @@ from torch.utils.data import Dataset
 RECIPES = ("digits", "mnist1d", "mnist5k", "chars", "cifar_wrn")
 
 
-class Missing(Exception):
-    """Data that is not there, or not whole. Its message names the file and says what to do; the tool ends with it."""
+class UserError(Exception):
+    """What the user can put right. The message names the file or the option, and says what to do; the tool ends with it alone."""
+
+
+class Missing(UserError):
+    """Data that is not there, or not whole."""
 
 
 class Data(NamedTuple):
@@ -29,19 +33,17 @@ class Data(NamedTuple):
     classes: int
 
 
-def unchanged(x: Tensor, train: bool) -> Tensor:
-    return x
-
-
 class Recipe(Protocol):
-    """A module of this folder. Its docstring's first line is its line in ``--list``."""
+    """A module of this folder. Its docstring's first line is its line in ``--list``.
 
-    #: Defaults of the tool's options: samples, alpha, rate (lists), batch, epochs, ... (see recipes.options).
+    Everything random is drawn from torch's default generators: the tool seeds them before each step, so that a step is the same
+    whatever ran before it.
+    """
+
+    #: Defaults of the tool's options by their names: samples, alpha, rate (lists), batch, epochs, ... (see recipes.options).
     DEFAULTS: dict[str, Any]
-    #: Those of them that ``--quick`` changes.
+    #: Those that ``--quick`` changes.
     QUICK: dict[str, Any]
-    #: On the device, in the step: normalises examples and, in training, augments them by torch's default generator. Optional.
-    prepare: Callable[[Tensor, bool], Tensor]
 
     def add_options(self, group: _ArgumentGroup) -> None:
         """Adds the recipe's own options."""
@@ -55,10 +57,25 @@ class Recipe(Protocol):
     def optimizer(self, settings: Namespace, model: nn.Module, steps: int) -> tuple[Optimizer, LRScheduler | None]:
         """The optimiser, and a schedule that goes on by one at each of the run's ``steps``."""
 
+    #: Optional: the inputs on the device, normalised and, in training, augmented.
+    prepare: Callable[[Tensor, bool], Tensor]
+    #: Optional: settings that others of the recipe's options imply.
+    protocol: Callable[[Namespace], dict[str, Any]]
+    #: Optional: the arms that the recipe's own options ask for, as settings that differ, with a "label"; none of them: an empty list.
+    arms: Callable[[Namespace], list[dict[str, Any]]]
+    #: Optional: what identifies the data, for the results.
+    facts: Callable[[Namespace], dict[str, Any]]
+
 
 def find(name: str) -> Any:
     """The recipe's module, with what is optional filled in."""
     module = importlib.import_module(f"recipes.{name}")
-    if not hasattr(module, "prepare"):
-        module.prepare = unchanged
+    for optional, nothing in (
+        ("prepare", lambda x, train: x),
+        ("protocol", lambda settings: {}),
+        ("arms", lambda settings: []),
+        ("facts", lambda settings: {}),
+    ):
+        if not hasattr(module, optional):
+            setattr(module, optional, nothing)
     return module

@@ -1,0 +1,59 @@
+"""What a model is worth on the test examples: error, likelihood, calibration; with noise on, the bound."""
+
+from argparse import Namespace
+from collections.abc import Iterable
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import iwsgd_ext as iw
+
+BINS = 15  # of the calibration error, as in Guo et al. 2017
+
+
+def autocast(settings: Namespace):
+    if settings.amp == "off":
+        return nullcontext()
+    return torch.autocast(torch.device(settings.device).type, getattr(torch, settings.amp))
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], settings: Namespace) -> dict[str, float]:
+    """Noise off, one pass. error: % of the targets; nll: mean -log p(y | x) in nats; ece: expected calibration error in %.
+
+    ece = sum over bins of (targets in the bin / all) |accuracy - mean confidence|, 15 bins of equal width of the largest probability.
+    Sums are float64 on the device, which is asked once at the end.
+    """
+    training = model.training
+    model.eval()
+    sums: Tensor | None = None
+    try:
+        for x, y in batches:
+            with autocast(settings):
+                logits = model(x)
+            logits = logits.double().movedim(1, -1).flatten(0, -2)
+            target = y.flatten()
+            confidence, predicted = logits.softmax(-1).max(-1)
+            right = (predicted == target).double()
+            where = F.one_hot((confidence * BINS).ceil().long().clamp(1, BINS) - 1, BINS).double()
+            totals = torch.stack([right.new_full((), target.numel()), right.sum(), F.cross_entropy(logits, target, reduction="sum")])
+            found = torch.cat([totals, right @ where - confidence @ where])
+            sums = found if sums is None else sums + found
+    finally:
+        model.train(training)
+    if sums is None:
+        raise ValueError("batches: expected at least one")
+    targets, right, nll, *off = sums.tolist()
+    return {"error": 100 * (1 - right / targets), "nll": nll / targets, "ece": 100 * sum(map(abs, off)) / targets}
+
+
+def bound(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], settings: Namespace) -> dict[str, float]:
+    """Noise on, BatchNorm by its running statistics: the bound with S noise samples (Noh et al. 2017, eq 4), and with one, in nats a unit
+    (an example; a position at level "position").
+    """
+    with autocast(settings):
+        criterion = iw.IWCrossEntropyLoss(settings.samples, level=settings.level)
+        curve = iw.bound_curve(model, batches, settings.samples, loss_fn=criterion, seed=0)
+    return {"test_bound": curve.bound[-1].item(), "test_mean_log_p": curve.bound[0].item()}

@@ -1,0 +1,300 @@
+"""One run: a model trained with one seed, which ends with the same bits whether it was stopped in between or not.
+
+Everything random in a step is a function of the seed and the step's number: torch's generators are seeded before each step, and so is
+the order of the examples before each epoch. So a checkpoint needs no generator's state, and a step needs nothing of those before it but
+weights, optimiser and running sums.
+"""
+
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+import iwsgd_ext as iw
+
+from . import evaluate
+from .files import Log, load, owned, read_json, save, write_json
+from .options import identity
+from .recipe import Data, UserError, find
+
+STATISTICS = ("bound", "mean_log_p", "gap", "ess", "ess_p05", "ess_p50", "ess_p95", "entropy", "largest_weight", "nonfinite")
+COLUMNS = ("step", "epoch", "lr", "loss", *STATISTICS, "error", "nll", "ece")
+TIMES = ("step", "seconds", "examples_per_second")
+
+Report = Callable[[int, int, dict[str, Any]], None]  # step, of how many, the last line of the log
+Stop = Callable[[], bool]  # True once somebody wants the run to stop
+
+
+class Stopped(Exception):
+    """The run was asked to stop; its checkpoint has every finished step."""
+
+
+def mixed(*numbers: int) -> int:
+    """A seed, of 63 bits, that no other tuple of numbers is likely to have."""
+    return int(numpy.random.SeedSequence(numbers).generate_state(1, numpy.uint64)[0] >> numpy.uint64(1))
+
+
+class Batches(Sampler):
+    """The indices of each step's examples, from step ``start`` to ``stop``. The last part of an epoch, too small for a batch, is left
+    out; an epoch's order depends on the seed and the epoch's number.
+    """
+
+    def __init__(self, examples: int, batch: int, seed: int, start: int, stop: int):
+        self.examples, self.batch, self.seed, self.start, self.stop = examples, batch, seed, start, stop
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        per_epoch, order, drawn = self.examples // self.batch, None, -1
+        for step in range(self.start, self.stop):
+            epoch, part = divmod(step, per_epoch)
+            if epoch != drawn:
+                order = torch.randperm(self.examples, generator=torch.Generator().manual_seed(mixed(self.seed, epoch)))
+                drawn = epoch
+            yield order[part * self.batch : (part + 1) * self.batch].tolist()
+
+
+class Run:
+    """A run in its folder: log.csv and result.json (functions of the settings alone), time.csv, last.pt, best.pt."""
+
+    def __init__(self, settings: Namespace, seed: int, folder: Path):
+        self.settings, self.seed, self.folder = settings, seed, folder
+        self.recipe = find(settings.recipe)
+        self.identity = identity(settings) | {"seed": seed, "torch": torch.__version__}
+
+    def result(self) -> dict[str, Any] | None:
+        """The result of a finished run under these settings, or None."""
+        path = self.folder / "result.json"
+        if not path.exists():
+            return None
+        result = read_json(path)
+        self._check(path, result.get("settings", {}))
+        return result
+
+    def begun(self) -> bool:
+        return (self.folder / "last.pt").exists()
+
+    def _check(self, path: Path, found: dict[str, Any]) -> None:
+        """A file of other settings is not used, and not overwritten."""
+        missing = object()
+        off = [k for k in {**self.identity, **found} if found.get(k, missing) != self.identity.get(k, missing)]
+        if off:
+            said = ", ".join(
+                f"--{k.replace('_', '-')} {found.get(k, 'nothing')} there, {self.identity.get(k, 'nothing')} now" for k in sorted(off)
+            )
+            raise UserError(f"{path} is of another configuration: {said}. Give the options that it was made with, or another --out")
+
+    def train(self, data: Data, stop: Stop, report: Report) -> dict[str, Any]:
+        """Trains to the end, from the last checkpoint where there is one. Raises :class:`Stopped`, after a checkpoint, when asked to."""
+        with owned(self.folder):
+            return self._train(data, stop, report)
+
+    def _train(self, data: Data, stop: Stop, report: Report) -> dict[str, Any]:
+        s = self.settings
+        device = torch.device(s.device)
+        per_epoch = len(data.train) // s.batch  # type: ignore[arg-type]
+        if per_epoch == 0:
+            raise UserError(f"--batch: expected at most the {len(data.train)} training examples, got {s.batch}")  # type: ignore[arg-type]
+        self.steps = s.steps or max(1, round(s.epochs * per_epoch))
+        self.period = max(1, round(s.evaluate_every * per_epoch))
+        torch.manual_seed(mixed(self.seed, 0))
+        model = self.recipe.build(s, data).to(device).train()
+        example = self._to(data.train[list(range(min(2, s.batch)))][0], train=False)
+        # The conversion compares its rows with those of single samples, on two examples, before it is used.
+        iw.convert(model, s.samples, expand=s.expand, batch_norm=s.batch_norm, example_inputs=example)
+        self.model, self.criterion = model, iw.IWCrossEntropyLoss(s.samples, alpha=s.alpha, level=s.level)
+        self.optimizer, self.schedule = self.recipe.optimizer(s, model, self.steps)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=s.amp == "float16")
+        self.last_line: dict[str, float] = {}
+        self.statistics = iw.StatsLogger(self.criterion, _Into(self.last_line), every=2**62, prefix="")
+        self.loss = torch.zeros((), dtype=torch.float64, device=device)  # the sum over the steps since the last line
+        self.step, self.best, self.watch = 0, float("inf"), Stopwatch()
+        if self.begun():
+            self._take_up(load(self.folder / "last.pt", s.device))
+        else:
+            self._open_logs(0, 0)
+        if s.compile:
+            model.compile()
+        self._go(data, per_epoch, stop, report)
+        return self._finish(data)
+
+    def _go(self, data: Data, per_epoch: int, stop: Stop, report: Report) -> None:
+        s, order_seed = self.settings, self.settings.order_seed
+        batches = Batches(len(data.train), s.batch, self.seed if order_seed is None else order_seed, self.step, self.steps)  # type: ignore[arg-type]
+        kept = time.monotonic()
+        report(self.step, self.steps, self.last_line)
+        self.watch.go()
+        for x, y in self._loader(data.train, batches):
+            self._step(x, y)
+            self.step += 1
+            last = self.step == self.steps
+            if self.step % self.period == 0 or last:
+                self._pause()
+                self._line(data, per_epoch)
+                self.watch.go()
+            report(self.step, self.steps, self.last_line)
+            stopping = stop() and not last
+            if stopping or last or time.monotonic() - kept >= s.checkpoint_every:
+                self._pause()
+                self._keep("last.pt")
+                kept = time.monotonic()
+                self.watch.go()
+            if stopping:
+                raise Stopped
+
+    def _step(self, x: Tensor, y: Tensor) -> None:
+        s, noise = self.settings, mixed(self.seed, 1, self.step)
+        torch.manual_seed(noise)
+        x, y = self._to(x, train=True), y.to(s.device, non_blocking=True)
+        self.optimizer.zero_grad()
+        size = len(y) // s.accumulate
+        scale = self.scaler.scale(torch.ones((), device=s.device) / s.accumulate) if self.scaler.is_enabled() else 1 / s.accumulate
+        for part in range(s.accumulate):
+            rows = slice(part * size, (part + 1) * size)
+            with evaluate.autocast(s):
+                loss = iw.backward(
+                    self.model,
+                    self.criterion,
+                    x[rows],
+                    y[rows],
+                    samples=s.samples,
+                    strategy=s.strategy,
+                    chunk=s.chunk,
+                    keep=s.keep,
+                    seed=noise,
+                    first_example=part * size,
+                    grad_scale=scale,
+                )
+            self.loss += loss.double() / s.accumulate
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.schedule is not None:
+            self.schedule.step()
+
+    def _to(self, x: Tensor, train: bool) -> Tensor:
+        return self.recipe.prepare(x.to(self.settings.device, non_blocking=True), train)
+
+    def _loader(self, dataset: Dataset, order: Any) -> DataLoader:
+        s = self.settings
+        return DataLoader(dataset, sampler=order, batch_size=None, num_workers=s.workers, pin_memory=s.device.startswith("cuda"))
+
+    def _test(self, data: Data) -> Iterator[tuple[Tensor, Tensor]]:
+        n, size = len(data.test), self.settings.test_batch  # type: ignore[arg-type]
+        for x, y in self._loader(data.test, [list(range(i, min(i + size, n))) for i in range(0, n, size)]):
+            yield self._to(x, train=False), y.to(self.settings.device)
+
+    def _pause(self) -> None:
+        """Evaluations and checkpoints are not training time."""
+        if self.settings.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        self.watch.pause()
+
+    def _line(self, data: Data, per_epoch: int) -> None:
+        """A line of the log: statistics of the steps since the last one, and an evaluation."""
+        self.statistics.flush()
+        steps, seconds = self.step - self.timed[0], self.watch.seconds - self.timed[1]
+        values: dict[str, Any] = {name: self.last_line[name] for name in STATISTICS}
+        values |= {"step": self.step, "epoch": self.step / per_epoch, "lr": self.optimizer.param_groups[0]["lr"]}
+        values["loss"] = self.loss.item() / steps
+        self.loss.zero_()
+        values |= evaluate.evaluate(self.model, self._test(data), self.settings)
+        self.last_line.update(values)
+        self.log.add(values)
+        speed = steps * self.settings.batch / max(seconds, 1e-9)
+        self.times.add({"step": self.step, "seconds": self.watch.seconds, "examples_per_second": speed})
+        self.timed = self.step, self.watch.seconds
+        if self.scalars is not None:
+            for name in (*STATISTICS, "error", "nll", "ece", "lr", "loss"):
+                self.scalars.add_scalar(name, values[name], self.step)
+            self.scalars.add_scalar("examples_per_second", speed, self.step)
+            self.scalars.flush()
+        if values["nll"] < self.best:
+            self.best = values["nll"]
+            self._keep("best.pt")
+
+    def _open_logs(self, length: int, length_of_times: int) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.log, self.times = Log(self.folder / "log.csv", COLUMNS, length), Log(self.folder / "time.csv", TIMES, length_of_times)
+        self.timed = self.step, self.watch.seconds  # of the last line
+        self.scalars = None
+        if self.settings.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.scalars = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1 if self.step else None)
+
+    def _keep(self, name: str) -> None:
+        save(
+            self.folder / name,
+            {
+                "settings": self.identity,
+                "step": self.step,
+                "seconds": self.watch.seconds,
+                "best": self.best,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": None if self.schedule is None else self.schedule.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "statistics": (self.statistics.total, self.statistics.count),
+                "loss": self.loss,
+                "line": self.last_line,
+                "logs": (self.log.length, self.times.length),
+                "timed": self.timed,
+            },
+        )
+
+    def _take_up(self, state: dict[str, Any]) -> None:
+        self._check(self.folder / "last.pt", state["settings"])
+        self.step, self.best, self.watch = state["step"], state["best"], Stopwatch(state["seconds"])
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.statistics.total, self.statistics.count = state["statistics"]
+        self.loss.copy_(state["loss"])
+        self.last_line.update(state["line"])
+        self._open_logs(*state["logs"])
+        self.timed = state["timed"]
+
+    def _finish(self, data: Data) -> dict[str, Any]:
+        metrics = {name: self.last_line[name] for name in ("error", "nll", "ece", "bound", "gap", "ess", "entropy")}
+        metrics |= evaluate.bound(self.model, self._test(data), self.settings)
+        result = {"settings": self.identity, "parameters": sum(p.numel() for p in self.model.parameters()), "metrics": metrics}
+        write_json(self.folder / "result.json", result)
+        if self.scalars is not None:
+            self.scalars.close()
+        return read_json(self.folder / "result.json")
+
+
+class _Into:
+    """Takes the place of a TensorBoard writer: the logger's values go into a dict."""
+
+    def __init__(self, values: dict[str, float]):
+        self.values = values
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        self.values[tag] = value
+
+
+class Stopwatch:
+    """Seconds of training, over all parts of a run."""
+
+    def __init__(self, seconds: float = 0.0):
+        self.before, self.since = seconds, None
+
+    @property
+    def seconds(self) -> float:
+        return self.before + (0.0 if self.since is None else time.monotonic() - self.since)
+
+    def go(self) -> None:
+        self.since = time.monotonic()
+
+    def pause(self) -> None:
+        self.before, self.since = self.seconds, None

@@ -1,0 +1,180 @@
+"""All runs of a command, one after another or several at a time, and what becomes of them when somebody presses Ctrl-C."""
+
+import multiprocessing
+import os
+import signal
+from argparse import Namespace
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .options import Arm
+from .recipe import Data, UserError, find
+from .run import Run, Stopped
+
+
+class Interrupt:
+    """True once Ctrl-C (or SIGTERM) asked the runs to finish their step and keep a checkpoint. A second Ctrl-C ends the process at once.
+
+    In a worker, ``parent`` is the tool's process: the worker stops also where that has gone, and a second signal is the same one.
+    """
+
+    def __init__(self, parent: int | None = None):
+        self.asked, self.parent = False, parent
+
+    def __call__(self) -> bool:
+        return self.asked or (self.parent is not None and os.getppid() != self.parent)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.asked and self.parent is None:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def catch(self) -> dict[int, Any]:
+        return {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        before = self.catch()
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def folder(arm: Arm, seed: int) -> Path:
+    return arm.out / arm.folder / f"seed-{seed}"
+
+
+def results(arms: list[Arm], data: Data, console: Console) -> dict[tuple[str, int], dict[str, Any]]:
+    """The result of every arm and seed, by the arm's folder and the seed; those of finished runs are read. Raises :class:`Stopped`."""
+    first = arms[0]
+    runs = [(arm, seed) for seed in range(first.first_seed, first.first_seed + first.seeds) for arm in arms]
+    found, todo = {}, []
+    for arm, seed in runs:
+        run = Run(arm, seed, folder(arm, seed))
+        if (run.folder / "log.csv").exists() and not first.resume:
+            raise UserError(f"--out: {run.folder} holds a run already; give --resume to go on with it, or another --out")
+        result = run.result()
+        if result is not None:
+            found[arm.folder, seed] = result
+        else:
+            todo.append((arm, seed))
+    if found:
+        console.print(f"{len(found)} of {len(runs)} runs were finished before.", highlight=False)
+    go = _side_by_side if first.jobs > 1 and len(todo) > 1 else _one_by_one
+    for arm, seed, result in go(todo, data, console, len(runs)):
+        found[arm.folder, seed] = result
+    return found
+
+
+def _bars(console: Console) -> Progress:
+    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[seen]}")
+    return Progress(TextColumn("{task.description}"), *columns, console=console, transient=True)
+
+
+def name(arm: Arm, seed: int) -> str:
+    return f"{arm.label}, p={arm.rate:g}, seed {seed}"
+
+
+def seen(line: dict[str, Any]) -> str:
+    """The last line of a log in words, short."""
+    if "error" not in line:
+        return ""
+    return f"loss {line['loss']:.3f}  ess {line['ess']:.1f}  test error {line['error']:.2f}%  nll {line['nll']:.3f}"
+
+
+def _tell(console: Console, arm: Arm, seed: int, result: dict[str, Any]) -> None:
+    m = result["metrics"]
+    values = {"test error": m["error"], "nll": m["nll"], "ess": m["ess"]}
+    words = "  ".join(f"{k} {'diverged' if v is None else f'{v:.4g}'}" for k, v in values.items())
+    console.print(f"{name(arm, seed):<40} {words}", highlight=False)
+
+
+def _one_by_one(todo: list[tuple[Arm, int]], data: Data, console: Console, total: int) -> Iterator[tuple[Arm, int, dict[str, Any]]]:
+    interrupt = Interrupt()
+    with interrupt.caught(), _bars(console) as bars:
+        everything = bars.add_task("runs", total=total, completed=total - len(todo), seen="", visible=total > 1)
+        steps = bars.add_task("steps", total=None, seen="")
+        for arm, seed in todo:
+            run, lines = Run(arm, seed, folder(arm, seed)), [None]
+            prepare_process(arm)
+
+            def report(step: int, of: int, line: dict[str, Any], arm=arm, seed=seed, lines=lines) -> None:
+                bars.update(steps, description=name(arm, seed), completed=step, total=of, seen=seen(line))
+                if total == 1 and line.get("step") not in (None, lines[0]):  # of a single run each line is shown, and stays
+                    lines[0] = line["step"]
+                    console.print(f"step {line['step']:>7}  epoch {line['epoch']:>7.2f}  {seen(line)}", highlight=False)
+
+            result = run.train(data, interrupt, report)
+            _tell(console, arm, seed, result)
+            bars.advance(everything)
+            yield arm, seed, result
+
+
+def _side_by_side(todo: list[tuple[Arm, int]], data: Data, console: Console, total: int) -> Iterator[tuple[Arm, int, dict[str, Any]]]:
+    first, waiting = todo[0][0], list(reversed(todo))
+    running: dict[Future, tuple[Arm, int]] = {}
+    interrupt, stopped = Interrupt(), False
+    pool = ProcessPoolExecutor(first.jobs, multiprocessing.get_context("spawn"), _begin, (vars(first), os.getpid()))
+    with interrupt.caught(), _bars(console) as bars, pool:
+        everything = bars.add_task("runs", total=total, completed=total - len(todo), seen="")
+        while running or (waiting and not stopped):
+            while waiting and len(running) < first.jobs and not stopped:
+                arm, seed = waiting.pop()
+                running[pool.submit(_work, vars(arm), seed)] = arm, seed
+            if interrupt() and not stopped:
+                stopped = True
+                for worker in multiprocessing.active_children():
+                    worker.terminate()  # which a worker takes as Ctrl-C
+            for future in wait(running, timeout=0.5, return_when=FIRST_COMPLETED).done:
+                arm, seed = running.pop(future)
+                try:
+                    result = future.result()
+                except Stopped:
+                    stopped = True
+                    continue
+                except BaseException:
+                    for worker in multiprocessing.active_children():
+                        worker.terminate()
+                    raise
+                bars.advance(everything)
+                _tell(console, arm, seed, result)
+                yield arm, seed, result
+    if stopped:
+        raise Stopped
+
+
+_interrupt: Interrupt
+_data: Data
+
+
+def _begin(values: dict[str, Any], parent: int) -> None:
+    """In a worker: reads the data, once for all its runs."""
+    global _interrupt, _data
+    _interrupt = Interrupt(parent)
+    _interrupt.catch()
+    _data = find(values["recipe"]).load(Namespace(**values))
+
+
+def _work(values: dict[str, Any], seed: int) -> dict[str, Any]:
+    arm = Arm(**values)
+    prepare_process(arm)
+    return Run(arm, seed, folder(arm, seed)).train(_data, _interrupt, lambda step, of, line: None)
+
+
+def prepare_process(settings: Namespace) -> None:
+    """torch's settings of this process: the same for each run, so that a run in any process has the same bits."""
+    torch.set_num_threads(settings.threads)
+    if settings.device.startswith("cuda"):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.backends.cudnn.benchmark = not settings.deterministic
