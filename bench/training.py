@@ -91,6 +91,25 @@ def expanded_compiled(model: nn.Module, i: Inputs) -> Backward:
     return _backward_of(torch.compile(_expanded_loss(model, i)))
 
 
+def authors(model: nn.Module, i: Inputs) -> Backward:
+    """The code that the paper's first author published for CIFAR, in torch (docs/paper.md): the expanded batch, with weights from
+    probabilities, which multiply the gradient of the mean cross-entropy. That mean, without weights, is the loss that it reports.
+    """
+    if i.y.dim() == 2:
+        raise Skip("the authors' code weighs the probability of one label; that of a whole sequence underflows")
+
+    def backward(x: Tensor, y: Tensor) -> Tensor:
+        logits, target = model(repeat(x, i.samples)), repeat(y, i.samples)
+        loss = F.cross_entropy(logits, target)
+        p = torch.softmax(logits.detach(), 1).gather(1, target[:, None]).view(i.samples, len(y))
+        weights = i.samples * p / (p.sum(0) + 1e-12)  # the mean has divided by S*B
+        (dlogits,) = torch.autograd.grad(loss, logits)
+        logits.backward(weights.view(-1, 1) * dlogits)
+        return loss.detach()
+
+    return backward
+
+
 def vmapped(model: nn.Module, i: Inputs) -> Backward:
     each = torch.arange(i.samples, device=i.x.device)
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -226,11 +245,12 @@ def record(model: nn.Module) -> dict[str, list[Tensor]]:
     return drawn
 
 
-def check_by_replay(i: Inputs, make: Callable[[nn.Module, Inputs], Backward], each_sample: bool) -> None:
+def check_by_replay(i: Inputs, make: Callable[[nn.Module, Inputs], Backward], each_sample: bool, reports_mean: bool = False) -> None:
     """Records the masks that a provider draws, and holds loss and gradients to the definition in float64 under these masks.
 
     ``each_sample``: the definition passes sample by sample, as the naive loop does; else over S*B rows at once. They differ where
-    BatchNorm takes its statistics over a pass.
+    BatchNorm takes its statistics over a pass. ``reports_mean``: the gradients are those of the bound, but the loss that the provider
+    returns is the unweighted mean over the samples.
     """
     x, y = i.small()
     model = copy.deepcopy(i.model)
@@ -246,15 +266,17 @@ def check_by_replay(i: Inputs, make: Callable[[nn.Module, Inputs], Backward], ea
         exact.set_submodule(name, replay)
     x = x.double() if x.is_floating_point() else x
     if each_sample:
-        log_p = []
+        each = []
         for s in range(i.samples):
             for replay in replays.values():
                 replay.sample = s
-            log_p.append(log_likelihood(exact(x), y))
-        expected = minus_bound(torch.stack(log_p), y)
+            each.append(log_likelihood(exact(x), y))
+        log_p = torch.stack(each)
     else:
-        expected = minus_bound(log_likelihood(exact(repeat(x, i.samples)), repeat(y, i.samples)).view(i.samples, len(y)), y)
-    expected.backward()
+        log_p = log_likelihood(exact(repeat(x, i.samples)), repeat(y, i.samples)).view(i.samples, len(y))
+    bound = minus_bound(log_p, y)
+    bound.backward()
+    expected = -log_p.mean(0).sum() / y.numel() if reports_mean else bound
     assert abs(loss.item() - expected.item()) <= 1e-3 * abs(expected.item()), f"loss {loss.item():.6f}, in float64 {expected.item():.6f}"
     got = torch.cat([p.grad.double().flatten() for p in model.parameters()])
     want = torch.cat([p.grad.flatten() for p in exact.parameters()])
@@ -308,6 +330,7 @@ def check_strategy(i: Inputs, make: Callable[[nn.Module, Inputs], Backward], gra
 CHECKS = {
     "each sample": lambda i, make, run, parameters: check_by_replay(i, make, each_sample=True),
     "joint": lambda i, make, run, parameters: check_by_replay(i, make, each_sample=False),
+    "joint, unweighted loss": lambda i, make, run, parameters: check_by_replay(i, make, each_sample=False, reports_mean=True),
     "statistics": lambda i, make, run, parameters: check_statistics(i, run, parameters, each_sample=True),
     "statistics, joint": lambda i, make, run, parameters: check_statistics(i, run, parameters, each_sample=False),
     "strategy": lambda i, make, run, parameters: check_strategy(i, make, gradient=True),
@@ -334,6 +357,7 @@ def providers(
     if compiled and not few:
         found["expanded batch, torch.compile"] = provider(expanded_compiled, "statistics, joint")
     if not few:
+        found["authors' form"] = provider(authors, "joint, unweighted loss")
         found["torch.func.vmap"] = provider(vmapped, "statistics")
     ours = {f"iw {native}": provider(converted(), "each sample"), f"iw {native}, rows": provider(rows(), "each sample")}
     if not few and expand != "input":

@@ -177,7 +177,7 @@ def test_providers_of_models_with_batch_norm():
     i = training.Inputs(step.models.wide_resnet(10, 1, 4), x, y, (x.repeat(2, 1, 1, 1), y.repeat(2)), 2, expand="input")
     providers = training.providers("reference", expand="input", batch_norm=True)
     assert "iw reference, rows at the input" not in providers  # it is "rows"
-    joint = ("expanded batch", "iw reference, rows, joint BatchNorm")
+    joint = ("expanded batch", "authors' form", "iw reference, rows, joint BatchNorm")
     for name in (BASELINE, *joint, "iw reference", "iw reference, rows", "iw reference, streamed"):
         variant = providers[name](i)
         with measure.forced("reference"):
@@ -218,6 +218,8 @@ def test_providers_of_token_models(architecture):
         variant = training.providers("reference")[name](i)
         with measure.forced("reference"):
             variant.check()
+    with pytest.raises(Skip, match="probability of one label"):
+        training.providers("reference")["authors' form"](i)
 
 
 @pytest.mark.slow
@@ -326,6 +328,53 @@ def test_wrong_training_is_found_out():
         training.provider(other, "each sample")(i).check()
     with pytest.raises(AssertionError, match="loss: mean over 8 draws"):
         training.provider(lambda model, i: training._backward_of(lambda x, y: 2 * F.cross_entropy(model(x), y)), "statistics")(i).check()
+
+
+def weighted(weights):
+    """The form of the authors' code, with other weights: log p [S, B] -> [S, B]."""
+
+    def make(model, i):
+        def backward(x, y):
+            log_p = training.log_likelihood(model(training.repeat(x, i.samples)), training.repeat(y, i.samples)).view(i.samples, len(y))
+            (-weights(log_p.detach()) * log_p).sum(0).mean().backward()
+            return -log_p.mean()
+
+        return backward
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        lambda log_p: torch.full_like(log_p, 1 / len(log_p)),
+        lambda log_p: torch.softmax(log_p, 1) * log_p.shape[1] / len(log_p),
+        lambda log_p: log_p.T.reshape(log_p.shape).softmax(0),
+        lambda log_p: len(log_p) * torch.softmax(log_p, 0),
+    ],
+    ids=["equal", "over the batch", "example-major", "times S"],
+)
+def test_wrong_weights_of_the_authors_form_are_found_out(weights):
+    """The loss that the form reports does not depend on the weights: its gradient shows them."""
+    i = a_batch()
+    training.provider(weighted(lambda log_p: log_p.softmax(0)), "joint, unweighted loss")(i).check()
+    with pytest.raises(AssertionError, match="gradient: relative error"):
+        training.provider(weighted(weights), "joint, unweighted loss")(i).check()
+    with pytest.raises(AssertionError, match="loss"):
+        training.provider(training.expanded, "joint, unweighted loss")(i).check()
+
+
+def test_the_authors_form_underflows():
+    """Where the probability of a label is exp(-200) or less in every sample it has no gradient. That of the library is right."""
+    linear = nn.Linear(8, 2, bias=False)
+    nn.init.zeros_(linear.weight).data[1] = 200  # times the number of features that dropout keeps
+    x, y = torch.ones(3, 8), torch.zeros(3, dtype=torch.int64)
+    i = training.Inputs(nn.Sequential(nn.Dropout(0.1), linear), x, y, (x, y), 4, step=False)
+    with measure.forced("reference"):
+        training.provider(training.converted(), "each sample")(i).check()
+    loss = training.authors(i.model, i)(x, y)
+    assert loss.isfinite()
+    assert linear.weight.grad.count_nonzero() == 0
 
 
 def test_host_providers_pass_their_checks():
