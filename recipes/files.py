@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import torch
 
@@ -27,10 +28,8 @@ def write(path: Path, data: bytes) -> None:
     except OSError as error:
         with suppress(OSError):
             part.unlink()
-        whole = f"; {path.name} is the one before, and whole" if path.exists() else ""
-        raise UserError(
-            f"{path}: could not be written ({error.strerror}){whole}. Make room or choose another --out, then go on with --resume"
-        )
+        whole = f"; {path.name} is still the one before" if path.exists() else ""
+        raise UserError(f"{path}: could not be written ({error.strerror}){whole}. Make room, then go on with --resume") from None
 
 
 def _sync_folder(folder: Path) -> None:
@@ -74,6 +73,9 @@ def save(path: Path, state: dict[str, Any]) -> None:
 def load(path: Path, device: str) -> dict[str, Any]:
     """A checkpoint: tensors and plain values only, so that a file from elsewhere runs no code."""
     try:
+        with ZipFile(path) as parts:  # torch's reader does not look at the checksums
+            if broken := parts.testzip():
+                raise ValueError(f"the checksum of {broken} is wrong")
         state = torch.load(path, map_location=device, weights_only=True)
         if not isinstance(state, dict) or "settings" not in state:
             raise ValueError("it holds something else")

