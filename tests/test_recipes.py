@@ -85,7 +85,7 @@ def processes():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")  # by which the first one finds what it imports
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__, "sklearn.datasets", "sklearn.model_selection"])
+        context.set_forkserver_preload([__name__, "torch._dynamo", "sklearn.datasets", "sklearn.model_selection"])
         nothing = context.Process(target=time.sleep, args=(0,))
         nothing.start()
         nothing.join()
