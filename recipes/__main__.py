@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run(settings: Any, arguments: list[str]) -> int:
     from .run import Stopped
     from .summary import table, write_all
-    from .sweep import results
+    from .sweep import results, step_times
 
     console, command = Console(), ["python", "-m", "recipes", *arguments]
     if settings.tensorboard is not False:
@@ -57,6 +57,11 @@ def run(settings: Any, arguments: list[str]) -> int:
     recipe = find(settings.recipe)
     data = recipe.load(settings)
     todo = arms(settings)
+    if settings.time:
+        seconds = step_times(todo, data, console)
+        for arm, of_arm in zip(todo, seconds, strict=True):
+            console.print(f"{arm.label:<24} p={arm.rate:<5g} {1000 * of_arm:>9.2f} ms/step  {of_arm / seconds[0]:>6.2f}x", highlight=False)
+        return 0
     runs = len(todo) * settings.seeds
     examples = f"{len(data.train)} training and {len(data.test)} test examples"  # type: ignore[arg-type]
     console.print(f"{settings.recipe}: {examples}, {runs} run{'s' * (runs > 1)}, logs and checkpoints in {settings.out}", highlight=False)

@@ -19,11 +19,11 @@ QUICK = {"samples": [1, 4], "rate": [0.2], "epochs": 1}
 LEARNING_RATE = 2e-3
 TEST_CHARACTERS = 100_000
 # Modules that every supported Python has as one file. Its version decides what they say: facts() has the digest of the text.
-TRAIN = (
-    "bisect calendar cmd codeop colorsys copy fnmatch getopt heapq linecache queue random reprlib sched shelve shlex statistics textwrap "
-    "timeit tokenize"
-).split()
-TEST = "csv filecmp gettext glob hmac mimetypes ntpath uuid".split()
+TRAIN = [
+    *("bisect", "calendar", "cmd", "codeop", "colorsys", "copy", "fnmatch", "getopt", "heapq", "linecache", "queue", "random", "reprlib"),
+    *("sched", "shelve", "shlex", "statistics", "textwrap", "timeit", "tokenize"),
+]
+TEST = ["csv", "filecmp", "gettext", "glob", "hmac", "mimetypes", "ntpath", "uuid"]
 SYMBOLS = "\n" + "".join(map(chr, range(32, 127)))
 OTHER = len(SYMBOLS)  # one class for all characters that are not among them
 CLASSES = OTHER + 1

@@ -32,7 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "threads": 1,
 }
 # Options that may differ between the parts of one run: they change neither the numbers nor what is asked for.
-FREE = {"recipe", "out", "data", "resume", "seeds", "first_seed", "jobs", "workers", "checkpoint_every", "tensorboard", "quick"}
+FREE = {"recipe", "out", "data", "resume", "seeds", "first_seed", "jobs", "workers", "checkpoint_every", "tensorboard", "quick", "time"}
 
 
 def rate(text: str) -> float:
@@ -126,6 +126,9 @@ def parser(name: str) -> argparse.ArgumentParser:
         "--checkpoint-every", type=float, default=60.0, metavar="SECONDS", help="time between checkpoints (default: %(default)s)"
     )
     files.add_argument("--tensorboard", action=argparse.BooleanOptionalAction, default=None, help="(default: where it is installed)")
+    files.add_argument(
+        "--time", type=natural, default=0, metavar="N", help="train nothing: time N steps of each combination, one of each in turn"
+    )
     files.add_argument("--quick", action="store_true", help=f"a look: {_words(recipe.QUICK)}, unless they are given")
     recipe.add_options(p.add_argument_group(f"{name} alone"))
     p.set_defaults(**{**DEFAULTS, **recipe.DEFAULTS}, recipe=name)

@@ -98,46 +98,22 @@ class Run:
 
     def _train(self, data: Data, stop: Stop, report: Report) -> dict[str, Any]:
         s = self.settings
-        device = torch.device(s.device)
-        per_epoch = len(data.train) // s.batch  # type: ignore[arg-type]
-        if per_epoch == 0:
-            raise UserError(f"--batch: expected at most the {len(data.train)} training examples, got {s.batch}")  # type: ignore[arg-type]
-        self.steps = s.steps or max(1, round(s.epochs * per_epoch))
-        self.period = max(1, round(s.evaluate_every * per_epoch))
-        torch.manual_seed(mixed(self.seed, 0))
-        model = self.recipe.build(s, data).to(device).train()
-        example = self._to(data.train[list(range(min(2, s.batch)))][0], train=False)
-        # The conversion compares its rows with those of single samples, on two examples, before it is used.
-        iw.convert(model, s.samples, expand=s.expand, batch_norm=s.batch_norm, example_inputs=example)
-        self.model, self.criterion = model, iw.IWCrossEntropyLoss(s.samples, alpha=s.alpha, level=s.level)
-        self.optimizer, self.schedule = self.recipe.optimizer(s, model, self.steps)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=s.amp == "float16")
-        self.last_line: dict[str, float] = {}
-        self.statistics = iw.StatsLogger(self.criterion, _Into(self.last_line), every=2**62, prefix="")
-        self.loss = torch.zeros((), dtype=torch.float64, device=device)  # the sum over the steps since the last line
-        self.step, self.best, self.watch = 0, float("inf"), Stopwatch()
+        self.begin(data)
         if self.begun():
             self._take_up(load(self.folder / "last.pt", s.device))
         else:
             self._open_logs(0, 0)
         if s.compile:
-            model.compile()
-        self._go(data, per_epoch, stop, report)
-        return self._finish(data)
-
-    def _go(self, data: Data, per_epoch: int, stop: Stop, report: Report) -> None:
-        s, order_seed = self.settings, self.settings.order_seed
-        batches = Batches(len(data.train), s.batch, self.seed if order_seed is None else order_seed, self.step, self.steps)  # type: ignore[arg-type]
+            self.model.compile()
         kept = time.monotonic()
         report(self.step, self.steps, self.last_line)
         self.watch.go()
-        for x, y in self._loader(data.train, batches):
-            self._step(x, y)
-            self.step += 1
+        for x, y in self._loader(data.train, self._order(data)):
+            self.advance(x, y)
             last = self.step == self.steps
             if self.step % self.period == 0 or last:
                 self._pause()
-                self._line(data, per_epoch)
+                self._line(data)
                 self.watch.go()
             report(self.step, self.steps, self.last_line)
             stopping = stop() and not last
@@ -148,8 +124,36 @@ class Run:
                 self.watch.go()
             if stopping:
                 raise Stopped
+        return self._finish(data)
 
-    def _step(self, x: Tensor, y: Tensor) -> None:
+    def begin(self, data: Data) -> None:
+        """Makes the model and all that is trained with it, as it is before the first step."""
+        s, device = self.settings, torch.device(self.settings.device)
+        examples = len(data.train)  # type: ignore[arg-type]
+        if examples < s.batch:
+            raise UserError(f"--batch: expected at most the {examples} training examples, got {s.batch}")
+        self.per_epoch = examples // s.batch
+        self.steps = s.steps or max(1, round(s.epochs * self.per_epoch))
+        self.period = max(1, round(s.evaluate_every * self.per_epoch))  # steps between lines of the log
+        torch.manual_seed(mixed(self.seed, 0))
+        self.model = self.recipe.build(s, data).to(device).train()
+        two = self._to(data.train[list(range(min(2, examples)))][0], train=False)
+        # The conversion compares its rows with those of single samples, on two examples, before it is used.
+        iw.convert(self.model, s.samples, expand=s.expand, batch_norm=s.batch_norm, example_inputs=two)
+        self.criterion = iw.IWCrossEntropyLoss(s.samples, alpha=s.alpha, level=s.level)
+        self.optimizer, self.schedule = self.recipe.optimizer(s, self.model, self.steps)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=s.amp == "float16")
+        self.last_line: dict[str, float] = {}
+        self.statistics = iw.StatsLogger(self.criterion, _Into(self.last_line), every=2**62, prefix="")
+        self.loss = torch.zeros((), dtype=torch.float64, device=device)  # the sum over the steps since the last line
+        self.step, self.best, self.watch = 0, float("inf"), Stopwatch()
+
+    def _order(self, data: Data) -> Batches:
+        seed = self.seed if self.settings.order_seed is None else self.settings.order_seed
+        return Batches(len(data.train), self.settings.batch, seed, self.step, self.steps)  # type: ignore[arg-type]
+
+    def advance(self, x: Tensor, y: Tensor) -> None:
+        """One step of the optimiser, on a batch."""
         s, noise = self.settings, mixed(self.seed, 1, self.step)
         torch.manual_seed(noise)
         x, y = self._to(x, train=True), y.to(s.device, non_blocking=True)
@@ -177,6 +181,7 @@ class Run:
         self.scaler.update()
         if self.schedule is not None:
             self.schedule.step()
+        self.step += 1
 
     def _to(self, x: Tensor, train: bool) -> Tensor:
         return self.recipe.prepare(x.to(self.settings.device, non_blocking=True), train)
@@ -192,16 +197,20 @@ class Run:
 
     def _pause(self) -> None:
         """Evaluations and checkpoints are not training time."""
-        if self.settings.device.startswith("cuda"):
-            torch.cuda.synchronize()
+        self.wait()
         self.watch.pause()
 
-    def _line(self, data: Data, per_epoch: int) -> None:
+    def wait(self) -> None:
+        """Until the device has done what it was given."""
+        if self.settings.device.startswith("cuda"):
+            torch.cuda.synchronize()
+
+    def _line(self, data: Data) -> None:
         """A line of the log: statistics of the steps since the last one, and an evaluation."""
         self.statistics.flush()
         steps, seconds = self.step - self.timed[0], self.watch.seconds - self.timed[1]
         values: dict[str, Any] = {name: self.last_line[name] for name in STATISTICS}
-        values |= {"step": self.step, "epoch": self.step / per_epoch, "lr": self.optimizer.param_groups[0]["lr"]}
+        values |= {"step": self.step, "epoch": self.step / self.per_epoch, "lr": self.optimizer.param_groups[0]["lr"]}
         values["loss"] = self.loss.item() / steps
         self.loss.zero_()
         values |= evaluate.evaluate(self.model, self._test(data), self.settings)

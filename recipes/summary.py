@@ -1,5 +1,6 @@
 """Results of all runs as a table (text, Markdown, JSON) and a picture."""
 
+import csv
 import io
 import math
 import statistics
@@ -73,6 +74,7 @@ def write_all(out: Path, arms: list[Arm], results: Results, about: dict[str, Any
     text.print(table(arms, results))
     write(out / "summary.txt", text.file.getvalue().encode())  # type: ignore[attr-defined]
     write(out / "summary.md", markdown(arms, results).encode())
+    write(out / "runs.csv", _csv(arms, results))
     document = {
         **about,
         "arms": [
@@ -88,13 +90,28 @@ def write_all(out: Path, arms: list[Arm], results: Results, about: dict[str, Any
         ],
     }
     write_json(out / "summary.json", document)
-    written = ["summary.txt", "summary.md", "summary.json"]
+    written = ["summary.txt", "summary.md", "summary.json", "runs.csv"]
     if len({a.rate for a in arms}) > 1:
         try:
             written.append(figure(out, arms, results))
         except ImportError as error:
             written.append(f"no picture ({error}: pip install matplotlib)")
     return written
+
+
+def _csv(arms: list[Arm], results: Results) -> bytes:
+    """A line for each run, for other programs."""
+    text = io.StringIO()
+    writer, metrics = csv.writer(text, lineterminator="\n"), None
+    for arm in arms:
+        for (folder, seed), result in sorted(results.items()):
+            if folder == arm.folder:
+                if metrics is None:
+                    metrics = list(result["metrics"])
+                    writer.writerow(["method", "samples", "alpha", "rate", "seed", *metrics])
+                numbers = ["nan" if v is None else f"{v:.6g}" for v in (result["metrics"][m] for m in metrics)]
+                writer.writerow([arm.label, arm.samples, f"{arm.alpha:g}", f"{arm.rate:g}", seed, *numbers])
+    return text.getvalue().encode()
 
 
 COLORS = ("#000000", "#56B4E9", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00")  # Okabe and Ito's, safe for the colour-blind

@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import statistics
+import time
 from argparse import Namespace
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -16,7 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .options import Arm
 from .recipe import Data, UserError, find
-from .run import Run, Stopped
+from .run import Batches, Run, Stopped
+
+WARM_UP = 5  # steps that are not timed
 
 
 class Interrupt:
@@ -168,6 +172,31 @@ def _work(values: dict[str, Any], seed: int) -> dict[str, Any]:
     arm = Arm(**values)
     prepare_process(arm)
     return Run(arm, seed, folder(arm, seed)).train(_data, _interrupt, lambda step, of, line: None)
+
+
+def step_times(arms: list[Arm], data: Data, console: Console) -> list[float]:
+    """Seconds of a training step of each arm: medians over ``--time`` steps, taken in turn, so that all see the same load."""
+    runs, batches = [], []
+    for arm in arms:
+        prepare_process(arm)
+        run = Run(arm, arm.first_seed, folder(arm, arm.first_seed))
+        run.begin(data)
+        if arm.compile:
+            run.model.compile()
+        order = list(Batches(len(data.train), arm.batch, 0, 0, WARM_UP + arm.time))  # type: ignore[arg-type]
+        runs.append(run)
+        batches.append(order)
+    times: list[list[float]] = [[] for _ in arms]
+    with Progress(console=console, transient=True) as bar:
+        for step in bar.track(range(WARM_UP + arms[0].time), description="timing steps"):
+            for run, order, of_arm in zip(runs, batches, times, strict=True):
+                x, y = data.train[order[step]]
+                start = time.perf_counter()
+                run.advance(x, y)
+                run.wait()
+                if step >= WARM_UP:
+                    of_arm.append(time.perf_counter() - start)
+    return [statistics.median(of_arm) for of_arm in times]
 
 
 def prepare_process(settings: Namespace) -> None:
