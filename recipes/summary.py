@@ -108,9 +108,9 @@ def _csv(arms: list[Arm], results: Results) -> bytes:
             if folder == arm.folder:
                 if metrics is None:
                     metrics = list(result["metrics"])
-                    writer.writerow(["method", "samples", "alpha", "rate", "seed", *metrics])
+                    writer.writerow(["method", "samples", "alpha", "rate", "epochs", "seed", *metrics])
                 numbers = ["nan" if v is None else f"{v:.6g}" for v in (result["metrics"][m] for m in metrics)]
-                writer.writerow([arm.label, arm.samples, f"{arm.alpha:g}", f"{arm.rate:g}", seed, *numbers])
+                writer.writerow([arm.label, arm.samples, f"{arm.alpha:g}", f"{arm.rate:g}", f"{arm.epochs:g}", seed, *numbers])
     return text.getvalue().encode()
 
 

@@ -1,0 +1,247 @@
+"""What many runs say: methods compared at each dropout rate and at the rate that suits each best, with standard errors and paired tests.
+
+    python -m recipes.evidence NAME runs.csv [runs.csv ...] --out docs/results
+
+The files are those of ``python -m recipes``; runs of one recipe with other lengths are other methods. Writes evidence-NAME.csv (all runs),
+evidence-NAME.png, and evidence-NAME.md (the tables).
+"""
+
+import argparse
+import csv
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .files import write
+from .options import method
+
+COLORS = ("#000000", "#56B4E9", "#009E73", "#E69F00", "#0072B2", "#CC79A7", "#D55E00")  # Okabe and Ito's, safe for the colour-blind
+LEVEL = 0.05
+
+
+class Method(NamedTuple):
+    samples: int
+    alpha: float
+    epochs: float
+    name: str
+
+
+class Runs(NamedTuple):
+    """The runs of a recipe: a method's numbers at a rate are its seeds' in order, and all methods have the same seeds."""
+
+    lines: list[dict[str, str]]
+    of: dict[tuple[Method, float], dict[int, dict[str, float]]]  # by method and rate: by seed: the metrics
+
+    @property
+    def methods(self) -> list[Method]:
+        return list(dict.fromkeys(m for m, _ in self.of))
+
+    def rates(self, method: Method) -> list[float]:
+        return sorted(p for m, p in self.of if m == method)
+
+    def values(self, method: Method, rate: float, metric: str) -> list[float]:
+        return [metrics[metric] for _, metrics in sorted(self.of[method, rate].items())]
+
+
+def read(paths: list[Path]) -> Runs:
+    """Raises ValueError where the methods were not run with the same seeds: the tests are paired over seeds."""
+    lines = [line for path in paths for line in csv.DictReader(path.open(newline=""))]
+    shortest = min(float(line["epochs"]) for line in lines)
+    found: dict[tuple[Method, float], dict[int, dict[str, float]]] = defaultdict(dict)
+    for line in lines:
+        samples, alpha, epochs = int(line["samples"]), float(line["alpha"]), float(line["epochs"])
+        longer = "" if epochs == shortest else f", {epochs / shortest:g}x steps"
+        key = Method(samples, alpha, epochs, method(samples, alpha) + longer)
+        numbers = {k: float(v) for k, v in line.items() if k not in ("method", "samples", "alpha", "rate", "epochs", "seed")}
+        found[key, float(line["rate"])][int(line["seed"])] = numbers
+    seeds = {tuple(sorted(of_seed)) for of_seed in found.values()}
+    if len(seeds) != 1:
+        raise ValueError(f"runs: expected the same seeds for all methods and rates, got {sorted(seeds)}")
+    return Runs(lines, dict(found))
+
+
+def chosen(runs: Runs, method: Method, metric: str, by: str = "nll") -> tuple[list[float], list[float]]:
+    """A metric for each seed at the rate whose mean ``by`` over the other seeds is least, and these rates: no seed chooses its own."""
+    rates, values, at = runs.rates(method), [], []
+    for i in range(len(runs.values(method, rates[0], by))):
+
+        def others(rate: float, i: int = i) -> float:
+            numbers = [v for j, v in enumerate(runs.values(method, rate, by)) if j != i]
+            return math.inf if any(map(math.isnan, numbers)) else statistics.fmean(numbers)
+
+        best = min(rates, key=others)
+        at.append(best)
+        values.append(runs.values(method, best, metric)[i])
+    return values, at
+
+
+def error_of(values: list[float]) -> float:
+    """Standard error of the mean."""
+    return statistics.stdev(values) / math.sqrt(len(values))
+
+
+def paired(values: list[float], others: list[float]) -> tuple[float, float, float]:
+    """Mean difference, its standard error, and the p-value of a paired t-test over seeds."""
+    from scipy import stats
+
+    differences = [a - b for a, b in zip(values, others, strict=True)]
+    if len(set(differences)) == 1:
+        return differences[0], 0.0, 1.0 if differences[0] == 0 else 0.0
+    return statistics.fmean(differences), error_of(differences), float(stats.ttest_rel(values, others).pvalue)
+
+
+def holm(p_values: list[float], level: float = LEVEL) -> list[bool]:
+    """Which of several tests are significant, so that one false one among them all has at most the probability ``level`` (Holm 1979)."""
+    order, found = sorted(range(len(p_values)), key=p_values.__getitem__), [False] * len(p_values)
+    for rank, i in enumerate(order):
+        if p_values[i] > level / (len(p_values) - rank):
+            break
+        found[i] = True
+    return found
+
+
+def best_table(runs: Runs) -> str:
+    """Each method at the rate that suits it, and its difference to dropout; * marks a significant one (Holm, over the column)."""
+    base = next(m for m in runs.methods if m.samples == 1 and m.epochs == min(n.epochs for n in runs.methods))
+    rows, tests = [], {"nll": [], "error": []}
+    for m in runs.methods:
+        row: dict[str, Any] = {"method": m.name}
+        for metric in ("nll", "error", "ece", "ess"):
+            row[metric], row["at"] = chosen(runs, m, metric)
+        for metric in tests:
+            row[f"{metric}, paired"] = paired(row[metric], chosen(runs, base, metric)[0])
+            if m != base:
+                tests[metric].append(row[f"{metric}, paired"][2])
+        rows.append((m, row))
+    marks = {metric: iter(holm(p)) for metric, p in tests.items()}
+    lines = [
+        "| method | p | test NLL | against dropout | test error % | against dropout | ECE % | ESS |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for m, row in rows:
+        cells = [m.name, "/".join(f"{p:g}" for p in sorted(set(row["at"])))]
+        for metric, digits in (("nll", 4), ("error", 2)):
+            cells.append(f"{statistics.fmean(row[metric]):.{digits}f} ± {error_of(row[metric]):.{digits}f}")
+            mean, error, _ = row[f"{metric}, paired"]
+            cells.append("" if m == base else f"{mean:+.{digits}f} ± {error:.{digits}f}{'*' * next(marks[metric])}")
+        cells += [f"{statistics.fmean(row['ece']):.2f}", f"{statistics.fmean(row['ess']):.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def rate_table(runs: Runs, metric: str, digits: int, keep: Callable[[Method], bool]) -> str:
+    """A metric's mean over seeds by method and rate; the least of each column is bold."""
+    methods = [m for m in runs.methods if keep(m)]
+    rates = sorted({p for m in methods for p in runs.rates(m)})
+    means = {(m, p): statistics.fmean(runs.values(m, p, metric)) for m in methods for p in rates if (m, p) in runs.of}
+    least = {p: min(means[m, p] for m in methods if (m, p) in means) for p in rates}
+
+    def cell(m: Method, p: float) -> str:
+        if (m, p) not in means:
+            return ""
+        text = f"{means[m, p]:.{digits}f}"
+        return f"**{text}**" if means[m, p] == least[p] else text
+
+    lines = ["| method | " + " | ".join(f"p={p:g}" for p in rates) + " |", "|---|" + "---:|" * len(rates)]
+    return "\n".join([*lines, *("| " + " | ".join([m.name, *(cell(m, p) for p in rates)]) + " |" for m in methods)])
+
+
+def tables(runs: Runs) -> str:
+    seeds = len(next(iter(runs.of.values())))
+    parts = [
+        f"Each method at the dropout rate that suits it best: mean ± standard error over {seeds} seeds.",
+        best_table(runs),
+        "Test NLL by dropout rate:",
+        rate_table(runs, "nll", 4, lambda m: True),
+        "Test error % by dropout rate:",
+        rate_table(runs, "error", 2, lambda m: True),
+        "Effective sample size in training, importance weights:",
+        rate_table(runs, "ess", 2, lambda m: m.alpha == 1 and m.samples > 1),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def one_unit(m: Method) -> float:
+    return 1.0
+
+
+def picture(runs: Runs, path: Path) -> None:
+    """Test NLL and error against the rate, by S and by alpha at the largest S; calibration and effective sample size."""
+    from io import BytesIO
+
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    shortest, largest = min(m.epochs for m in runs.methods), max(m.samples for m in runs.methods)
+    one = [m for m in runs.methods if m.samples == 1]
+    by_samples = [*one, *(m for m in runs.methods if m.samples > 1 and m.alpha == 1)]
+    by_alpha = [*(m for m in one if m.epochs == shortest), *(m for m in runs.methods if m.samples == largest)]
+    colors = {s: COLORS[i % len(COLORS)] for i, s in enumerate(sorted({m.samples for m in runs.methods}))}
+    shades = {a: COLORS[i + 2] for i, a in enumerate(sorted({m.alpha for m in by_alpha}))}
+
+    def draw(
+        axes: Any, methods: list[Method], metric: str, shared: Callable[[Method], str], scale: Callable[[Method], float] = lambda m: 1
+    ):
+        for i, m in enumerate(methods):
+            rates = runs.rates(m)
+            values = [[v / scale(m) for v in runs.values(m, p, metric)] for p in rates]
+            at = [p + 0.004 * (i - len(methods) / 2) for p in rates]
+            line = "-" if m.epochs == shortest else ":"
+            means, errors = [statistics.fmean(v) for v in values], [error_of(v) for v in values]
+            axes.errorbar(at, means, errors, fmt=f"o{line}", color=shared(m), label=m.name, ms=3.5, capsize=2, elinewidth=1, lw=1.4)
+
+    def of_samples(m: Method) -> str:
+        return colors[m.samples]
+
+    def of_alpha(m: Method) -> str:
+        return colors[1] if m.samples == 1 else shades[m.alpha]
+
+    with rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "0.92"}):
+        figure = Figure(figsize=(12, 7.2), layout="constrained")
+        axes = figure.subplots(2, 3)
+        draw(axes[0, 0], by_samples, "nll", of_samples)
+        draw(axes[0, 1], by_samples, "error", of_samples)
+        draw(axes[0, 2], by_samples, "ece", of_samples)
+        draw(axes[1, 0], by_alpha, "nll", of_alpha)
+        draw(axes[1, 1], by_alpha, "error", of_alpha)
+        draw(axes[1, 2], [m for m in by_samples if m.samples > 1], "ess", of_samples, lambda m: m.samples)
+        titles = (
+            "Test NLL",
+            "Test error %",
+            "Calibration error (ECE) %",
+            f"Test NLL, S={largest}",
+            f"Test error %, S={largest}",
+            "ESS / S",
+        )
+        for of_title, title in zip(axes.flat, titles, strict=True):
+            of_title.set(title=title, xlabel="dropout rate p")
+        axes[0, 0].legend(frameon=False, fontsize=8)
+        axes[1, 0].legend(frameon=False, fontsize=8)
+        buffer = BytesIO()
+        figure.savefig(buffer, format="png", dpi=110)
+    write(path, buffer.getvalue())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m recipes.evidence", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("name", help="of the files that are written")
+    parser.add_argument("runs", type=Path, nargs="+", help="runs.csv of python -m recipes")
+    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    args = parser.parse_args()
+    try:
+        runs = read(args.runs)
+    except (OSError, KeyError, ValueError) as error:
+        parser.error(f"{error}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    header, *lines = [line for path in args.runs for line in path.read_text().splitlines()]
+    write(args.out / f"evidence-{args.name}.csv", "\n".join([header, *(line for line in lines if line != header), ""]).encode())
+    write(args.out / f"evidence-{args.name}.md", tables(runs).encode())
+    picture(runs, args.out / f"evidence-{args.name}.png")
+    print(tables(runs))
+
+
+if __name__ == "__main__":
+    main()
