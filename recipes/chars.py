@@ -19,11 +19,13 @@ QUICK = {"samples": [1, 4], "rate": [0.2], "epochs": 1}
 LEARNING_RATE = 2e-3
 TEST_CHARACTERS = 100_000
 # Modules that every supported Python has as one file. Its version decides what they say: facts() has the digest of the text.
-TRAIN = [
-    *("bisect", "calendar", "cmd", "codeop", "colorsys", "copy", "fnmatch", "getopt", "heapq", "linecache", "queue", "random", "reprlib"),
-    *("sched", "shelve", "shlex", "statistics", "textwrap", "timeit", "tokenize"),
-]
-TEST = ["csv", "filecmp", "gettext", "glob", "hmac", "mimetypes", "ntpath", "uuid"]
+# fmt: off
+TRAIN = (
+    "bisect", "calendar", "cmd", "codeop", "colorsys", "copy", "fnmatch", "getopt", "heapq", "linecache", "queue", "random", "reprlib",
+    "sched", "shelve", "shlex", "statistics", "textwrap", "timeit", "tokenize",
+)
+# fmt: on
+TEST = ("csv", "filecmp", "gettext", "glob", "hmac", "mimetypes", "ntpath", "uuid")
 SYMBOLS = "\n" + "".join(map(chr, range(32, 127)))
 OTHER = len(SYMBOLS)  # one class for all characters that are not among them
 CLASSES = OTHER + 1
@@ -35,7 +37,7 @@ def add_options(group: _ArgumentGroup) -> None:
     group.add_argument("--train-characters", type=number(2000, 10**6), default=100_000, help="characters to learn from")
 
 
-def read(modules: list[str], characters: int) -> str:
+def read(modules: tuple[str, ...], characters: int) -> str:
     """The first characters of the modules' text, one module after the other."""
     folder, text = Path(sysconfig.get_path("stdlib")), ""
     for module in modules:

@@ -14,7 +14,15 @@ from .packaged import absent, check, sha256
 from .recipe import Data
 
 # The published runs have 6,000 steps of 100 signals, 150 epochs; the MLP learns its training set by heart long before.
-DEFAULTS = {"samples": [1, 4, 8], "alpha": [1.0], "rate": [0.3, 0.5], "batch": 100, "epochs": 50}
+DEFAULTS = {
+    "samples": [1, 4, 8],
+    "alpha": [1.0],
+    "rate": [0.3, 0.5],
+    "batch": 100,
+    "epochs": 50,
+    "evaluate_every": 5,
+    "expand": "first",
+}
 QUICK = {"samples": [1, 8], "rate": [0.3], "epochs": 5}
 CLASSES, LENGTH = 10, 40
 LEARNING_RATE = 1e-2
