@@ -15,7 +15,7 @@ from .recipe import Data
 from .wide_resnet import wide_resnet
 
 DEFAULTS = {"samples": [1, 4, 8], "alpha": [1.0], "rate": [0.3, 0.5], "batch": 50, "epochs": 20}
-QUICK = {"samples": [1, 4], "rate": [0.3], "epochs": 2}
+QUICK = {"samples": [1, 4], "rate": [0.3], "epochs": 5}
 IMAGES, CLASSES, SIZE = 5000, 10, 28
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 5e-4
 SHA256 = "809ec085d551285cf9efad12c42a6aead98c62f96eb9936cc5b778870773e50d"  # of the pixels, 0 to 255, and the labels, as bytes
