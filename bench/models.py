@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recipes.wide_resnet import wide_resnet as wide_resnet
+
 
 def mlp(inputs: int, hidden: int, classes: int, p: float = 0.5) -> nn.Module:
     """Two hidden layers with dropout, and dropout on the inputs: nothing is shared between the samples."""
@@ -59,30 +61,6 @@ class SkipPath(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.deep(x) + self.noisy(x))
-
-
-class WideBlock(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int, p: float):
-        super().__init__()
-        self.norm1, self.conv1 = nn.BatchNorm2d(inputs), _conv(inputs, outputs, stride)
-        self.norm2, self.dropout, self.conv2 = nn.BatchNorm2d(outputs), nn.Dropout(p), _conv(outputs, outputs)
-        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs or stride > 1 else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = F.relu(self.norm1(x))
-        y = self.conv2(self.dropout(F.relu(self.norm2(self.conv1(h)))))
-        return y + self.shortcut(x if isinstance(self.shortcut, nn.Identity) else h)
-
-
-def wide_resnet(depth: int, widen: int, classes: int, p: float = 0.3) -> nn.Module:
-    """WRN-depth-widen for 32x32 images, dropout between the convolutions of a block as in the paper of Zagoruyko and Komodakis."""
-    blocks, channels, layers = (depth - 4) // 6, 16, [_conv(3, 16)]
-    for i in range(3):
-        for j in range(blocks):
-            outputs = (16 << i) * widen
-            layers.append(WideBlock(channels, outputs, 2 if i > 0 and j == 0 else 1, p))
-            channels = outputs
-    return nn.Sequential(*layers, nn.BatchNorm2d(channels), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
 
 
 class TransformerBlock(nn.Module):
