@@ -32,7 +32,21 @@ DEFAULTS: dict[str, Any] = {
     "threads": 1,
 }
 # Options that may differ between the parts of one run: they change neither the numbers nor what is asked for.
-FREE = {"recipe", "out", "data", "resume", "seeds", "first_seed", "jobs", "workers", "checkpoint_every", "tensorboard", "quick", "time"}
+FREE = {
+    "recipe",
+    "out",
+    "data",
+    "resume",
+    "seeds",
+    "first_seed",
+    "jobs",
+    "workers",
+    "checkpoint_every",
+    "tensorboard",
+    "quick",
+    "time",
+    "experiment",
+}
 
 
 def rate(text: str) -> float:

@@ -798,7 +798,7 @@ def test_defaults_are_the_papers():
 
 @pytest.mark.parametrize("protocol", ["baseline", "authors"])
 def test_arms_of_table_1(protocol):
-    arms = cifar_wrn.arms(settings("--experiment", "table1", "--protocol", protocol, rate=[0.5]))
+    arms = cifar_wrn.arms(settings("--table1", "--protocol", protocol, rate=[0.5]))
     seen = {arm["label"]: (arm["samples"], arm["alpha"], arm.get("epochs"), arm.get("accumulate")) for arm in arms}
     one = 1 if protocol == "authors" else None  # the baseline's script has no micro-batches
     assert seen == {
@@ -823,7 +823,7 @@ def test_arms_by_steps():
 
 
 def test_arms_of_figure_2():
-    arms = cifar_wrn.arms(settings("--experiment", "figure2"))
+    arms = cifar_wrn.arms(settings("--figure2"))
     assert sorted((a["samples"], a["rate"]) for a in arms) == [(s, k / 10) for s in (1, 4, 8) for k in range(1, 9)]
     assert Counter(a["label"] for a in arms) == {"dropout": 8, "IWSGD S=4": 8, "IWSGD S=8": 8}
     assert all(a["alpha"] == 1.0 for a in arms)
