@@ -33,19 +33,8 @@ DEFAULTS: dict[str, Any] = {
 }
 # Options that may differ between the parts of one run: they change neither the numbers nor what is asked for.
 FREE = {
-    "recipe",
-    "out",
-    "data",
-    "resume",
-    "seeds",
-    "first_seed",
-    "jobs",
-    "workers",
-    "checkpoint_every",
-    "tensorboard",
-    "quick",
-    "time",
-    "experiment",
+    *("recipe", "out", "data", "resume", "seeds", "first_seed", "jobs", "workers"),
+    *("checkpoint_every", "tensorboard", "quick", "time", "experiment"),
 }
 
 

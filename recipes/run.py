@@ -137,8 +137,8 @@ class Run:
         self.period = max(1, round(s.evaluate_every * self.per_epoch))  # steps between lines of the log
         torch.manual_seed(mixed(self.seed, 0))
         self.model = self.recipe.build(s, data).to(device).train()
-        two = self._to(data.train[list(range(min(2, examples)))][0], train=False)
-        # The conversion compares its rows with those of single samples, on two examples, before it is used.
+        # The conversion compares the rows of two examples with those of single samples, before it is used. Joint statistics mix the samples.
+        two = None if s.batch_norm == "joint" else self._to(data.train[list(range(min(2, examples)))][0], train=False)
         iw.convert(self.model, s.samples, expand=s.expand, batch_norm=s.batch_norm, example_inputs=two)
         self.criterion = iw.IWCrossEntropyLoss(s.samples, alpha=s.alpha, level=s.level)
         self.optimizer, self.schedule = self.recipe.optimizer(s, self.model, self.steps)

@@ -70,12 +70,16 @@ def train(folder, options, seed, pipe, recipe="digits"):
     pipe.send("done")
 
 
+OFTEN = ("--steps", "64", "--evaluate-every", "1.5")
+SMALL_WRN = ("--synthetic", "--depth", "10", "--widen", "1", "--batch", "4", "--steps", "24", "--evaluate-every", "0.05")
 KINDS = {
-    "importance weights": ("--samples", "4", "--rate", "0.5"),
-    "streamed": ("--samples", "4", "--rate", "0.5", "--strategy", "streamed", "--chunk", "3", "--alpha", "0.5"),
-    "resampled": ("--samples", "4", "--rate", "0.5", "--strategy", "resampled"),
-    "parts of a batch, on the axis": ("--samples", "2", "--rate", "0.3", "--accumulate", "5", "--expand", "axis"),
-    "one sample, 16 bits": ("--samples", "1", "--rate", "0.3", "--amp", "bfloat16"),
+    "importance weights": ("digits", 20, ("--samples", "4", "--rate", "0.5", *OFTEN)),
+    "streamed": ("digits", 4, ("--samples", "4", "--strategy", "streamed", "--chunk", "3", "--alpha", "0.5", *OFTEN)),
+    "resampled": ("digits", 4, ("--samples", "4", "--strategy", "resampled", *OFTEN)),
+    "parts of a batch, on the axis": ("digits", 4, ("--samples", "2", "--accumulate", "5", "--expand", "axis", *OFTEN)),
+    "one sample, 16 bits": ("digits", 4, ("--samples", "1", "--amp", "bfloat16", *OFTEN)),
+    # Running statistics, augmentation, a schedule that drops the momentum, processes that read data.
+    "WRN": ("cifar_wrn", 3, ("--samples", "2", "--workers", "1", *SMALL_WRN)),
 }
 
 
@@ -120,12 +124,12 @@ def killed_again_and_again(processes, folder, options, kills, rng, recipe="digit
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_run_ends_with_the_same_bits(kind, tmp_path, processes):
     """kill -9 at random moments, of steps, evaluations and writing checkpoints; here a checkpoint is due after each step."""
-    options = (*KINDS[kind], "--steps", "64", "--evaluate-every", "1.5", "--checkpoint-every", "0")
-    run, data = one(tmp_path / "whole", *options, seed=3)
+    recipe, kills, options = KINDS[kind]
+    options = (*options, "--checkpoint-every", "0")
+    run, data = one(tmp_path / "whole", *options, seed=3, recipe=recipe)
     run.train(data, never, silent)
-    first = kind == "importance weights"
-    steps = killed_again_and_again(processes, tmp_path / "killed", options, 20 if first else 4, random.Random(kind))
-    assert len(steps) == (20 if first else 4) and len(set(steps)) > 1
+    steps = killed_again_and_again(processes, tmp_path / "killed", options, kills, random.Random(kind), recipe)
+    assert len(steps) == kills and len(set(steps)) > 1
     for a, b in zip(ended(tmp_path / "killed"), ended(tmp_path / "whole"), strict=True):
         assert_same(a, b)
     assert_same(load(tmp_path / "killed" / "best.pt", "cpu")["model"], load(tmp_path / "whole" / "best.pt", "cpu")["model"])

@@ -1,9 +1,11 @@
 """The recipe of CIFAR: network, archives, augmentation and schedule, each against what its published source has."""
 
 import copy
+import csv
 import gzip
 import hashlib
 import io
+import json
 import math
 import os
 import pickle
@@ -834,3 +836,58 @@ def test_arms_of_a_sweep():
     assert cifar_wrn.arms(settings(samples=[1, 4])) == []
     arms = cifar_wrn.arms(settings("--protocol", "authors", samples=[1, 4], alpha=[0.0, 1.0]))
     assert [(a["samples"], a["alpha"], a.get("accumulate")) for a in arms] == [(1, 1.0, 1)] * 2 + [(4, 0.0, None), (4, 1.0, None)]
+
+
+# Through the tool
+
+
+def train(tmp_path, *arguments: str) -> dict:
+    pytest.importorskip("rich")
+    from recipes.__main__ import main
+
+    small = ["--depth", "10", "--widen", "1", "--seeds", "1", "--no-tensorboard", "--out", str(tmp_path / "out")]
+    assert main(["cifar_wrn", *small, *arguments]) == 0
+    return json.loads((tmp_path / "out" / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_a_training_from_a_small_archive(dataset, tmp_path):
+    archive(tmp_path, dataset, pickled(dataset))
+    own = ["--dataset", dataset, "--any-archive", "--data", str(tmp_path), "--batch", "4", "--epochs", "2", "--samples", "2"]
+    summary = train(tmp_path, *own)
+    (run,) = summary["arms"][0]["runs"].values()
+    assert run["parameters"] == PARAMETERS[10, 1][dataset == "cifar100"]
+    assert summary["facts"] == {"data": cifar.ARCHIVES[dataset].file, "data_md5": "not compared"}
+    log = list(csv.DictReader((tmp_path / "out").glob("S2-*/seed-0/log.csv").__next__().open()))
+    assert [line["epoch"] for line in log] == ["1", "2"] and all(math.isfinite(float(line["nll"])) for line in log)
+
+
+def test_an_official_archive_is_asked_for(tmp_path, capsys):
+    from recipes.__main__ import main
+
+    archive(tmp_path, "cifar10", pickled("cifar10"))
+    assert main(["cifar_wrn", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--no-tensorboard"]) == 1
+    assert "MD5 expected c58f30108f718f92721af3b95e74349a" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_table_1_through_the_tool(tmp_path):
+    summary = train(tmp_path, "--synthetic", "--batch", "8", "--steps", "2", "--table1")
+    assert [arm["label"] for arm in summary["arms"]] == [
+        *("dropout, 4x iterations", "dropout", "IWSGD S=4", "IWSGD S=8", "mean S=4", "mean S=8", "IWSGD S=4, steps / 4"),
+        "IWSGD S=8, steps / 8",
+    ]
+    assert len(list((tmp_path / "out").glob("*/seed-0/result.json"))) == 8
+
+
+def test_the_authors_protocol_through_the_tool(tmp_path, capsys):
+    """Four micro-batches of 32 images with their samples as rows: BatchNorm has updated its statistics four times a step, and once for
+    the baseline; all seeds have one order of the examples.
+    """
+    train(tmp_path, "--synthetic", "--protocol", "authors", "--samples", "1", "2", "--steps", "1")
+    for folder, updates in (("S1-*", 1), ("S2-*", 4)):
+        state = torch.load(next((tmp_path / "out").glob(f"{folder}/seed-0/last.pt")), weights_only=True)
+        assert {int(v) for k, v in state["model"].items() if k.endswith("num_batches_tracked")} == {updates}
+    with pytest.raises(SystemExit):
+        train(tmp_path, "--synthetic", "--protocol", "authors", "--batch", "64")
+    assert "--batch: the protocol has 128, got 64" in capsys.readouterr().err
