@@ -7,6 +7,7 @@ BatchNorm normalises together, and one order of the examples for all seeds; trai
 
 import math
 from argparse import ArgumentTypeError, Namespace, _ArgumentGroup
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -87,8 +88,14 @@ def prepare(x: Tensor, train: bool) -> Tensor:
         flip = torch.rand(len(x), device=x.device) < 0.5
         top, left = torch.randint(2 * PADDING + 1, (2, len(x)), device=x.device)
         x = augment(x, flip, top, left)
-    mean, std = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in (MEAN, STD))
+    mean, std = _mean_std(x.device)
     return (x.float() - mean) / std
+
+
+@cache
+def _mean_std(device: torch.device) -> tuple[Tensor, ...]:
+    """On the device once: in each step they would be copied there, and the host would wait for it."""
+    return tuple(torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
 
 
 def augment(x: Tensor, flip: Tensor, top: Tensor, left: Tensor) -> Tensor:

@@ -1,14 +1,15 @@
 """What many runs say: methods compared at each dropout rate and at the rate that suits each best, with standard errors and paired tests.
 
-    python -m recipes.evidence NAME runs.csv [runs.csv ...] --out docs/results
+    python -m recipes.evidence NAME runs.csv [runs.csv ...] --out docs/results --page docs/evidence.md
 
 The files are those of ``python -m recipes``; runs of one recipe with other lengths are other methods. Writes evidence-NAME.csv (all runs),
-evidence-NAME.png, and evidence-NAME.md (the tables).
+evidence-NAME.png, and the tables into the page, between the lines ``<!-- NAME -->`` and ``<!-- end of NAME -->``.
 """
 
 import argparse
 import csv
 import math
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable
@@ -161,7 +162,7 @@ def tables(runs: Runs) -> str:
         "Effective sample size in training, importance weights:",
         rate_table(runs, "ess", 2, lambda m: m.alpha == 1 and m.samples > 1),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts) + "\n\n"
 
 
 def one_unit(m: Method) -> float:
@@ -230,6 +231,7 @@ def main() -> None:
     parser.add_argument("name", help="of the files that are written")
     parser.add_argument("runs", type=Path, nargs="+", help="runs.csv of python -m recipes")
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser.add_argument("--page", type=Path, help="a page whose tables are written anew")
     args = parser.parse_args()
     try:
         runs = read(args.runs)
@@ -238,9 +240,18 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     header, *lines = [line for path in args.runs for line in path.read_text().splitlines()]
     write(args.out / f"evidence-{args.name}.csv", "\n".join([header, *(line for line in lines if line != header), ""]).encode())
-    write(args.out / f"evidence-{args.name}.md", tables(runs).encode())
     picture(runs, args.out / f"evidence-{args.name}.png")
     print(tables(runs))
+    if args.page:
+        text = args.page.read_text()
+        if block(args.name).search(text) is None:
+            parser.error(f"--page: {args.page} has no lines <!-- {args.name} --> and <!-- end of {args.name} -->")
+        write(args.page, block(args.name).sub(lambda found: found[1] + tables(runs) + found[3], text).encode())
+
+
+def block(name: str) -> re.Pattern[str]:
+    """A page's text between the lines that name a recipe, as group 2."""
+    return re.compile(rf"(<!-- {re.escape(name)} -->\n\n)(.*?)(\n?<!-- end of {re.escape(name)} -->)", re.DOTALL)
 
 
 if __name__ == "__main__":

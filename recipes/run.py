@@ -137,7 +137,7 @@ class Run:
         self.period = max(1, round(s.evaluate_every * self.per_epoch))  # steps between lines of the log
         torch.manual_seed(mixed(self.seed, 0))
         self.model = self.recipe.build(s, data).to(device).train()
-        # The conversion compares the rows of two examples with those of single samples, before it is used. Joint statistics mix the samples.
+        # The conversion is tried on two examples: samples together against samples alone. Joint statistics mix them.
         two = None if s.batch_norm == "joint" else self._to(data.train[list(range(min(2, examples)))][0], train=False)
         iw.convert(self.model, s.samples, expand=s.expand, batch_norm=s.batch_norm, example_inputs=two)
         self.criterion = iw.IWCrossEntropyLoss(s.samples, alpha=s.alpha, level=s.level)
