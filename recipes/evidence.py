@@ -110,7 +110,7 @@ def best_table(runs: Runs) -> str:
     rows, tests = [], {"nll": [], "error": []}
     for m in runs.methods:
         row: dict[str, Any] = {"method": m.name}
-        for metric in ("nll", "error", "ece", "ess"):
+        for metric in ("nll", "error", "ece", "ensemble_nll", "ess"):
             row[metric], row["at"] = chosen(runs, m, metric)
         for metric in tests:
             row[f"{metric}, paired"] = paired(row[metric], chosen(runs, base, metric)[0])
@@ -119,8 +119,8 @@ def best_table(runs: Runs) -> str:
         rows.append((m, row))
     marks = {metric: iter(holm(p)) for metric, p in tests.items()}
     lines = [
-        "| method | p | test NLL | against dropout | test error % | against dropout | ECE % | ESS |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
+        "| method | p | test NLL | against dropout | test error % | against dropout | ECE % | NLL of 16 | ESS |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for m, row in rows:
         cells = [m.name, "/".join(f"{p:g}" for p in sorted(set(row["at"])))]
@@ -128,7 +128,7 @@ def best_table(runs: Runs) -> str:
             cells.append(f"{statistics.fmean(row[metric]):.{digits}f} ± {error_of(row[metric]):.{digits}f}")
             mean, error, _ = row[f"{metric}, paired"]
             cells.append("" if m == base else f"{mean:+.{digits}f} ± {error:.{digits}f}{'*' * next(marks[metric])}")
-        cells += [f"{statistics.fmean(row['ece']):.2f}", f"{statistics.fmean(row['ess']):.2f}"]
+        cells += [f"{statistics.fmean(row[metric]):.{digits}f}" for metric, digits in (("ece", 2), ("ensemble_nll", 4), ("ess", 2))]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

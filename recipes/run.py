@@ -274,7 +274,7 @@ class Run:
 
     def _finish(self, data: Data) -> dict[str, Any]:
         metrics = {name: self.last_line[name] for name in ("error", "nll", "ece", "bound", "gap", "ess", "entropy")}
-        metrics |= evaluate.bound(self.model, self._test(data), self.settings)
+        metrics |= evaluate.noisy(self.model, lambda: self._test(data), self.settings)
         result = {"settings": self.identity, "parameters": sum(p.numel() for p in self.model.parameters()), "metrics": metrics}
         write_json(self.folder / "result.json", result)
         if self.scalars is not None:

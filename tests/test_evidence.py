@@ -12,7 +12,7 @@ pytest.importorskip("scipy")
 from recipes.evidence import best_table, block, chosen, holm, paired, rate_table, read, tables
 
 ROOT = Path(__file__).resolve().parent.parent
-METRICS = ("error", "nll", "ece", "ess")
+METRICS = ("error", "nll", "ece", "ess", "ensemble_nll")
 PAGE = ROOT / "docs" / "evidence.md"
 NAMES = re.findall(r"<!-- end of (\S+) -->", PAGE.read_text()) if PAGE.exists() else []
 
@@ -32,12 +32,12 @@ def runs(tmp_path):
         (1, 0.3): [1.0, 1.2, 1.1], (1, 0.5): [0.9, 1.3, 1.25],
         (8, 0.3): [0.8, 0.9, 1.0], (8, 0.5): [0.7, 0.85, 0.8],
     }  # fmt: skip
-    lines = [["x", s, 1, p, 50, i, 10 * v, v, 1.5, s] for (s, p), values in nll.items() for i, v in enumerate(values)]
+    lines = [["x", s, 1, p, 50, i, 10 * v, v, 1.5, s, v / 2] for (s, p), values in nll.items() for i, v in enumerate(values)]
     return read([runs_csv(tmp_path / "runs.csv", lines)])
 
 
 def test_no_seed_chooses_its_own_rate(runs):
-    """Means of S=1 at the two rates: without seed 0 1.15 and 1.275, without seed 1 1.05 and 1.075, without seed 2 1.1 and 1.1 (the first)."""
+    """Means of S=1 at the two rates: 1.15 and 1.275 without seed 0, 1.05 and 1.075 without 1, 1.1 and 1.1 without 2 (the first)."""
     one, eight = runs.methods
     values, rates = chosen(runs, one, "nll")
     assert rates == [0.3, 0.3, 0.3] and values == [1.0, 1.2, 1.1]
@@ -47,7 +47,7 @@ def test_no_seed_chooses_its_own_rate(runs):
 
 def test_a_diverged_run_is_not_chosen(tmp_path):
     lines = [
-        ["x", 1, 1, p, 50, i, 1, v, 1, 1] for p, values in ((0.3, [2, 2, 2]), (0.5, [1, float("nan"), 1])) for i, v in enumerate(values)
+        ["x", 1, 1, p, 50, i, 1, v, 1, 1, 1] for p, values in ((0.3, [2, 2, 2]), (0.5, [1, float("nan"), 1])) for i, v in enumerate(values)
     ]
     runs = read([runs_csv(tmp_path / "runs.csv", lines)])
     assert chosen(runs, runs.methods[0], "nll")[1] == [0.3, 0.5, 0.3]
@@ -69,7 +69,7 @@ def test_holm_by_hand():
 
 def test_tables(runs):
     text = best_table(runs)
-    assert "| dropout (S=1) | 0.3 | 1.1000 ± 0.0577 |  | 11.00 ± 0.58 |  | 1.50 | 1.00 |" in text
+    assert "| dropout (S=1) | 0.3 | 1.1000 ± 0.0577 |  | 11.00 ± 0.58 |  | 1.50 | 0.5500 | 1.00 |" in text
     assert "| IWSGD S=8 | 0.5 | 0.7833 ± 0.0441 | -0.3167 ± 0.0167* |" in text
     text = rate_table(runs, "nll", 3, lambda m: True)
     assert text.splitlines()[0] == "| method | p=0.3 | p=0.5 |"
@@ -77,12 +77,12 @@ def test_tables(runs):
 
 
 def test_longer_runs_are_methods_of_their_own(tmp_path):
-    lines = [["x", 1, 1, 0.3, epochs, seed, 1, 1 + seed, 1, 1] for epochs in (50, 200) for seed in range(2)]
+    lines = [["x", 1, 1, 0.3, epochs, seed, 1, 1 + seed, 1, 1, 1] for epochs in (50, 200) for seed in range(2)]
     assert [m.name for m in read([runs_csv(tmp_path / "runs.csv", lines)]).methods] == ["dropout (S=1)", "dropout (S=1), 4x steps"]
 
 
 def test_other_seeds_are_refused(tmp_path):
-    lines = [["x", s, 1, 0.3, 50, seed, 1, 1, 1, 1] for s, seeds in ((1, 2), (4, 3)) for seed in range(seeds)]
+    lines = [["x", s, 1, 0.3, 50, seed, 1, 1, 1, 1, 1] for s, seeds in ((1, 2), (4, 3)) for seed in range(seeds)]
     with pytest.raises(ValueError, match="expected the same seeds for all methods and rates"):
         read([runs_csv(tmp_path / "runs.csv", lines)])
 

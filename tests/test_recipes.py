@@ -17,6 +17,7 @@ import torch
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 
+import iwsgd_ext as iw
 from recipes.__main__ import main
 from recipes.files import Log, load, owned, save, write
 from recipes.options import arms, method, parse
@@ -300,6 +301,17 @@ def test_saved_values_come_back(tmp_path):
     state = {"settings": {"a": 1}, "weights": [torch.arange(3.0)], "none": None, "pair": (1, 2.5)}
     save(tmp_path / "x.pt", state)
     assert_same(load(tmp_path / "x.pt", "cpu"), state)
+
+
+def test_evaluation_with_noise_is_that_of_the_library(tmp_path):
+    run, data = one(tmp_path, "--samples", "3", "--rate", "0.5", "--steps", "2", "--test-batch", "2000")
+    metrics = run.train(data, never, silent)["metrics"]
+    x, y = data.test[list(range(len(data.test)))]
+    log_p = iw.predict(run.model, x, 16, seed=0)[torch.arange(len(y)), y]
+    assert metrics["ensemble_nll"] == pytest.approx(-log_p.mean().item(), rel=1e-5)
+    log_p = iw.predict(run.model, x, 3, seed=0)[torch.arange(len(y)), y]
+    assert metrics["test_bound"] == pytest.approx(log_p.mean().item(), rel=1e-5)
+    assert metrics["test_mean_log_p"] < metrics["test_bound"]
 
 
 # The command line
