@@ -80,6 +80,7 @@ def parser(name: str) -> argparse.ArgumentParser:
         prog=f"python -m recipes {name}",
         description=recipe.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # what was given is looked up by its whole name
         epilog=f"""Several values of --samples, --alpha and --rate are all combined; each combination is trained with each seed. Examples:
 
   python -m recipes {name} --quick
