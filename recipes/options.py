@@ -148,7 +148,7 @@ def _word(value: Any) -> str:
 
 
 def _words(values: dict[str, Any]) -> str:
-    return ", ".join(f"--{name.replace('_', '-')} {_word(value)}" for name, value in values.items())
+    return ", ".join(f"--{name.replace('_', '-')}{'' if value is True else f' {_word(value)}'}" for name, value in values.items())
 
 
 def parse(name: str, arguments: list[str]) -> Namespace:

@@ -877,9 +877,9 @@ def test_an_official_archive_is_asked_for(tmp_path, capsys):
     assert "MD5 expected c58f30108f718f92721af3b95e74349a" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
 def test_table_1_through_the_tool(tmp_path):
-    summary = train(tmp_path, "--synthetic", "--batch", "8", "--steps", "2", "--table1")
+    archive(tmp_path, "cifar10", pickled("cifar10"))
+    summary = train(tmp_path, "--any-archive", "--data", str(tmp_path), "--batch", "4", "--steps", "2", "--table1")
     assert [arm["label"] for arm in summary["arms"]] == [
         *("dropout, 4x iterations", "dropout", "IWSGD S=4", "IWSGD S=8", "mean S=4", "mean S=8", "IWSGD S=4, steps / 4"),
         "IWSGD S=8, steps / 8",
@@ -887,6 +887,7 @@ def test_table_1_through_the_tool(tmp_path):
     assert len(list((tmp_path / "out").glob("*/seed-0/result.json"))) == 8
 
 
+@pytest.mark.slow
 def test_the_authors_protocol_through_the_tool(tmp_path, capsys):
     """Four micro-batches of 32 images with their samples as rows: BatchNorm has updated its statistics four times a step, and once for
     the baseline; all seeds have one order of the examples.
