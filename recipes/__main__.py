@@ -44,6 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # before the first step
+        print("Stopped.", file=sys.stderr)
+        return 130
 
 
 def run(settings: Any, arguments: list[str]) -> int:
@@ -51,7 +54,7 @@ def run(settings: Any, arguments: list[str]) -> int:
     from .summary import table, write_all
     from .sweep import results, step_times
 
-    console, command = Console(), ["python", "-m", "recipes", *arguments]
+    console, command = Console(markup=False, emoji=False), ["python", "-m", "recipes", *arguments]
     if settings.tensorboard is not False:
         settings.tensorboard = _has_tensorboard(console, asked=settings.tensorboard)
     recipe = find(settings.recipe)
@@ -73,7 +76,7 @@ def run(settings: Any, arguments: list[str]) -> int:
         console.print(f"Stopped. {what}; go on with\n\n  {again}\n", highlight=False, soft_wrap=True)
         return 130
     about = {"command": shlex.join([w for w in command if w != "--resume"]), "options": _options(settings), "facts": recipe.facts(settings)}
-    Console(width=max(console.width, WIDTH)).print(table(todo, found))
+    Console(width=max(console.width, WIDTH), markup=False, emoji=False).print(table(todo, found))
     console.print(f"{settings.out}: {', '.join(write_all(settings.out, todo, found, about))}", highlight=False)
     return 0
 

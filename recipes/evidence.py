@@ -40,6 +40,11 @@ class Runs(NamedTuple):
     def methods(self) -> list[Method]:
         return list(dict.fromkeys(m for m, _ in self.of))
 
+    @property
+    def shortest(self) -> float:
+        """Epochs of the shortest runs with one sample."""
+        return min(m.epochs for m in self.methods if m.samples == 1)
+
     def rates(self, method: Method) -> list[float]:
         return sorted(p for m, p in self.of if m == method)
 
@@ -48,19 +53,29 @@ class Runs(NamedTuple):
 
 
 def read(paths: list[Path]) -> Runs:
-    """Raises ValueError where the methods were not run with the same seeds: the tests are paired over seeds."""
+    """Raises ValueError where the methods were not run with the same seeds: the tests are paired over seeds. Lengths are multiples of that
+    of the shortest runs with one sample, with which all are compared.
+    """
     lines = [line for path in paths for line in csv.DictReader(path.open(newline=""))]
-    shortest = min(float(line["epochs"]) for line in lines)
+    ones = [float(line["epochs"]) for line in lines if line["samples"] == "1"]
+    if not ones:
+        raise ValueError("runs: expected some with one sample, with which the others are compared")
+    shortest = min(ones)
     found: dict[tuple[Method, float], dict[int, dict[str, float]]] = defaultdict(dict)
     for line in lines:
         samples, alpha, epochs = int(line["samples"]), float(line["alpha"]), float(line["epochs"])
         longer = "" if epochs == shortest else f", {epochs / shortest:g}x steps"
         key = Method(samples, alpha, epochs, method(samples, alpha) + longer)
         numbers = {k: float(v) for k, v in line.items() if k not in ("method", "samples", "alpha", "rate", "epochs", "seed")}
-        found[key, float(line["rate"])][int(line["seed"])] = numbers
+        rate, seed = float(line["rate"]), int(line["seed"])
+        if seed in found[key, rate]:
+            raise ValueError(f"runs: {key.name}, p={rate:g}, seed {seed} is there twice; all must be of one recipe and its options")
+        found[key, rate][seed] = numbers
     seeds = {tuple(sorted(of_seed)) for of_seed in found.values()}
     if len(seeds) != 1:
         raise ValueError(f"runs: expected the same seeds for all methods and rates, got {sorted(seeds)}")
+    if len(next(iter(seeds))) < 2:
+        raise ValueError("runs: expected at least two seeds, got one")
     return Runs(lines, dict(found))
 
 
@@ -71,7 +86,7 @@ def chosen(runs: Runs, method: Method, metric: str, by: str = "nll") -> tuple[li
 
         def others(rate: float, i: int = i) -> float:
             numbers = [v for j, v in enumerate(runs.values(method, rate, by)) if j != i]
-            return math.inf if any(map(math.isnan, numbers)) else statistics.fmean(numbers)
+            return statistics.fmean(numbers) if all(map(math.isfinite, numbers)) else math.inf
 
         best = min(rates, key=others)
         at.append(best)
@@ -80,7 +95,9 @@ def chosen(runs: Runs, method: Method, metric: str, by: str = "nll") -> tuple[li
 
 
 def error_of(values: list[float]) -> float:
-    """Standard error of the mean."""
+    """Standard error of the mean; nan where a run diverged."""
+    if not all(map(math.isfinite, values)):
+        return math.nan
     return statistics.stdev(values) / math.sqrt(len(values))
 
 
@@ -96,6 +113,7 @@ def paired(values: list[float], others: list[float]) -> tuple[float, float, floa
 
 def holm(p_values: list[float], level: float = LEVEL) -> list[bool]:
     """Which of several tests are significant, so that one false one among them all has at most the probability ``level`` (Holm 1979)."""
+    p_values = [1.0 if math.isnan(p) else p for p in p_values]  # of runs that diverged nothing is known
     order, found = sorted(range(len(p_values)), key=p_values.__getitem__), [False] * len(p_values)
     for rank, i in enumerate(order):
         if p_values[i] > level / (len(p_values) - rank):
@@ -106,7 +124,7 @@ def holm(p_values: list[float], level: float = LEVEL) -> list[bool]:
 
 def best_table(runs: Runs) -> str:
     """Each method at the rate that suits it, and its difference to dropout; * marks a significant one (Holm, over the column)."""
-    base = next(m for m in runs.methods if m.samples == 1 and m.epochs == min(n.epochs for n in runs.methods))
+    base = next(m for m in runs.methods if m.samples == 1 and m.epochs == runs.shortest)
     rows, tests = [], {"nll": [], "error": []}
     for m in runs.methods:
         row: dict[str, Any] = {"method": m.name}
@@ -176,7 +194,7 @@ def picture(runs: Runs, path: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    shortest, largest = min(m.epochs for m in runs.methods), max(m.samples for m in runs.methods)
+    shortest, largest = runs.shortest, max(m.samples for m in runs.methods)
     one = [m for m in runs.methods if m.samples == 1]
     by_samples = [*one, *(m for m in runs.methods if m.samples > 1 and m.alpha == 1)]
     by_alpha = [*(m for m in one if m.epochs == shortest), *(m for m in runs.methods if m.samples == largest)]

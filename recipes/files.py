@@ -1,6 +1,7 @@
 """Files that are whole or not there: results, checkpoints, and a log that a killed run takes up again."""
 
 import csv
+import fcntl
 import json
 import math
 import os
@@ -91,20 +92,35 @@ def load(path: Path, device: str) -> dict[str, Any]:
 @contextmanager
 def owned(folder: Path):
     """One process at a time writes into a folder. The lock ends with the process, also where it is killed."""
-    from filelock import FileLock, Timeout  # torch requires it
-
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"--out: another run is writing into {folder}; wait for it, stop it, or choose another folder") from None
+        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise UserError(f"--out: cannot write into {folder} ({error.strerror})") from None
+    _locks.add(lock)
     try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--out: another run is writing into {folder}; wait for it, stop it, or choose another folder") from None
+        except OSError as error:
+            raise UserError(f"--out: cannot lock {folder} ({error.strerror})") from None
         yield
     finally:
-        lock.release()
+        _locks.discard(lock)
+        os.close(lock)
+
+
+_locks: set[int] = set()
+
+
+def _close_locks() -> None:
+    for lock in _locks:
+        os.close(lock)
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_close_locks)  # else the processes that read data hold a killed run's lock until they end
 
 
 class Log:
@@ -117,7 +133,10 @@ class Log:
         elif not path.exists() or path.stat().st_size < length:
             raise UserError(f"{path}: expected at least the {length} bytes that the checkpoint knows. Remove its folder to begin again")
         else:
-            os.truncate(path, length)
+            try:
+                os.truncate(path, length)
+            except OSError as error:
+                raise UserError(f"{path}: could not be written ({error.strerror})") from None
 
     def add(self, values: dict[str, Any]) -> None:
         row = ["" if (v := values.get(name)) is None else f"{v:.9g}" if isinstance(v, float) else v for name in self.columns]

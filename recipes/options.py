@@ -49,7 +49,7 @@ def alpha(text: str) -> float:
     value = float(text)
     if not value >= 0:
         raise argparse.ArgumentTypeError(f"expected a number of at least 0, or inf, got {text}")
-    return value
+    return value + 0.0  # of -0 and 0 the same
 
 
 def count(text: str) -> int:
@@ -68,8 +68,8 @@ def natural(text: str) -> int:
 
 def positive(text: str) -> float:
     value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    if not 0 < value < 1e9:
+        raise argparse.ArgumentTypeError(f"expected a number above 0 and under 1e9, got {text}")
     return value
 
 
@@ -168,6 +168,8 @@ def parse(name: str, arguments: list[str]) -> Namespace:
         p.error("--keep: only with --strategy resampled")
     if settings.chunk is not None and settings.strategy not in ("streamed", "resampled"):
         p.error("--chunk: only with --strategy streamed or resampled")
+    if settings.strategy == "resampled" and settings.level == "position":
+        p.error("--strategy resampled: only with --level example, as an example keeps one noise sample whole")
     if settings.batch_norm == "joint" and (settings.expand == "axis" or settings.strategy in ("streamed", "loop")):
         p.error("--batch-norm joint: all samples must be rows of one pass; give --expand input (or first) and --strategy batched")
     try:

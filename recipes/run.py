@@ -75,7 +75,9 @@ class Run:
         if not path.exists():
             return None
         result = read_json(path)
-        self._check(path, result.get("settings", {}))
+        if not (isinstance(result, dict) and all(isinstance(result.get(part), dict) for part in ("settings", "metrics"))):
+            raise UserError(f"{path}: expected a file that this tool wrote, got other JSON. Remove it to have its run made again")
+        self._check(path, result["settings"])
         return result
 
     def begun(self) -> bool:
@@ -94,7 +96,14 @@ class Run:
     def train(self, data: Data, stop: Stop, report: Report) -> dict[str, Any]:
         """Trains to the end, from the last checkpoint where there is one. Raises :class:`Stopped`, after a checkpoint, when asked to."""
         with owned(self.folder):
-            return self._train(data, stop, report)
+            try:
+                return self._train(data, stop, report)
+            except RuntimeError as error:  # torch raises it anywhere in a step: the last checkpoint is the one that is whole
+                if "DataLoader worker" not in str(error):
+                    raise
+                if stop():
+                    raise Stopped from None
+                raise UserError(f"--workers: {str(error).splitlines()[0]} Go on with --resume") from None
 
     def _train(self, data: Data, stop: Stop, report: Report) -> dict[str, Any]:
         s = self.settings
@@ -170,7 +179,7 @@ class Run:
                     y[rows],
                     samples=s.samples,
                     strategy=s.strategy,
-                    chunk=s.chunk,
+                    chunk=s.chunk and min(s.chunk, s.samples),
                     keep=s.keep,
                     seed=noise,
                     first_example=part * size,

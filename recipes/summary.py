@@ -30,15 +30,16 @@ CAPTION = (
 
 
 def values(results: Results, arm: Arm, metric: str) -> list[float]:
-    """A metric over the seeds; nan for a run that diverged."""
+    """A metric over the seeds; nan or infinite for a run that diverged."""
     found = [result["metrics"][metric] for (folder, _), result in sorted(results.items()) if folder == arm.folder]
     return [math.nan if v is None else float(v) for v in found]
 
 
 def mean_std(numbers: list[float], digits: int) -> str:
-    mean = statistics.fmean(numbers)
+    if not all(map(math.isfinite, numbers)):
+        return "diverged"
     spread = f"{statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else "-"
-    return "diverged" if math.isnan(mean) else f"{mean:.{digits}f} ({spread})"
+    return f"{statistics.fmean(numbers):.{digits}f} ({spread})"
 
 
 def rows(arms: list[Arm], results: Results) -> list[list[str]]:
@@ -108,7 +109,7 @@ def _csv(arms: list[Arm], results: Results) -> bytes:
                 if metrics is None:
                     metrics = list(result["metrics"])
                     writer.writerow(["method", "samples", "alpha", "rate", "epochs", "seed", *metrics])
-                numbers = ["nan" if v is None else f"{v:.6g}" for v in (result["metrics"][m] for m in metrics)]
+                numbers = ["nan" if v is None else f"{float(v):.6g}" for v in (result["metrics"][m] for m in metrics)]
                 writer.writerow([arm.label, arm.samples, f"{arm.alpha:g}", f"{arm.rate:g}", f"{arm.epochs:g}", seed, *numbers])
     return text.getvalue().encode()
 
@@ -132,6 +133,7 @@ def figure(out: Path, arms: list[Arm], results: Results, metrics: tuple[str, ...
                 curve = sorted((a for a in arms if a.label == label), key=lambda a: a.rate)
                 numbers = [values(results, a, metric) for a in curve]
                 at = [a.rate + 0.004 * (i - len(labels) / 2) for a in curve]  # beside each other, so that error bars can be told apart
+                numbers = [v if all(map(math.isfinite, v)) else [math.nan] for v in numbers]  # a gap in the curve
                 spread = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in numbers]
                 style = {"fmt": LINES.get(curve[0].alpha, "D-."), "color": COLORS[sizes.index(curve[0].samples) % len(COLORS)]}
                 axes.errorbar(at, [statistics.fmean(v) for v in numbers], spread, label=label, ms=4, capsize=2, elinewidth=1, **style)

@@ -4,10 +4,12 @@ import multiprocessing
 import os
 import signal
 import statistics
+import threading
 import time
 from argparse import Namespace
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from .recipe import Data, UserError, find
 from .run import Batches, Run, Stopped
 
 WARM_UP = 5  # steps that are not timed
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ENDED = "--jobs: a process was ended from outside (out of memory?). Go on with --resume, and with fewer --jobs if memory was short"
 
 
 class Interrupt:
@@ -41,7 +45,7 @@ class Interrupt:
         self.asked = True
 
     def catch(self) -> dict[int, Any]:
-        return {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return {number: signal.signal(number, self._handle) for number in SIGNALS}
 
     @contextmanager
     def caught(self) -> Iterator[None]:
@@ -98,7 +102,7 @@ def seen(line: dict[str, Any]) -> str:
 def _tell(console: Console, arm: Arm, seed: int, result: dict[str, Any]) -> None:
     m = result["metrics"]
     values = {"test error": m["error"], "nll": m["nll"], "ess": m["ess"]}
-    words = "  ".join(f"{k} {'diverged' if v is None else f'{v:.4g}'}" for k, v in values.items())
+    words = "  ".join(f"{k} {'diverged' if v is None else f'{float(v):.4g}'}" for k, v in values.items())
     console.print(f"{name(arm, seed):<40} {words}", highlight=False)
 
 
@@ -126,14 +130,26 @@ def _one_by_one(todo: list[tuple[Arm, int]], data: Data, console: Console, total
 def _side_by_side(todo: list[tuple[Arm, int]], data: Data, console: Console, total: int) -> Iterator[tuple[Arm, int, dict[str, Any]]]:
     first, waiting = todo[0][0], list(reversed(todo))
     running: dict[Future, tuple[Arm, int]] = {}
-    interrupt, stopped = Interrupt(), False
+    interrupt, stopped, workers, ended = Interrupt(), False, set(), False
     pool = ProcessPoolExecutor(first.jobs, multiprocessing.get_context("spawn"), _begin, (vars(first), os.getpid()))
     with interrupt.caught(), _bars(console) as bars, pool:
         everything = bars.add_task("runs", total=total, completed=total - len(todo), seen="")
         while running or (waiting and not stopped):
-            while waiting and len(running) < first.jobs and not stopped:
+            while waiting and len(running) < first.jobs and not (stopped or ended):
                 arm, seed = waiting.pop()
-                running[pool.submit(_work, vars(arm), seed)] = arm, seed
+                signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a worker begins with this, until it can take them
+                try:
+                    running[pool.submit(_work, vars(arm), seed)] = arm, seed
+                except BrokenProcessPool:
+                    raise UserError(ENDED) from None
+                finally:
+                    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            workers.update(multiprocessing.active_children())
+            if not ended and any(worker.exitcode for worker in workers):
+                ended = True
+                pool.shutdown(wait=False)  # makes the pool look at all its workers, where it may not have known of the last one
+            if ended and not (running or stopped):
+                raise UserError(ENDED)
             if interrupt() and not stopped:
                 stopped = True
                 for worker in multiprocessing.active_children():
@@ -145,6 +161,11 @@ def _side_by_side(todo: list[tuple[Arm, int]], data: Data, console: Console, tot
                 except Stopped:
                     stopped = True
                     continue
+                except BrokenProcessPool:  # the other workers were told to stop, and go when they have
+                    if interrupt() or stopped:
+                        stopped = True
+                        continue
+                    raise UserError(ENDED) from None
                 except BaseException:
                     for worker in multiprocessing.active_children():
                         worker.terminate()
@@ -158,6 +179,7 @@ def _side_by_side(todo: list[tuple[Arm, int]], data: Data, console: Console, tot
 
 _interrupt: Interrupt
 _data: Data
+_busy = threading.Lock()  # held during a run
 
 
 def _begin(values: dict[str, Any], parent: int) -> None:
@@ -165,13 +187,27 @@ def _begin(values: dict[str, Any], parent: int) -> None:
     global _interrupt, _data
     _interrupt = Interrupt(parent)
     _interrupt.catch()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    threading.Thread(target=_leave, daemon=True).start()
     _data = find(values["recipe"]).load(Namespace(**values))
 
 
+def _leave() -> None:
+    """Ends a worker that was asked to stop, or whose parent has gone, once its run has stopped: no other run will come to it, but the
+    pool's own way to say so needs a parent, and all workers.
+    """
+    while not _interrupt():
+        time.sleep(0.5)
+    with _busy:
+        time.sleep(1)  # in which the run's end is told
+        os._exit(1)
+
+
 def _work(values: dict[str, Any], seed: int) -> dict[str, Any]:
-    arm = Arm(**values)
-    prepare_process(arm)
-    return Run(arm, seed, folder(arm, seed)).train(_data, _interrupt, lambda step, of, line: None)
+    with _busy:
+        arm = Arm(**values)
+        prepare_process(arm)
+        return Run(arm, seed, folder(arm, seed)).train(_data, _interrupt, lambda step, of, line: None)
 
 
 def step_times(arms: list[Arm], data: Data, console: Console) -> list[float]:

@@ -1,5 +1,6 @@
 """The training tool: a run that is killed and goes on ends with the same bits; what is whole stays whole; errors name file and option."""
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ pytest.importorskip("sklearn")
 
 import iwsgd_ext as iw
 from recipes.__main__ import main
-from recipes.files import Log, load, owned, save, write
+from recipes.files import Log, load, owned, save, write, write_json
 from recipes.options import arms, method, parse
 from recipes.recipe import UserError, find
 from recipes.run import Batches, Run, Stopped, mixed
@@ -443,3 +445,208 @@ def test_tensorboard_has_what_the_log_has(tmp_path):
     column = lines[0].index("nll")
     assert [(e.step, pytest.approx(e.value, rel=1e-5)) for e in events.Scalars("nll")] == [(int(v[0]), float(v[column])) for v in lines[1:]]
     assert {"bound", "ess", "entropy", "examples_per_second"} <= set(events.Tags()["scalars"])
+
+
+# What nobody meant to happen
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_a_run_that_diverged_leaves_a_table_of_the_others(odd, tmp_path, capsys):
+    """NaN is null and infinity text in result.json; neither has a standard deviation."""
+    arguments = [
+        "digits",
+        "--samples",
+        "2",
+        "--rate",
+        "0.3",
+        "0.5",
+        "--steps",
+        "2",
+        "--seeds",
+        "2",
+        "--out",
+        str(tmp_path),
+        "--no-tensorboard",
+    ]
+    assert main(arguments) == 0
+    path = tmp_path / "S2-alpha1-p0.3" / "seed-1" / "result.json"
+    result = json.loads(path.read_text())
+    result["metrics"] |= {"nll": odd, "test_bound": -odd}
+    write_json(path, result)
+    assert main([*arguments, "--resume"]) == 0
+    assert capsys.readouterr().out.count(" diverged") == 2
+    assert f",{odd}," in (tmp_path / "runs.csv").read_text() and (tmp_path / "figure.png").exists()
+
+
+def test_a_run_that_diverges_is_told(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("recipes.evaluate.bound", lambda *_: {"test_bound": float("-inf"), "test_mean_log_p": float("-inf")})
+    monkeypatch.setattr("recipes.evaluate.evaluate", lambda *_: {"error": 90.0, "nll": float("inf"), "ece": float("nan")})
+    assert main(["digits", "--samples", "2", "--rate", "0.3", "--steps", "2", "--out", str(tmp_path), "--no-tensorboard"]) == 0
+    assert "nll inf" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{}", '{"settings": []}', '{"settings": {}, "metrics": null}'])
+def test_a_result_of_something_else_is_named(text, tmp_path):
+    run, _ = one(tmp_path, "--steps", "2")
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(UserError, match=r"result\.json: expected a file that this tool wrote, got other JSON\. Remove it"):
+        run.result()
+
+
+def test_a_chunk_above_one_combination_has_all_its_samples(tmp_path):
+    options = ("--samples", "1", "4", "--strategy", "streamed", "--chunk", "3", "--rate", "0.3", "--steps", "2", "--no-tensorboard")
+    assert main(["digits", *options, "--out", str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--strategy", "resampled", "--level", "position"), "--strategy resampled: only with --level example"),
+        (("--epochs", "1e308"), "--epochs: expected a number above 0 and under 1e9"),
+        (("--evaluate-every", "1e308"), "--evaluate-every: expected a number above 0 and under 1e9"),
+        (("--acc", "2"), "unrecognized arguments: --acc 2"),
+    ],
+    ids=lambda v: v[0] if isinstance(v, tuple) else "",
+)
+def test_options_that_ended_in_a_traceback(options, told, tmp_path, capsys):
+    test_wrong_options_are_named(options, told, tmp_path, capsys)
+
+
+def test_minus_zero_is_zero(tmp_path):
+    assert len(arms(settings_of(tmp_path, "--samples", "2", "--alpha", "0", "-0.0", "--rate", "0.3"))) == 1
+
+
+def test_a_folder_with_brackets_is_told_as_it_is(tmp_path, capsys):
+    out = tmp_path / "[red]a :x: [/b]"
+    assert main(["digits", "--samples", "2", "--rate", "0.3", "--steps", "2", "--out", str(out), "--no-tensorboard"]) == 0
+    assert "[red]a :x: [/b]: summary.txt" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_interrupt_while_the_data_is_read(tmp_path, capsys, monkeypatch):
+    def load(settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(find("digits"), "load", load)
+    assert main(["digits", "--out", str(tmp_path), "--no-tensorboard"]) == 130
+    assert capsys.readouterr().err == "Stopped.\n"
+
+
+def test_the_lock_is_not_that_of_forked_processes(tmp_path):
+    """Those that read data live some seconds longer than a tool that was killed."""
+    ours, theirs = os.pipe()
+    begun, begins = os.pipe()
+    with owned(tmp_path):
+        child = os.fork()
+        if child == 0:
+            os.close(theirs)
+            os.write(begins, b"x")
+            os.read(ours, 1)  # until the test has ended
+            os._exit(0)
+        os.read(begun, 1)
+    with pytest.raises(UserError, match="another run"), owned(tmp_path), owned(tmp_path):
+        pass
+    lock = os.open(tmp_path / ".lock", os.O_RDWR)
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(lock)
+    os.close(theirs)
+    os.waitpid(child, 0)
+    for end in (ours, begun, begins):
+        os.close(end)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_process_that_reads_data_ends(asked, tmp_path, monkeypatch):
+    """SIGTERM to all processes of the tool ends it before the tool has finished its step."""
+    run, data = one(tmp_path, "--samples", "2", "--steps", "4")
+
+    def advance(x, y):
+        raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+
+    monkeypatch.setattr(run, "advance", advance)
+    with pytest.raises(Stopped if asked else UserError, match=None if asked else r"--workers: DataLoader worker \(pid\(s\) 7\)"):
+        run.train(data, lambda: asked, silent)
+
+
+def begin_two(out):
+    """The tool with two workers, once both have begun their runs."""
+    arguments = [
+        "digits",
+        "--samples",
+        "2",
+        "3",
+        "--rate",
+        "0.5",
+        "--steps",
+        "1000000",
+        "--jobs",
+        "2",
+        "--no-tensorboard",
+        "--out",
+        str(out),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "recipes", *arguments],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    return process, lambda: len(list(out.glob("*/*/time.csv"))) == 2
+
+
+def wait_for(condition, seconds=90):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def workers_of(pid):
+    """Processes of the tool's group that are its runs."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            group, command = int((folder / "stat").read_text().rpartition(")")[2].split()[2]), (folder / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if group == pid and b"spawn_main" in command:
+            found.append(int(folder.name))
+    return found
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+
+
+@linux
+@pytest.mark.parametrize("who", ["tool", "first run", "last run"])
+def test_no_process_is_left_of_a_killed_one(who, tmp_path):
+    """kill -9 of the tool, or of one of two runs, as the kernel does when memory is short: the other keeps a checkpoint and ends."""
+    process, begun = begin_two(tmp_path)
+    try:
+        wait_for(begun)
+        workers = sorted(workers_of(process.pid))
+        os.kill({"tool": process.pid, "first run": workers[0], "last run": workers[-1]}[who], signal.SIGKILL)
+        text, _ = process.communicate(timeout=60)
+        wait_for(lambda: not workers_of(process.pid), 30)
+        assert who == "tool" or (process.returncode == 1 and "Traceback" not in text and "was ended from outside" in text), text
+        assert list(tmp_path.glob("*/*/last.pt"))
+    finally:
+        for pid in [process.pid, *workers_of(process.pid)]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+@linux
+def test_interrupt_while_the_workers_begin(tmp_path):
+    process, _ = begin_two(tmp_path)
+    try:
+        wait_for(lambda: workers_of(process.pid))
+        time.sleep(0.5)
+        os.killpg(process.pid, signal.SIGINT)
+        text, _ = process.communicate(timeout=60)
+        assert process.returncode == 130 and "go on with" in text and "Traceback" not in text, text
+    finally:
+        for pid in workers_of(process.pid):
+            os.kill(pid, signal.SIGKILL)
