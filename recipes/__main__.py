@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     settings = parse(name, rest)
     try:
         return run(settings, arguments)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before the first step

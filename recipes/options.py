@@ -170,6 +170,8 @@ def parse(name: str, arguments: list[str]) -> Namespace:
         p.error("--chunk: only with --strategy streamed or resampled")
     if settings.strategy == "resampled" and settings.level == "position":
         p.error("--strategy resampled: only with --level example, as an example keeps one noise sample whole")
+    if settings.threads > 1024:
+        p.error(f"--threads: expected at most 1024, got {settings.threads}")
     if settings.batch_norm == "joint" and (settings.expand == "axis" or settings.strategy in ("streamed", "loop")):
         p.error("--batch-norm joint: all samples must be rows of one pass; give --expand input (or first) and --strategy batched")
     try:

@@ -68,6 +68,7 @@ class Run:
         self.settings, self.seed, self.folder = settings, seed, folder
         self.recipe = find(settings.recipe)
         self.identity = identity(settings) | {"seed": seed, "torch": str(torch.__version__)}
+        self.facts = self.recipe.facts(settings)
 
     def result(self) -> dict[str, Any] | None:
         """The result of a finished run under these settings, or None."""
@@ -77,21 +78,22 @@ class Run:
         result = read_json(path)
         if not (isinstance(result, dict) and all(isinstance(result.get(part), dict) for part in ("settings", "metrics"))):
             raise UserError(f"{path}: expected a file that this tool wrote, got other JSON. Remove it to have its run made again")
-        self._check(path, result["settings"])
+        self._check(path, result)
         return result
 
     def begun(self) -> bool:
         return (self.folder / "last.pt").exists()
 
     def _check(self, path: Path, found: dict[str, Any]) -> None:
-        """A file of other settings is not used, and not overwritten."""
-        missing = object()
-        off = [k for k in {**self.identity, **found} if found.get(k, missing) != self.identity.get(k, missing)]
-        if off:
-            said = ", ".join(
-                f"--{k.replace('_', '-')} {found.get(k, 'nothing')} there, {self.identity.get(k, 'nothing')} now" for k in sorted(off)
-            )
-            raise UserError(f"{path} is of another configuration: {said}. Give the options that it was made with, or another --out")
+        """A file of other settings or other data is not used, and not overwritten."""
+        for name, there, now in (("--", found["settings"], self.identity), ("", found.get("facts", self.facts), self.facts)):
+            off = sorted(k for k in {**now, **there} if k not in there or k not in now or there[k] != now[k])
+            if off:
+                said = ", ".join(
+                    f"{name}{k.replace('_', '-') if name else k} {there.get(k, 'nothing')} there, {now.get(k, 'nothing')} now" for k in off
+                )
+                advice = "Give the options that it was made with, or another --out" if name else "Give another --out"
+                raise UserError(f"{path} is of another configuration: {said}. {advice}")
 
     def train(self, data: Data, stop: Stop, report: Report) -> dict[str, Any]:
         """Trains to the end, from the last checkpoint where there is one. Raises :class:`Stopped`, after a checkpoint, when asked to."""
@@ -252,6 +254,7 @@ class Run:
             self.folder / name,
             {
                 "settings": self.identity,
+                "facts": self.facts,
                 "step": self.step,
                 "seconds": self.watch.seconds,
                 "best": self.best,
@@ -268,7 +271,7 @@ class Run:
         )
 
     def _take_up(self, state: dict[str, Any]) -> None:
-        self._check(self.folder / "last.pt", state["settings"])
+        self._check(self.folder / "last.pt", state)
         self.step, self.best, self.watch = state["step"], state["best"], Stopwatch(state["seconds"])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -284,7 +287,13 @@ class Run:
     def _finish(self, data: Data) -> dict[str, Any]:
         metrics = {name: self.last_line[name] for name in ("error", "nll", "ece", "bound", "gap", "ess", "entropy")}
         metrics |= evaluate.noisy(self.model, lambda: self._test(data), self.settings)
-        result = {"settings": self.identity, "parameters": sum(p.numel() for p in self.model.parameters()), "metrics": metrics}
+        result = {
+            "settings": self.identity,
+            "facts": self.facts,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "epochs": self.steps / self.per_epoch,
+            "metrics": metrics,
+        }
         write_json(self.folder / "result.json", result)
         if self.scalars is not None:
             self.scalars.close()

@@ -110,7 +110,7 @@ def _csv(arms: list[Arm], results: Results) -> bytes:
                     metrics = list(result["metrics"])
                     writer.writerow(["method", "samples", "alpha", "rate", "epochs", "seed", *metrics])
                 numbers = ["nan" if v is None else f"{float(v):.6g}" for v in (result["metrics"][m] for m in metrics)]
-                writer.writerow([arm.label, arm.samples, f"{arm.alpha:g}", f"{arm.rate:g}", f"{arm.epochs:g}", seed, *numbers])
+                writer.writerow([arm.label, arm.samples, f"{arm.alpha:g}", f"{arm.rate:g}", f"{result['epochs']:g}", seed, *numbers])
     return text.getvalue().encode()
 
 
