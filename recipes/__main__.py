@@ -2,10 +2,12 @@
 
 import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 try:
     from rich.console import Console
+    from rich.measure import Measurement
 except ImportError as error:
     raise SystemExit(f"{error}: the recipes need the package rich: pip install 'iwsgd_ext[recipes]'") from None
 
@@ -21,9 +23,6 @@ and ends with a table of means and standard deviations. Stop it at any time, als
 and ends with the same bits."""
 
 
-WIDTH = 104  # of a table; a narrower terminal wraps its lines, where rich would cut the numbers off
-
-
 def listed() -> str:
     width = max(map(len, RECIPES))
     return "\n".join(f"{name:<{width}}  {(find(name).__doc__ or '').splitlines()[0]}" for name in RECIPES)
@@ -36,10 +35,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 0 if arguments else 2
     name, *rest = arguments
     if name not in RECIPES:
-        print(f"{USAGE}\n\nerror: no recipe of the name {name!r}; there are\n\n{listed()}", file=sys.stderr)
+        there = Path(__file__).with_name(f"{name}.py").exists()
+        hint = f"\n\nrecipes/{name}.py is there: add its name to RECIPES in recipes/recipe.py" if there else ""
+        print(f"{USAGE}\n\nerror: no recipe of the name {name!r}; there are\n\n{listed()}{hint}", file=sys.stderr)
         return 2
-    settings = parse(name, rest)
     try:
+        settings = parse(name, rest)
         return run(settings, arguments)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -63,7 +64,8 @@ def run(settings: Any, arguments: list[str]) -> int:
     if settings.time:
         seconds = step_times(todo, data, console)
         for arm, of_arm in zip(todo, seconds, strict=True):
-            console.print(f"{arm.label:<24} p={arm.rate:<5g} {1000 * of_arm:>9.2f} ms/step  {of_arm / seconds[0]:>6.2f}x", highlight=False)
+            ratio = f"{of_arm / seconds[0]:.2f}x" if arm is not todo[0] else "1x, the others are in its time"
+            console.print(f"{arm.label:<24} p={arm.rate:<5g} {1000 * of_arm:>9.2f} ms/step  {ratio}", highlight=False)
         return 0
     runs = len(todo) * settings.seeds
     examples = f"{len(data.train)} training and {len(data.test)} test examples"  # type: ignore[arg-type]
@@ -75,8 +77,15 @@ def run(settings: Any, arguments: list[str]) -> int:
         again = shlex.join(command if "--resume" in command else [*command, "--resume"])
         console.print(f"Stopped. {what}; go on with\n\n  {again}\n", highlight=False, soft_wrap=True)
         return 130
-    about = {"command": shlex.join([w for w in command if w != "--resume"]), "options": _options(settings), "facts": recipe.facts(settings)}
-    Console(width=max(console.width, WIDTH), markup=False, emoji=False).print(table(todo, found))
+    about = {
+        "recipe": settings.recipe,
+        "command": shlex.join([w for w in command if w != "--resume"]),
+        "options": _options(settings),
+        "facts": recipe.facts(settings),
+    }
+    shown = table(todo, found)  # whole: a narrower terminal wraps its lines, where rich would cut the numbers off
+    wide = max(console.width, Measurement.get(console, console.options.update(max_width=1000), shown).maximum)
+    Console(width=wide, markup=False, emoji=False).print(shown)
     console.print(f"{settings.out}: {', '.join(write_all(settings.out, todo, found, about))}", highlight=False)
     return 0
 

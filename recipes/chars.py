@@ -2,7 +2,7 @@
 
 import platform
 import sysconfig
-from argparse import Namespace, _ArgumentGroup
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from torch.optim import Adam
 from torch.utils.data import TensorDataset
 
 from .packaged import number, sha256
-from .recipe import Data, Missing
+from .recipe import Data, Missing, OptionGroup
 
 # 100,000 characters are 97 batches of sequences: 10 epochs are 970 steps.
 DEFAULTS = {"samples": [1, 4, 8], "alpha": [1.0], "rate": [0.2, 0.4], "batch": 16, "epochs": 10}
@@ -31,7 +31,7 @@ OTHER = len(SYMBOLS)  # one class for all characters that are not among them
 CLASSES = OTHER + 1
 
 
-def add_options(group: _ArgumentGroup) -> None:
+def add_options(group: OptionGroup) -> None:
     group.add_argument("--model", choices=MODELS, default="lstm", help="what learns them")
     group.add_argument("--length", type=number(2, 1000), default=64, help="characters of a sequence")
     group.add_argument("--train-characters", type=number(2000, 10**6), default=100_000, help="characters to learn from")

@@ -107,7 +107,7 @@ def load(root: Path, dataset: str, any_archive: bool = False) -> Data:
         others = [f"{name} ({version})" for name, version in VERSIONS.items() if (root / name).exists()]
         raise Missing(
             f"{file}: there is no such file in {root.absolute()}, nor the folder {spec.folder}{_hint(others, 'There is')}. Download "
-            f"{_wanted(spec)}, into this folder, or name the folder that has it"
+            f"{_wanted(spec)}, into this folder, or give its folder by --data; --synthetic tries the recipe without data"
         )
     batches = {}
     for name, content in contents:

@@ -6,7 +6,7 @@ BatchNorm normalises together, and one order of the examples for all seeds; trai
 """
 
 import math
-from argparse import ArgumentTypeError, Namespace, _ArgumentGroup
+from argparse import ArgumentTypeError, Namespace
 from functools import cache
 from itertools import product
 from typing import Any
@@ -17,7 +17,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from . import cifar
-from .recipe import Data
+from .recipe import Data, OptionGroup
 from .wide_resnet import wide_resnet
 
 DEFAULTS = {"samples": [8], "alpha": [1.0], "rate": [0.3], "batch": 128, "epochs": 200.0, "seeds": 3}
@@ -32,7 +32,7 @@ SYNTHETIC_SEED = 0  # one set of images for all seeds, as with real ones
 RATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
 
-def add_options(group: _ArgumentGroup) -> None:
+def add_options(group: OptionGroup) -> None:
     group.add_argument(
         "--dataset", choices=tuple(cifar.ARCHIVES), default="cifar10", help="read from --data: its archive, or that extracted"
     )
@@ -41,12 +41,20 @@ def add_options(group: _ArgumentGroup) -> None:
     group.add_argument("--synthetic", action="store_true", help="512 made images in the place of the data, to try the recipe")
     group.add_argument("--any-archive", action="store_true", help="an archive of your own in the same format: MD5s are not compared")
     group.add_argument("--protocol", choices=("baseline", "authors"), default="baseline", help="what of IWSGD's published code is followed")
-    instead = "instead of --samples and --alpha"
-    group.add_argument(
-        "--table1", dest="experiment", action="store_const", const="table1", help=f"the trainings of the paper's table, {instead}"
+    experiment = group.add_mutually_exclusive_group()
+    experiment.add_argument(
+        "--table1",
+        dest="experiment",
+        action="store_const",
+        const="table1",
+        help="the trainings of the paper's Table 1, which has its own samples and alpha",
     )
-    group.add_argument(
-        "--figure2", dest="experiment", action="store_const", const="figure2", help=f"those of its figure, {instead} and --rate"
+    experiment.add_argument(
+        "--figure2",
+        dest="experiment",
+        action="store_const",
+        const="figure2",
+        help="the trainings of the paper's Figure 2, which has its own samples, alpha and rates",
     )
 
 
@@ -157,9 +165,14 @@ def optimizer(settings: Namespace, model: nn.Module, steps: int) -> tuple[Optimi
 
 
 def protocol(settings: Namespace) -> dict[str, Any]:
-    if settings.protocol == "baseline":
-        return {}
-    return {"batch": 128, "accumulate": 4, "batch_norm": "joint", "expand": "input", "order_seed": 0}
+    found: dict[str, Any] = {}
+    if settings.protocol == "authors":
+        found |= {"batch": 128, "accumulate": 4, "batch_norm": "joint", "expand": "input", "order_seed": 0}
+    if settings.experiment:
+        found |= {"samples": [1, 4, 8], "alpha": [0.0, 1.0] if settings.experiment == "table1" else [1.0]}
+    if settings.experiment == "figure2":
+        found["rate"] = list(RATES)
+    return found
 
 
 def arms(settings: Namespace) -> list[dict[str, Any]]:
@@ -188,7 +201,7 @@ def table1(settings: Namespace) -> list[dict[str, Any]]:
     found = []
     for rate in settings.rate:
         one = {"rate": rate, "alpha": 1.0, **_samples(settings, 1)}
-        found += [{"label": "dropout, 4x iterations", **one, **_times(settings, 4)}, {"label": "dropout", **one}]
+        found += [{"label": "dropout", **one}, {"label": "dropout, 4x iterations", **one, **_times(settings, 4)}]
         for name, alpha in (("IWSGD", 1.0), ("mean", 0.0)):
             found += [{"label": f"{name} S={s}", "rate": rate, "alpha": alpha, **_samples(settings, s)} for s in (4, 8)]
         for s in (4, 8):

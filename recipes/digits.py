@@ -1,6 +1,6 @@
 """Scikit-learn's digits, 8x8 pixels: 300 training images, an MLP with dropout. Minutes on a CPU."""
 
-from argparse import Namespace, _ArgumentGroup
+from argparse import Namespace
 from importlib import metadata
 
 import numpy as np
@@ -10,7 +10,7 @@ from torch.optim import SGD
 from torch.utils.data import TensorDataset
 
 from .packaged import absent, check, number, sha256
-from .recipe import Data
+from .recipe import Data, OptionGroup
 
 DEFAULTS = {
     "samples": [1, 4, 8],
@@ -27,7 +27,7 @@ LEARNING_RATE, MOMENTUM = 0.05, 0.9
 SHA256 = "87ff0c9e40dc7e2c0e34e7257799c2e3f3aec1a016363bb11cad869ec428a826"  # of the pixels, 0 to 16, and the labels, as bytes
 
 
-def add_options(group: _ArgumentGroup) -> None:
+def add_options(group: OptionGroup) -> None:
     group.add_argument(
         "--train-images",
         type=number(CLASSES, IMAGES - CLASSES),

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 from .files import write
 from .options import method
+from .summary import COLORS
 
-COLORS = ("#000000", "#56B4E9", "#009E73", "#E69F00", "#0072B2", "#CC79A7", "#D55E00")  # Okabe and Ito's, safe for the colour-blind
 LEVEL = 0.05
 
 
@@ -137,7 +137,7 @@ def best_table(runs: Runs) -> str:
         rows.append((m, row))
     marks = {metric: iter(holm(p)) for metric, p in tests.items()}
     lines = [
-        "| method | p | test NLL | against dropout | test error % | against dropout | ECE % | NLL of 16 | ESS |",
+        "| method | p | test NLL | against dropout | test error % | against dropout | ECE % | ensemble NLL | ESS |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for m, row in rows:
@@ -198,8 +198,7 @@ def picture(runs: Runs, path: Path) -> None:
     one = [m for m in runs.methods if m.samples == 1]
     by_samples = [*one, *(m for m in runs.methods if m.samples > 1 and m.alpha == 1)]
     by_alpha = [*(m for m in one if m.epochs == shortest), *(m for m in runs.methods if m.samples == largest)]
-    colors = {s: COLORS[i % len(COLORS)] for i, s in enumerate(sorted({m.samples for m in runs.methods}))}
-    shades = {a: COLORS[i + 2] for i, a in enumerate(sorted({m.alpha for m in by_alpha}))}
+    shades = {0.0: "#E69F00", 0.5: "#009E73", 1.0: COLORS[largest], math.inf: "#CC79A7"}
 
     def draw(
         axes: Any, methods: list[Method], metric: str, shared: Callable[[Method], str], scale: Callable[[Method], float] = lambda m: 1
@@ -213,10 +212,10 @@ def picture(runs: Runs, path: Path) -> None:
             axes.errorbar(at, means, errors, fmt=f"o{line}", color=shared(m), label=m.name, ms=3.5, capsize=2, elinewidth=1, lw=1.4)
 
     def of_samples(m: Method) -> str:
-        return colors[m.samples]
+        return COLORS[m.samples]
 
     def of_alpha(m: Method) -> str:
-        return colors[1] if m.samples == 1 else shades[m.alpha]
+        return COLORS[1] if m.samples == 1 else shades[m.alpha]
 
     with rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "0.92"}):
         figure = Figure(figsize=(12, 7.2), layout="constrained")

@@ -1,7 +1,7 @@
 """MNIST-1D, 4,000 made signals of 40 numbers in ten classes: an MLP, a CNN or a GRU of the published sizes, with dropout."""
 
 import random
-from argparse import Namespace, _ArgumentGroup
+from argparse import Namespace
 from importlib import metadata
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch.optim import Adam
 from torch.utils.data import TensorDataset
 
 from .packaged import absent, check, sha256
-from .recipe import Data
+from .recipe import Data, OptionGroup
 
 # The published runs have 6,000 steps of 100 signals, 150 epochs; the MLP learns its training set by heart long before.
 DEFAULTS = {
@@ -32,7 +32,7 @@ COUNTS = (398, 396, 411, 394, 394, 402, 401, 404, 402, 398)  # training signals 
 LABELS = "4f5f4160c519e3c47f9d3e196c161336fcd32126a9efffe4153d6e7c8b73f963"  # sha256 of all labels, as bytes
 
 
-def add_options(group: _ArgumentGroup) -> None:
+def add_options(group: OptionGroup) -> None:
     group.add_argument("--model", choices=MODELS, default="mlp", help="what learns them")
 
 

@@ -1,6 +1,6 @@
 """5,000 images of MNIST, 14x14 pixels, 1,000 of them to learn from: a wide residual network that a CPU can train."""
 
-from argparse import Namespace, _ArgumentGroup
+from argparse import Namespace
 from importlib import metadata
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import TensorDataset
 
 from .packaged import absent, check, number, sha256
-from .recipe import Data
+from .recipe import Data, OptionGroup
 from .wide_resnet import wide_resnet
 
 DEFAULTS = {"samples": [1, 4, 8], "alpha": [1.0], "rate": [0.3, 0.5], "batch": 50, "epochs": 20}
@@ -21,7 +21,7 @@ LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 5e-4
 SHA256 = "809ec085d551285cf9efad12c42a6aead98c62f96eb9936cc5b778870773e50d"  # of the pixels, 0 to 255, and the labels, as bytes
 
 
-def add_options(group: _ArgumentGroup) -> None:
+def add_options(group: OptionGroup) -> None:
     group.add_argument(
         "--train-images",
         type=number(CLASSES, IMAGES - CLASSES),

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .recipe import find
+from .recipe import UserError, find
 
 DEFAULTS: dict[str, Any] = {
     "samples": [1, 8],
@@ -36,6 +36,9 @@ FREE = {
     *("recipe", "out", "data", "resume", "seeds", "first_seed", "jobs", "workers"),
     *("checkpoint_every", "tensorboard", "quick", "time", "experiment"),
 }
+
+
+OWN = "{} alone"  # the group of a recipe's own options
 
 
 def rate(text: str) -> float:
@@ -108,7 +111,9 @@ def parser(name: str) -> argparse.ArgumentParser:
     length.add_argument("--steps", type=count, help="the same as a number of steps")
     training.add_argument("--evaluate-every", type=positive, metavar="EPOCHS", help="passes between evaluations and lines of the log")
     training.add_argument("--test-batch", type=count, metavar="N", help="examples of a batch in evaluations")
-    training.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    training.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda where there is one (default here: %(default)s)"
+    )
     training.add_argument("--amp", choices=("off", "bfloat16", "float16"), default="off", help="autocast's type (default: %(default)s)")
     training.add_argument("--compile", action="store_true", help="torch.compile the model")
     training.add_argument("--threads", type=count, metavar="N", help="torch's, of each process")
@@ -119,9 +124,8 @@ def parser(name: str) -> argparse.ArgumentParser:
         help="on a GPU, kernels that give the same bits in each run; --no-deterministic is quicker",
     )
     files = p.add_argument_group("files and processes")
-    files.add_argument(
-        "--out", type=Path, default=Path("out") / name, help="folder of logs, checkpoints and results (default: %(default)s)"
-    )
+    out = f"folder of logs, checkpoints, results (default: out/{name}, the recipe's own options in its name)"
+    files.add_argument("--out", type=Path, help=out)
     files.add_argument("--data", type=Path, default=Path("data"), help="folder of the data that is read (default: %(default)s)")
     files.add_argument("--resume", action="store_true", help="go on with the runs that --out holds")
     files.add_argument("--jobs", type=count, default=1, metavar="N", help="runs at a time, each in a process (default: %(default)s)")
@@ -134,7 +138,10 @@ def parser(name: str) -> argparse.ArgumentParser:
         "--time", type=natural, default=0, metavar="N", help="train nothing: time N steps of each combination, one of each in turn"
     )
     files.add_argument("--quick", action="store_true", help=f"a look: {_words(recipe.QUICK)}, unless they are given")
-    recipe.add_options(p.add_argument_group(f"{name} alone"))
+    recipe.add_options(p.add_argument_group(OWN.format(name)))
+    unknown = sorted({*recipe.DEFAULTS, *recipe.QUICK} - {action.dest for action in p._actions})
+    if unknown:
+        raise UserError(f"recipes/{name}.py: expected names of options in DEFAULTS and QUICK, got {', '.join(unknown)}")
     p.set_defaults(**{**DEFAULTS, **recipe.DEFAULTS}, recipe=name)
     for action in p._actions:  # each help ends with its default, also where the recipe sets it
         told = action.help and ("default" in action.help or action.dest in ("help", "quick"))
@@ -160,8 +167,11 @@ def parse(name: str, arguments: list[str]) -> Namespace:
     given = {a.dest for a in p._actions if any(word.split("=")[0] in a.option_strings for word in arguments)}
     for option, value in recipe.protocol(settings).items():
         if option in given and getattr(settings, option) != value:
-            p.error(f"--{option.replace('_', '-')}: the protocol has {_word(value)}, got {_word(getattr(settings, option))}")
+            got = _word(getattr(settings, option))
+            p.error(f"--{option.replace('_', '-')}: {name}'s own options ask for {_word(value)}, got {got}; leave it out")
         setattr(settings, option, value)
+    if settings.out is None:
+        settings.out = Path("out") / _named(p, name, settings)
     if settings.batch % settings.accumulate:
         p.error(f"--accumulate: expected a divisor of --batch {settings.batch}, got {settings.accumulate}")
     if settings.keep != 1 and settings.strategy != "resampled":
@@ -179,6 +189,18 @@ def parse(name: str, arguments: list[str]) -> Namespace:
     except (RuntimeError, AssertionError) as error:
         p.error(f"--device {settings.device}: {str(error).splitlines()[0]}")
     return settings
+
+
+def _named(p: argparse.ArgumentParser, name: str, settings: Namespace) -> str:
+    """The recipe and what of its own options was asked for, so that other data and models have another folder."""
+    (group,) = (g for g in p._action_groups if g.title == OWN.format(name))
+    words = [name]
+    for action in group._group_actions:
+        value = getattr(settings, action.dest)
+        if value != p.get_default(action.dest) or (action.dest in find(name).QUICK and settings.quick):
+            option = action.dest.replace("_", "-")
+            words.append(option if value is True else str(value) if isinstance(value, str) else f"{option}{_word(value)}")
+    return "-".join(dict.fromkeys(words))
 
 
 class Arm(Namespace):

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 
 RECIPES = ("digits", "mnist1d", "mnist5k", "chars", "cifar_wrn")
+OptionGroup = _ArgumentGroup  # argparse's group of options, which has no public name
 
 
 class UserError(Exception):
@@ -40,14 +41,6 @@ class Recipe(Protocol):
     whatever ran before it.
     """
 
-    #: Defaults of the tool's options by their names: samples, alpha, rate (lists), batch, epochs, ... (see recipes.options).
-    DEFAULTS: dict[str, Any]
-    #: Those that ``--quick`` changes.
-    QUICK: dict[str, Any]
-
-    def add_options(self, group: _ArgumentGroup) -> None:
-        """Adds the recipe's own options."""
-
     def load(self, settings: Namespace) -> Data:
         """Reads or makes the data. Raises :class:`Missing`."""
 
@@ -57,9 +50,15 @@ class Recipe(Protocol):
     def optimizer(self, settings: Namespace, model: nn.Module, steps: int) -> tuple[Optimizer, LRScheduler | None]:
         """The optimiser, and a schedule that goes on by one at each of the run's ``steps``."""
 
+    #: Optional: defaults of the tool's options by their names: samples, alpha, rate (lists), batch, epochs, ... (see recipes.options).
+    DEFAULTS: dict[str, Any]
+    #: Optional: those that ``--quick`` changes.
+    QUICK: dict[str, Any]
+    #: Optional: adds the recipe's own options.
+    add_options: Callable[[OptionGroup], None]
     #: Optional: the inputs on the device, normalised and, in training, augmented.
     prepare: Callable[[Tensor, bool], Tensor]
-    #: Optional: settings that others of the recipe's options imply.
+    #: Optional: settings that the recipe's own options imply; others are refused.
     protocol: Callable[[Namespace], dict[str, Any]]
     #: Optional: the arms that the recipe's own options ask for, as settings that differ, with a "label"; none of them: an empty list.
     arms: Callable[[Namespace], list[dict[str, Any]]]
@@ -71,6 +70,9 @@ def find(name: str) -> Any:
     """The recipe's module, with what is optional filled in."""
     module = importlib.import_module(f"recipes.{name}")
     for optional, nothing in (
+        ("DEFAULTS", {}),
+        ("QUICK", {}),
+        ("add_options", lambda group: None),
         ("prepare", lambda x, train: x),
         ("protocol", lambda settings: {}),
         ("arms", lambda settings: []),

@@ -150,7 +150,10 @@ class Run:
         self.model = self.recipe.build(s, data).to(device).train()
         # The conversion is tried on two examples: samples together against samples alone. Joint statistics mix them.
         two = None if s.batch_norm == "joint" else self._to(data.train[list(range(min(2, examples)))][0], train=False)
-        iw.convert(self.model, s.samples, expand=s.expand, batch_norm=s.batch_norm, example_inputs=two)
+        try:
+            iw.convert(self.model, s.samples, expand=s.expand, batch_norm=s.batch_norm, example_inputs=two)
+        except ValueError as error:
+            raise UserError(f"the model of {s.recipe}: {error}") from None
         self.criterion = iw.IWCrossEntropyLoss(s.samples, alpha=s.alpha, level=s.level)
         self.optimizer, self.schedule = self.recipe.optimizer(s, self.model, self.steps)
         self.scaler = torch.amp.GradScaler(device.type, enabled=s.amp == "float16")
@@ -165,6 +168,7 @@ class Run:
 
     def advance(self, x: Tensor, y: Tensor) -> None:
         """One step of the optimiser, on a batch."""
+        self.lr = self.optimizer.param_groups[0]["lr"]
         s, noise = self.settings, mixed(self.seed, 1, self.step)
         torch.manual_seed(noise)
         x, y = self._to(x, train=True), y.to(s.device, non_blocking=True)
@@ -221,7 +225,7 @@ class Run:
         self.statistics.flush()
         steps, seconds = self.step - self.timed[0], self.watch.seconds - self.timed[1]
         values: dict[str, Any] = {name: self.last_line[name] for name in STATISTICS}
-        values |= {"step": self.step, "epoch": self.step / self.per_epoch, "lr": self.optimizer.param_groups[0]["lr"]}
+        values |= {"step": self.step, "epoch": self.step / self.per_epoch, "lr": self.lr}
         values["loss"] = self.loss.item() / steps
         self.loss.zero_()
         values |= evaluate.evaluate(self.model, self._test(data), self.settings)

@@ -20,12 +20,13 @@ COLUMNS = (
     ("error", "test error %", 2),
     ("nll", "test NLL", 3),
     ("ece", "ECE %", 2),
-    ("ensemble_nll", "NLL of 16", 3),
+    ("ensemble_nll", "ensemble NLL", 3),
     ("ess", "ESS", 2),
 )
 CAPTION = (
-    "Mean (standard deviation) over {seeds}. Test error, NLL (nats) and calibration error (ECE): noise off, after the last step. NLL of "
-    "16: noise on, probabilities averaged over 16 noise samples. ESS: effective sample size of the weights in training, of S."
+    "Mean (standard deviation, n - 1) over {seeds}. Test error, NLL (nats) and calibration error (ECE): noise off, after the last step. "
+    "Ensemble NLL: noise on, probabilities averaged over 16 noise samples. ESS: effective sample size of the weights, of S, in the steps "
+    "before the last evaluation."
 )
 
 
@@ -62,18 +63,19 @@ def table(arms: list[Arm], results: Results) -> Table:
     return found
 
 
-def markdown(arms: list[Arm], results: Results) -> str:
+def markdown(arms: list[Arm], results: Results, about: dict[str, Any]) -> str:
     lines = ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * 2 + "---:|" * (len(HEADINGS) - 2)]
     lines += ["| " + " | ".join(row) + " |" for row in rows(arms, results)]
-    return "\n".join([*lines, "", _caption(arms), ""])
+    return "\n".join([*lines, "", _caption(arms), "", f"    {about['command']}", ""])
 
 
 def write_all(out: Path, arms: list[Arm], results: Results, about: dict[str, Any]) -> list[str]:
     """The names of the files."""
-    text = Console(file=io.StringIO(), width=140)
+    text = Console(file=io.StringIO(), width=140, markup=False, emoji=False, highlight=False)
     text.print(table(arms, results))
+    text.print(about["command"], soft_wrap=True)
     write(out / "summary.txt", text.file.getvalue().encode())  # type: ignore[attr-defined]
-    write(out / "summary.md", markdown(arms, results).encode())
+    write(out / "summary.md", markdown(arms, results, about).encode())
     write(out / "runs.csv", _csv(arms, results))
     document = {
         **about,
@@ -114,7 +116,9 @@ def _csv(arms: list[Arm], results: Results) -> bytes:
     return text.getvalue().encode()
 
 
-COLORS = ("#000000", "#56B4E9", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00")  # Okabe and Ito's, safe for the colour-blind
+OTHER_COLORS = ("#D55E00", "#F0E442")
+# By S; Okabe and Ito's, safe for the colour-blind.
+COLORS = {1: "#000000", 2: "#56B4E9", 4: "#E69F00", 8: "#0072B2", 16: "#009E73", 32: "#CC79A7"}
 LINES = {1.0: "o-", 0.0: "s--", math.inf: "^:"}
 
 
@@ -124,7 +128,8 @@ def figure(out: Path, arms: list[Arm], results: Results, metrics: tuple[str, ...
     from matplotlib.figure import Figure
 
     labels = list(dict.fromkeys(a.label for a in arms))
-    sizes = sorted({a.samples for a in arms})
+    others = sorted({a.samples for a in arms} - set(COLORS))
+    colors = COLORS | {s: OTHER_COLORS[i % len(OTHER_COLORS)] for i, s in enumerate(others)}
     headings = {metric: heading for metric, heading, _ in COLUMNS}
     with rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "0.92"}):
         picture = Figure(figsize=(5.5 * len(metrics), 4.6), layout="constrained")
@@ -135,9 +140,11 @@ def figure(out: Path, arms: list[Arm], results: Results, metrics: tuple[str, ...
                 at = [a.rate + 0.004 * (i - len(labels) / 2) for a in curve]  # beside each other, so that error bars can be told apart
                 numbers = [v if all(map(math.isfinite, v)) else [math.nan] for v in numbers]  # a gap in the curve
                 spread = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in numbers]
-                style = {"fmt": LINES.get(curve[0].alpha, "D-."), "color": COLORS[sizes.index(curve[0].samples) % len(COLORS)]}
+                style = {"fmt": LINES.get(curve[0].alpha, "D-."), "color": colors[curve[0].samples]}
                 axes.errorbar(at, [statistics.fmean(v) for v in numbers], spread, label=label, ms=4, capsize=2, elinewidth=1, **style)
             axes.set(xlabel="dropout rate p", ylabel=headings[metric], xticks=sorted({a.rate for a in arms}))
+        bars = f", bars: standard deviation over {arms[0].seeds} seeds" if arms[0].seeds > 1 else ""
+        picture.suptitle(f"{arms[0].recipe}{bars}", fontsize=10)
         handles = picture.axes[0].get_legend_handles_labels()
         picture.legend(*handles, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
         buffer = io.BytesIO()

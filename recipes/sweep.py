@@ -68,9 +68,9 @@ def results(arms: list[Arm], data: Data, console: Console) -> dict[tuple[str, in
     found, todo = {}, []
     for arm, seed in runs:
         run = Run(arm, seed, folder(arm, seed))
-        if (run.folder / "log.csv").exists() and not first.resume:
-            raise UserError(f"--out: {run.folder} holds a run already; give --resume to go on with it, or another --out")
         result = run.result()
+        if not first.resume and (result is not None or (run.folder / "log.csv").exists()):
+            raise UserError(f"--out: {run.folder} holds a run already; give --resume to go on with it, or another --out")
         if result is not None:
             found[arm.folder, seed] = result
         else:

@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
@@ -15,9 +18,10 @@ pytest.importorskip("sklearn")
 from recipe_runs import never, one, settings_of, silent
 
 import iwsgd_ext as iw
+import recipes
 from recipes.__main__ import main
 from recipes.files import write_json
-from recipes.options import arms, method
+from recipes.options import arms, method, parse
 from recipes.recipe import UserError, find
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -199,3 +203,70 @@ def test_interrupt_while_the_data_is_read(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(find("digits"), "load", load)
     assert main(["digits", "--out", str(tmp_path), "--no-tensorboard"]) == 130
     assert capsys.readouterr().err == "Stopped.\n"
+
+
+def test_the_recipe_of_the_documentation(tmp_path, monkeypatch, capsys):
+    """The page's module, as it stands there, trains."""
+    (block,) = re.findall(
+        r"^```python\n(# recipes/mine\.py\n.*?)^```", (ROOT / "docs" / "recipes.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    (tmp_path / "mine.py").write_text(block)
+    monkeypatch.setattr(recipes, "__path__", [*recipes.__path__, str(tmp_path)])
+    assert main(["mine"]) == 2 and "no recipe of the name 'mine'" in capsys.readouterr().err
+    monkeypatch.setattr("recipes.__main__.RECIPES", ("mine",))
+    assert main(["mine", "--out", str(tmp_path / "out"), "--no-tensorboard"]) == 0
+    assert "IWSGD S=8" in capsys.readouterr().out
+
+
+def own(monkeypatch, **names):
+    """A recipe of the name "mine" with the given names in it."""
+    module = types.ModuleType("recipes.mine")
+    vars(module).update(names)
+    monkeypatch.setitem(sys.modules, "recipes.mine", module)
+    monkeypatch.setattr("recipes.__main__.RECIPES", ("mine",))
+
+
+def test_a_default_that_is_no_option_is_named(monkeypatch, capsys):
+    own(monkeypatch, DEFAULTS={"epoch": 5})
+    assert main(["mine"]) == 1
+    assert "recipes/mine.py: expected names of options in DEFAULTS and QUICK, got epoch" in capsys.readouterr().err
+
+
+def test_a_model_without_noise_is_told(tmp_path, monkeypatch, capsys):
+    digits = find("digits")
+    own(monkeypatch, load=lambda s: digits.load(settings_of(tmp_path)), build=lambda s, d: nn.Linear(64, 10), optimizer=digits.optimizer)
+    assert main(["mine", "--out", str(tmp_path / "out"), "--no-tensorboard"]) == 1
+    assert "error: the model of mine: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--table1", "--figure2"], "not allowed with argument"),
+        (["--table1", "--samples", "16"], "--samples: cifar_wrn's own options ask for 1 4 8, got 16; leave it out"),
+        (["--figure2", "--rate", "0.3"], "--rate: cifar_wrn's own options ask for"),
+    ],
+)
+def test_options_that_an_experiment_has_itself(arguments, told, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        settings_of(tmp_path, *arguments, recipe="cifar_wrn")
+    assert told in capsys.readouterr().err
+
+
+def test_folders_of_other_data_and_models_differ():
+    def out(recipe, *options):
+        return str(parse(recipe, list(options)).out)
+
+    assert out("digits") == "out/digits" and out("mnist1d", "--model", "cnn") == "out/mnist1d-cnn"
+    assert out("cifar_wrn", "--table1", "--dataset", "cifar100") == "out/cifar_wrn-cifar100-table1"
+    assert out("cifar_wrn", "--quick") == "out/cifar_wrn-depth10-widen1-synthetic"
+
+
+def test_the_learning_rate_of_the_log_is_that_of_the_step(tmp_path):
+    """The schedule drops after the first of three steps."""
+    run, data = one(tmp_path, "--synthetic", "--depth", "10", "--widen", "1", "--batch", "2", "--steps", "3", recipe="cifar_wrn")
+    seen = []
+    monitor = run.advance
+    run.advance = lambda x, y: (seen.append(run.optimizer.param_groups[0]["lr"]), monitor(x, y))
+    run.train(data, never, silent)
+    assert float((tmp_path / "log.csv").read_text().splitlines()[-1].split(",")[2]) == pytest.approx(seen[-1]) and seen[0] == 0.1 > seen[-1]

@@ -881,7 +881,7 @@ def test_table_1_through_the_tool(tmp_path):
     archive(tmp_path, "cifar10", pickled("cifar10"))
     summary = train(tmp_path, "--any-archive", "--data", str(tmp_path), "--batch", "4", "--steps", "2", "--table1")
     assert [arm["label"] for arm in summary["arms"]] == [
-        *("dropout, 4x iterations", "dropout", "IWSGD S=4", "IWSGD S=8", "mean S=4", "mean S=8", "IWSGD S=4, steps / 4"),
+        *("dropout", "dropout, 4x iterations", "IWSGD S=4", "IWSGD S=8", "mean S=4", "mean S=8", "IWSGD S=4, steps / 4"),
         "IWSGD S=8, steps / 8",
     ]
     assert len(list((tmp_path / "out").glob("*/seed-0/result.json"))) == 8
