@@ -79,13 +79,13 @@ def read(paths: list[Path]) -> Runs:
     return Runs(lines, dict(found))
 
 
-def chosen(runs: Runs, method: Method, metric: str, by: str = "nll") -> tuple[list[float], list[float]]:
-    """A metric for each seed at the rate whose mean ``by`` over the other seeds is least, and these rates: no seed chooses its own."""
+def chosen(runs: Runs, method: Method, metric: str) -> tuple[list[float], list[float]]:
+    """A metric for each seed at the rate at which its mean over the other seeds is least, and these rates: no seed chooses its own."""
     rates, values, at = runs.rates(method), [], []
-    for i in range(len(runs.values(method, rates[0], by))):
+    for i in range(len(runs.values(method, rates[0], metric))):
 
         def others(rate: float, i: int = i) -> float:
-            numbers = [v for j, v in enumerate(runs.values(method, rate, by)) if j != i]
+            numbers = [v for j, v in enumerate(runs.values(method, rate, metric)) if j != i]
             return statistics.fmean(numbers) if all(map(math.isfinite, numbers)) else math.inf
 
         best = min(rates, key=others)
@@ -122,38 +122,46 @@ def holm(p_values: list[float], level: float = LEVEL) -> list[bool]:
     return found
 
 
+MEASURES = (("nll", "test NLL", 4), ("error", "test error %", 2), ("ensemble_nll", "ensemble NLL", 4))
+
+
+def compared(runs: Runs, pairs: list[tuple[Method, Method]], metric: str, digits: int) -> list[str]:
+    """Differences of methods to others, each at its best rate; * marks those that are significant among all of them (Holm)."""
+    tests = [paired(chosen(runs, m, metric)[0], chosen(runs, other, metric)[0]) for m, other in pairs]
+    marks = holm([p for _, _, p in tests])
+    return [f"{mean:+.{digits}f} ± {e:.{digits}f}{'*' * mark}" for (mean, e, _), mark in zip(tests, marks, strict=True)]
+
+
 def best_table(runs: Runs) -> str:
-    """Each method at the rate that suits it, and its difference to dropout; * marks a significant one (Holm, over the column)."""
+    """Each method's measures at the rate that suits it for this measure, and their differences to dropout's."""
     base = next(m for m in runs.methods if m.samples == 1 and m.epochs == runs.shortest)
-    rows, tests = [], {"nll": [], "error": []}
-    for m in runs.methods:
-        row: dict[str, Any] = {"method": m.name}
-        for metric in ("nll", "error", "ece", "ensemble_nll", "ess"):
-            row[metric], row["at"] = chosen(runs, m, metric)
-        for metric in tests:
-            row[f"{metric}, paired"] = paired(row[metric], chosen(runs, base, metric)[0])
-            if m != base:
-                tests[metric].append(row[f"{metric}, paired"][2])
-        rows.append((m, row))
-    marks = {metric: iter(holm(p)) for metric, p in tests.items()}
-    lines = [
-        "| method | p | test NLL | against dropout | test error % | against dropout | ECE % | ensemble NLL | ESS |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for m, row in rows:
-        cells = [m.name, "/".join(f"{p:g}" for p in sorted(set(row["at"])))]
-        for metric, digits in (("nll", 4), ("error", 2)):
-            cells.append(f"{statistics.fmean(row[metric]):.{digits}f} ± {error_of(row[metric]):.{digits}f}")
-            mean, error, _ = row[f"{metric}, paired"]
-            cells.append("" if m == base else f"{mean:+.{digits}f} ± {error:.{digits}f}{'*' * next(marks[metric])}")
-        cells += [f"{statistics.fmean(row[metric]):.{digits}f}" for metric, digits in (("ece", 2), ("ensemble_nll", 4), ("ess", 2))]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rest = [m for m in runs.methods if m != base]
+    columns = []
+    for metric, heading, digits in MEASURES:
+        of_method = {m: chosen(runs, m, metric) for m in [base, *rest]}
+        at = {m: "/".join(f"{p:g}" for p in sorted(set(rates))) for m, (_, rates) in of_method.items()}
+        cells = [f"{statistics.fmean(of_method[m][0]):.{digits}f} ({at[m]})" for m in [base, *rest]]
+        columns += [[f"{heading} (p)", *cells], ["against dropout", "", *compared(runs, [(m, base) for m in rest], metric, digits)]]
+    return _table([["method", *(m.name for m in [base, *rest])], *columns])
 
 
-def rate_table(runs: Runs, metric: str, digits: int, keep: Callable[[Method], bool]) -> str:
-    """A metric's mean over seeds by method and rate; the least of each column is bold."""
-    methods = [m for m in runs.methods if keep(m)]
+def weights_table(runs: Runs) -> str:
+    """What the weights do: the differences to equal weights at the same S."""
+    equal = {(m.samples, m.epochs): m for m in runs.methods if m.alpha == 0}
+    pairs = [(m, equal[m.samples, m.epochs]) for m in runs.methods if m.alpha != 0 and (m.samples, m.epochs) in equal]
+    columns = [[heading, *compared(runs, pairs, metric, digits)] for metric, heading, digits in MEASURES]
+    return _table([["method", *(m.name for m, _ in pairs)], *columns])
+
+
+def _table(columns: list[list[str]]) -> str:
+    lines = [list(row) for row in zip(*columns, strict=True)]
+    lines.insert(1, ["---", *["---:"] * (len(columns) - 1)])
+    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
+
+
+def rate_table(runs: Runs, metric: str, digits: int) -> str:
+    """A metric's mean over seeds by method and rate; the least at each rate is bold."""
+    methods = runs.methods
     rates = sorted({p for m in methods for p in runs.rates(m)})
     means = {(m, p): statistics.fmean(runs.values(m, p, metric)) for m in methods for p in rates if (m, p) in runs.of}
     least = {p: min(means[m, p] for m in methods if (m, p) in means) for p in rates}
@@ -164,21 +172,20 @@ def rate_table(runs: Runs, metric: str, digits: int, keep: Callable[[Method], bo
         text = f"{means[m, p]:.{digits}f}"
         return f"**{text}**" if means[m, p] == least[p] else text
 
-    lines = ["| method | " + " | ".join(f"p={p:g}" for p in rates) + " |", "|---|" + "---:|" * len(rates)]
-    return "\n".join([*lines, *("| " + " | ".join([m.name, *(cell(m, p) for p in rates)]) + " |" for m in methods)])
+    return _table([["method", *(m.name for m in methods)], *([f"p={p:g}", *(cell(m, p) for m in methods)] for p in rates)])
 
 
 def tables(runs: Runs) -> str:
     seeds = len(next(iter(runs.of.values())))
     parts = [
-        f"Each method at the dropout rate that suits it best: mean ± standard error over {seeds} seeds.",
+        f"Each method at the dropout rate that suits it, which is in brackets: means over {seeds} seeds.",
         best_table(runs),
+        "What the weights do: differences to the unweighted mean at the same S.",
+        weights_table(runs),
         "Test NLL by dropout rate:",
-        rate_table(runs, "nll", 4, lambda m: True),
+        rate_table(runs, "nll", 4),
         "Test error % by dropout rate:",
-        rate_table(runs, "error", 2, lambda m: True),
-        "Effective sample size in training, importance weights:",
-        rate_table(runs, "ess", 2, lambda m: m.alpha == 1 and m.samples > 1),
+        rate_table(runs, "error", 2),
     ]
     return "\n\n".join(parts) + "\n\n"
 
@@ -198,7 +205,7 @@ def picture(runs: Runs, path: Path) -> None:
     one = [m for m in runs.methods if m.samples == 1]
     by_samples = [*one, *(m for m in runs.methods if m.samples > 1 and m.alpha == 1)]
     by_alpha = [*(m for m in one if m.epochs == shortest), *(m for m in runs.methods if m.samples == largest)]
-    shades = {0.0: "#E69F00", 0.5: "#009E73", 1.0: COLORS[largest], math.inf: "#CC79A7"}
+    shades = {0.0: "#E69F00", 0.5: "#56B4E9", 1.0: "#D55E00", math.inf: "#CC79A7"}
 
     def draw(
         axes: Any, methods: list[Method], metric: str, shared: Callable[[Method], str], scale: Callable[[Method], float] = lambda m: 1

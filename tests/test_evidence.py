@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("rich")
 pytest.importorskip("scipy")
 
-from recipes.evidence import best_table, block, chosen, holm, paired, rate_table, read, tables
+from recipes.evidence import best_table, block, chosen, holm, paired, rate_table, read, tables, weights_table
 
 ROOT = Path(__file__).resolve().parent.parent
 METRICS = ("error", "nll", "ece", "ess", "ensemble_nll")
@@ -70,12 +70,21 @@ def test_holm_by_hand():
 
 
 def test_tables(runs):
+    """Differences -0.3, -0.35, -0.3: mean -0.3167, standard error 0.0167, p = 0.003; there is one test in each column."""
     text = best_table(runs)
-    assert "| dropout (S=1) | 0.3 | 1.1000 ± 0.0577 |  | 11.00 ± 0.58 |  | 1.50 | 0.5500 | 1.00 |" in text
-    assert "| IWSGD S=8 | 0.5 | 0.7833 ± 0.0441 | -0.3167 ± 0.0167* |" in text
-    text = rate_table(runs, "nll", 3, lambda m: True)
+    assert "| method | test NLL (p) | against dropout | test error % (p) | against dropout |" in text
+    assert "| dropout (S=1) | 1.1000 (0.3) |  | 11.00 (0.3) |  | 0.5500 (0.3) |  |" in text
+    assert "| IWSGD S=8 | 0.7833 (0.5) | -0.3167 ± 0.0167* | 7.83 (0.5) | -3.17 ± 0.17* |" in text
+    text = rate_table(runs, "nll", 3)
     assert text.splitlines()[0] == "| method | p=0.3 | p=0.5 |"
     assert "| IWSGD S=8 | **0.900** | **0.783** |" in text and "| dropout (S=1) | 1.100 | 1.150 |" in text
+
+
+def test_weights_are_compared_with_equal_ones_of_the_same_samples(tmp_path):
+    values = {(1, 1): [9, 9], (2, 0): [1.0, 2.0], (2, 1): [2.0, 3.5], (4, 0): [5.0, 5.0], (4, 1): [4.0, 5.0]}
+    lines = [["x", s, a, 0.3, 50, i, v, v, v, v, v] for (s, a), of_seed in values.items() for i, v in enumerate(of_seed)]
+    text = weights_table(read([runs_csv(tmp_path / "runs.csv", lines)]))
+    assert "| IWSGD S=2 | +1.2500 ± 0.2500 |" in text and "| IWSGD S=4 | -0.5000 ± 0.5000 |" in text and text.count("\n") == 3
 
 
 def test_longer_runs_are_methods_of_their_own(tmp_path):
@@ -132,7 +141,7 @@ def test_paired_against_its_formula():
 
 def test_a_run_that_diverged_is_no_evidence(tmp_path):
     text = tables(read(written(tmp_path, *dropout(1.0, 2.0, 3.0), (4, 8, 0.3, 0, 1.0), (4, 8, 0.3, 1, "nan"), (4, 8, 0.3, 2, 2.0))))
-    row = next(line for line in text.splitlines() if line.startswith("| IWSGD S=4 | 0.3 |"))
+    row = next(line for line in text.splitlines() if line.startswith("| IWSGD S=4 | nan (0.3) |"))
     assert "nan" in row and "*" not in row
 
 
