@@ -233,6 +233,11 @@ def picture(runs: Runs, path: Path) -> None:
         draw(axes[1, 0], by_alpha, "nll", of_alpha)
         draw(axes[1, 1], by_alpha, "error", of_alpha)
         draw(axes[1, 2], [m for m in by_samples if m.samples > 1], "ess", of_samples, lambda m: m.samples)
+        for of_metric, metric in zip(axes[1, :2], ("nll", "error"), strict=True):
+            # The best sample alone can be so far off that it would hide the differences of the others.
+            shown = [v for m in by_alpha if m.alpha < math.inf for p in runs.rates(m) for v in runs.values(m, p, metric)]
+            of_metric.set_ylim(top=min(of_metric.get_ylim()[1], 1.05 * max(filter(math.isfinite, shown))), bottom=0.95 * min(shown))
+        figure.suptitle("means over seeds, bars: standard error", fontsize=9)
         titles = (
             "Test NLL",
             "Test error %",
