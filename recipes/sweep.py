@@ -4,13 +4,13 @@ import multiprocessing
 import os
 import signal
 import statistics
-import threading
 import time
+import traceback
 from argparse import Namespace
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from multiprocessing import connection
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -128,86 +128,87 @@ def _one_by_one(todo: list[tuple[Arm, int]], data: Data, console: Console, total
 
 
 def _side_by_side(todo: list[tuple[Arm, int]], data: Data, console: Console, total: int) -> Iterator[tuple[Arm, int, dict[str, Any]]]:
-    first, waiting = todo[0][0], list(reversed(todo))
-    running: dict[Future, tuple[Arm, int]] = {}
-    interrupt, stopped, workers, ended = Interrupt(), False, set(), False
-    pool = ProcessPoolExecutor(first.jobs, multiprocessing.get_context("spawn"), _begin, (vars(first), os.getpid()))
-    with interrupt.caught(), _bars(console) as bars, pool:
+    """Each worker has a pipe of its own: it ends when the tool does, and the tool sees when it has ended, however that was."""
+    first, waiting, interrupt, stopped = todo[0][0], list(reversed(todo)), Interrupt(), False
+    running: dict[Connection, tuple[Arm, int]] = {}
+    with interrupt.caught(), _bars(console) as bars, _workers(min(first.jobs, len(todo)), first) as idle:
         everything = bars.add_task("runs", total=total, completed=total - len(todo), seen="")
+        processes = dict(idle)
         while running or (waiting and not stopped):
-            while waiting and len(running) < first.jobs and not (stopped or ended):
-                arm, seed = waiting.pop()
-                signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a worker begins with this, until it can take them
-                try:
-                    running[pool.submit(_work, vars(arm), seed)] = arm, seed
-                except BrokenProcessPool:
-                    raise UserError(ENDED) from None
-                finally:
-                    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            workers.update(multiprocessing.active_children())
-            if not ended and any(worker.exitcode for worker in workers):
-                ended = True
-                pool.shutdown(wait=False)  # makes the pool look at all its workers, where it may not have known of the last one
-            if ended and not (running or stopped):
-                raise UserError(ENDED)
+            while waiting and idle and not stopped:
+                worker, _ = idle.popitem()
+                running[worker] = waiting.pop()
+                worker.send((vars(running[worker][0]), running[worker][1]))
             if interrupt() and not stopped:
                 stopped = True
-                for worker in multiprocessing.active_children():
-                    worker.terminate()  # which a worker takes as Ctrl-C
-            for future in wait(running, timeout=0.5, return_when=FIRST_COMPLETED).done:
-                arm, seed = running.pop(future)
+                for process in processes.values():
+                    process.terminate()  # which a worker takes as Ctrl-C
+            for worker in connection.wait(list(running), timeout=0.5):
+                arm, seed = running.pop(worker)
                 try:
-                    result = future.result()
-                except Stopped:
-                    stopped = True
+                    outcome = worker.recv()
+                except (EOFError, ConnectionResetError):
+                    if not stopped:
+                        raise UserError(ENDED) from None
                     continue
-                except BrokenProcessPool:  # the other workers were told to stop, and go when they have
-                    if interrupt() or stopped:
-                        stopped = True
-                        continue
-                    raise UserError(ENDED) from None
-                except BaseException:
-                    for worker in multiprocessing.active_children():
-                        worker.terminate()
-                    raise
-                bars.advance(everything)
-                _tell(console, arm, seed, result)
-                yield arm, seed, result
+                idle[worker] = processes[worker]
+                if isinstance(outcome, Stopped):
+                    stopped = True
+                elif isinstance(outcome, Exception):
+                    raise outcome
+                else:
+                    bars.advance(everything)
+                    _tell(console, arm, seed, outcome)
+                    yield arm, seed, outcome
     if stopped:
         raise Stopped
 
 
-_interrupt: Interrupt
-_data: Data
-_busy = threading.Lock()  # held during a run
+@contextmanager
+def _workers(number: int, settings: Arm) -> Iterator[dict[Connection, Any]]:
+    """Processes that train, by the pipes to them. At the end, also after an error, those that still train stop with a checkpoint."""
+    context, processes = multiprocessing.get_context("spawn"), {}
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a worker begins with this, until it can take them
+    try:
+        for _ in range(number):
+            ours, theirs = context.Pipe()
+            processes[ours] = context.Process(target=_work, args=(theirs, vars(settings), os.getpid()))
+            processes[ours].start()
+            theirs.close()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    try:
+        yield dict(processes)
+    finally:
+        for ours, process in processes.items():
+            process.terminate()
+            ours.close()
+        for process in processes.values():
+            process.join()
 
 
-def _begin(values: dict[str, Any], parent: int) -> None:
-    """In a worker: reads the data, once for all its runs."""
-    global _interrupt, _data
-    _interrupt = Interrupt(parent)
-    _interrupt.catch()
+def _work(pipe: Connection, values: dict[str, Any], parent: int) -> None:
+    """A worker: reads the data once, then trains what it is sent, until it is asked to stop or the pipe's other end has gone."""
+    interrupt = Interrupt(parent)
+    interrupt.catch()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    threading.Thread(target=_leave, daemon=True).start()
-    _data = find(values["recipe"]).load(Namespace(**values))
-
-
-def _leave() -> None:
-    """Ends a worker that was asked to stop, or whose parent has gone, once its run has stopped: no other run will come to it, but the
-    pool's own way to say so needs a parent, and all workers.
-    """
-    while not _interrupt():
-        time.sleep(0.5)
-    with _busy:
-        time.sleep(1)  # in which the run's end is told
-        os._exit(1)
-
-
-def _work(values: dict[str, Any], seed: int) -> dict[str, Any]:
-    with _busy:
-        arm = Arm(**values)
-        prepare_process(arm)
-        return Run(arm, seed, folder(arm, seed)).train(_data, _interrupt, lambda step, of, line: None)
+    data: Data | None = None
+    while not interrupt():
+        try:
+            values, seed = pipe.recv()
+        except (EOFError, InterruptedError):
+            return
+        try:
+            arm = Arm(**values)
+            prepare_process(arm)
+            data = data or find(arm.recipe).load(arm)
+            outcome: Any = Run(arm, seed, folder(arm, seed)).train(data, interrupt, lambda step, of, line: None)
+        except Exception as error:
+            if not isinstance(error, Stopped | UserError):
+                traceback.print_exc()  # which does not go through the pipe
+            outcome = error
+        with suppress(OSError):
+            pipe.send(outcome)
 
 
 def step_times(arms: list[Arm], data: Data, console: Console) -> list[float]:
