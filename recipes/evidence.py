@@ -214,7 +214,7 @@ def picture(runs: Runs, path: Path) -> None:
             rates = runs.rates(m)
             values = [[v / scale(m) for v in runs.values(m, p, metric)] for p in rates]
             at = [p + 0.004 * (i - len(methods) / 2) for p in rates]
-            line = "-" if m.epochs == shortest else ":"
+            line = {1.0: "-", 2.0: "--"}.get(m.epochs / shortest, ":")
             means, errors = [statistics.fmean(v) for v in values], [error_of(v) for v in values]
             axes.errorbar(at, means, errors, fmt=f"o{line}", color=shared(m), label=m.name, ms=3.5, capsize=2, elinewidth=1, lw=1.4)
 
