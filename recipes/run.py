@@ -36,7 +36,9 @@ class Stopped(Exception):
 
 
 def mixed(*numbers: int) -> int:
-    """A seed, of 63 bits, that no other tuple of numbers is likely to have."""
+    """A seed of 63 bits from numbers; others have another, but for zeros at the end, which NumPy takes as not given. (So the order of epoch
+    1 and the noise of step 0 have one seed, for two generators.)
+    """
     return int(numpy.random.SeedSequence(numbers).generate_state(1, numpy.uint64)[0] >> numpy.uint64(1))
 
 
