@@ -9,7 +9,7 @@ import traceback
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -168,6 +168,7 @@ def _side_by_side(todo: list[tuple[Arm, int]], data: Data, console: Console, tot
 def _workers(number: int, settings: Arm) -> Iterator[dict[Connection, Any]]:
     """Processes that train, by the pipes to them. At the end, also after an error, those that still train stop with a checkpoint."""
     context, processes = multiprocessing.get_context("spawn"), {}
+    resource_tracker.ensure_running()  # the first worker would start it, and it unblocks signals
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a worker begins with this, until it can take them
     try:
         for _ in range(number):

@@ -898,4 +898,4 @@ def test_the_authors_protocol_through_the_tool(tmp_path, capsys):
         assert {int(v) for k, v in state["model"].items() if k.endswith("num_batches_tracked")} == {updates}
     with pytest.raises(SystemExit):
         train(tmp_path, "--synthetic", "--protocol", "authors", "--batch", "64")
-    assert "--batch: the protocol has 128, got 64" in capsys.readouterr().err
+    assert "--batch: cifar_wrn's own options ask for 128, got 64" in capsys.readouterr().err
