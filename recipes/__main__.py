@@ -73,7 +73,8 @@ def run(settings: Any, arguments: list[str]) -> int:
     try:
         found = results(todo, data, console)
     except (Stopped, KeyboardInterrupt) as stop:
-        what = "Each run has a checkpoint of its last step" if isinstance(stop, Stopped) else "Checkpoints are those of the last minute"
+        old = f"The last checkpoints are at most {settings.checkpoint_every:g} s old"
+        what = "Each run has a checkpoint of its last step" if isinstance(stop, Stopped) else old
         again = shlex.join(command if "--resume" in command else [*command, "--resume"])
         console.print(f"Stopped. {what}; go on with\n\n  {again}\n", highlight=False, soft_wrap=True)
         return 130

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import SGD
 from torch.utils.data import TensorDataset
 
-from .packaged import absent, check, number, sha256
+from .packaged import absent, add_train_images, check, sha256
 from .recipe import Data, OptionGroup
 
 DEFAULTS = {
@@ -28,12 +28,7 @@ SHA256 = "87ff0c9e40dc7e2c0e34e7257799c2e3f3aec1a016363bb11cad869ec428a826"  # o
 
 
 def add_options(group: OptionGroup) -> None:
-    group.add_argument(
-        "--train-images",
-        type=number(CLASSES, IMAGES - CLASSES),
-        default=300,
-        help=f"images to learn from, of {IMAGES}; the rest are for the test",
-    )
+    add_train_images(group, 300, IMAGES, CLASSES)
 
 
 def load(settings: Namespace) -> Data:

@@ -10,7 +10,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import TensorDataset
 
-from .packaged import absent, check, number, sha256
+from .packaged import absent, add_train_images, check, sha256
 from .recipe import Data, OptionGroup
 from .wide_resnet import wide_resnet
 
@@ -22,12 +22,7 @@ SHA256 = "809ec085d551285cf9efad12c42a6aead98c62f96eb9936cc5b778870773e50d"  # o
 
 
 def add_options(group: OptionGroup) -> None:
-    group.add_argument(
-        "--train-images",
-        type=number(CLASSES, IMAGES - CLASSES),
-        default=1000,
-        help=f"images to learn from, of {IMAGES}; the rest are for the test",
-    )
+    add_train_images(group, 1000, IMAGES, CLASSES)
     group.add_argument(
         "--size", type=int, choices=(SIZE // 2, SIZE), default=SIZE // 2, help="pixels of an image's side; 14 are means of 2x2"
     )

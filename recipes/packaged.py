@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Callable
 from importlib import metadata
 
-from .recipe import Missing
+from .recipe import Missing, OptionGroup
 
 
 def absent(error: ImportError) -> Missing:
@@ -34,3 +34,9 @@ def number(low: int, high: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def add_train_images(group: OptionGroup, default: int, images: int, classes: int) -> None:
+    """An option for the number of images to learn from; each class needs one in both parts."""
+    told = f"images to learn from, of {images}; the rest are for the test"
+    group.add_argument("--train-images", type=number(classes, images - classes), default=default, help=told)

@@ -253,7 +253,8 @@ class Run:
         if self.settings.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.scalars = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1 if self.step else None)
+            # Also of a run that was killed before its first checkpoint the events are not to be shown twice.
+            self.scalars = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1)
 
     def _keep(self, name: str) -> None:
         save(

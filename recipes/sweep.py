@@ -138,7 +138,10 @@ def _side_by_side(todo: list[tuple[Arm, int]], data: Data, console: Console, tot
             while waiting and idle and not stopped:
                 worker, _ = idle.popitem()
                 running[worker] = waiting.pop()
-                worker.send((vars(running[worker][0]), running[worker][1]))
+                try:
+                    worker.send((vars(running[worker][0]), running[worker][1]))
+                except OSError:
+                    raise UserError(ENDED) from None
             if interrupt() and not stopped:
                 stopped = True
                 for process in processes.values():

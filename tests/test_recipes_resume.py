@@ -287,3 +287,17 @@ def test_the_lock_is_not_that_of_forked_processes(tmp_path):
     os.waitpid(child, 0)
     for end in (ours, begun, begins):
         os.close(end)
+
+
+def test_the_best_checkpoint_in_the_place_of_the_last(tmp_path):
+    """As the message about a torn checkpoint advises: the run goes on from there, and ends as it did."""
+    options = ("--samples", "2", "--rate", "0.1", "--steps", "300", "--evaluate-every", "4")
+    run, data = one(tmp_path, *options)
+    run.train(data, never, silent)
+    expected, step = ended(tmp_path), load(tmp_path / "best.pt", "cpu")["step"]
+    assert 0 < step < 300
+    (tmp_path / "last.pt").write_bytes((tmp_path / "best.pt").read_bytes())
+    again, _ = one(tmp_path, *options)
+    again.train(data, never, silent)
+    for a, b in zip(ended(tmp_path), expected, strict=True):
+        assert_same(a, b)
