@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from .files import write
 from .options import method
-from .summary import COLORS
+from .summary import color
 
 LEVEL = 0.05
 
@@ -33,7 +33,6 @@ class Method(NamedTuple):
 class Runs(NamedTuple):
     """The runs of a recipe: a method's numbers at a rate are its seeds' in order, and all methods have the same seeds."""
 
-    lines: list[dict[str, str]]
     of: dict[tuple[Method, float], dict[int, dict[str, float]]]  # by method and rate: by seed: the metrics
 
     @property
@@ -76,7 +75,7 @@ def read(paths: list[Path]) -> Runs:
         raise ValueError(f"runs: expected the same seeds for all methods and rates, got {sorted(seeds)}")
     if len(next(iter(seeds))) < 2:
         raise ValueError("runs: expected at least two seeds, got one")
-    return Runs(lines, dict(found))
+    return Runs(dict(found))
 
 
 def chosen(runs: Runs, method: Method, metric: str) -> tuple[list[float], list[float]]:
@@ -219,10 +218,10 @@ def picture(runs: Runs, path: Path) -> None:
             axes.errorbar(at, means, errors, fmt=f"o{line}", color=shared(m), label=m.name, ms=3.5, capsize=2, elinewidth=1, lw=1.4)
 
     def of_samples(m: Method) -> str:
-        return COLORS[m.samples]
+        return color(m.samples)
 
     def of_alpha(m: Method) -> str:
-        return COLORS[1] if m.samples == 1 else shades[m.alpha]
+        return color(1) if m.samples == 1 else shades.get(m.alpha, "#009E73")
 
     with rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "0.92"}):
         figure = Figure(figsize=(12, 7.2), layout="constrained")

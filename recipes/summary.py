@@ -116,10 +116,13 @@ def _csv(arms: list[Arm], results: Results) -> bytes:
     return text.getvalue().encode()
 
 
-OTHER_COLORS = ("#D55E00", "#F0E442")
 # By S; Okabe and Ito's, safe for the colour-blind.
 COLORS = {1: "#000000", 2: "#56B4E9", 4: "#E69F00", 8: "#0072B2", 16: "#009E73", 32: "#CC79A7"}
 LINES = {1.0: "o-", 0.0: "s--", math.inf: "^:"}
+
+
+def color(samples: int) -> str:
+    return COLORS.get(samples, "#D55E00" if samples % 2 else "#F0E442")
 
 
 def figure(out: Path, arms: list[Arm], results: Results, metrics: tuple[str, ...] = ("error", "nll")) -> str:
@@ -128,8 +131,6 @@ def figure(out: Path, arms: list[Arm], results: Results, metrics: tuple[str, ...
     from matplotlib.figure import Figure
 
     labels = list(dict.fromkeys(a.label for a in arms))
-    others = sorted({a.samples for a in arms} - set(COLORS))
-    colors = COLORS | {s: OTHER_COLORS[i % len(OTHER_COLORS)] for i, s in enumerate(others)}
     headings = {metric: heading for metric, heading, _ in COLUMNS}
     with rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "0.92"}):
         picture = Figure(figsize=(5.5 * len(metrics), 4.6), layout="constrained")
@@ -140,7 +141,7 @@ def figure(out: Path, arms: list[Arm], results: Results, metrics: tuple[str, ...
                 at = [a.rate + 0.004 * (i - len(labels) / 2) for a in curve]  # beside each other, so that error bars can be told apart
                 numbers = [v if all(map(math.isfinite, v)) else [math.nan] for v in numbers]  # a gap in the curve
                 spread = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in numbers]
-                style = {"fmt": LINES.get(curve[0].alpha, "D-."), "color": colors[curve[0].samples]}
+                style = {"fmt": LINES.get(curve[0].alpha, "D-."), "color": color(curve[0].samples)}
                 axes.errorbar(at, [statistics.fmean(v) for v in numbers], spread, label=label, ms=4, capsize=2, elinewidth=1, **style)
             axes.set(xlabel="dropout rate p", ylabel=headings[metric], xticks=sorted({a.rate for a in arms}))
         bars = f", bars: standard deviation over {arms[0].seeds} seeds" if arms[0].seeds > 1 else ""

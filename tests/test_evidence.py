@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("rich")
 pytest.importorskip("scipy")
 
-from recipes.evidence import best_table, block, chosen, holm, paired, rate_table, read, tables, weights_table
+from recipes.evidence import best_table, block, chosen, holm, paired, picture, rate_table, read, tables, weights_table
 
 ROOT = Path(__file__).resolve().parent.parent
 METRICS = ("error", "nll", "ece", "ess", "ensemble_nll")
@@ -171,3 +171,9 @@ def test_runs_that_cannot_be_compared_are_refused(runs, told, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_page_has_the_tables_of_its_runs(name):
     assert block(name).search(PAGE.read_text())[2].strip() == tables(read([ROOT / "docs" / "results" / f"evidence-{name}.csv"])).strip()
+
+
+def test_any_samples_and_alpha_are_drawn(tmp_path):
+    lines = [["x", s, a, p, 50, i, 1 + i, 1 + i, 1, 1, 1] for s, a in ((1, 1), (3, 0.3), (64, 1)) for p in (0.3, 0.5) for i in range(2)]
+    picture(read([runs_csv(tmp_path / "runs.csv", lines)]), tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
